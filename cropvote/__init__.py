@@ -1,0 +1,34 @@
+"""Make almost any image classifier vote over crops of its own feature map, at no extra parameter."""
+
+from .errors import CropVoteError
+from .layer import CropVote
+from .options import Settings
+from .probe import Site, sites
+from .splitting import split_views
+from .surgery import inject_crop_vote, remove_crop_vote, settings
+from .views import View, Views, d4, five_crop, grid, hflip, ten_crop
+from .voting import CropVoteLoss, repeat_targets, vote
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CropVote",
+    "CropVoteError",
+    "CropVoteLoss",
+    "Settings",
+    "Site",
+    "View",
+    "Views",
+    "d4",
+    "five_crop",
+    "grid",
+    "hflip",
+    "inject_crop_vote",
+    "remove_crop_vote",
+    "repeat_targets",
+    "settings",
+    "sites",
+    "split_views",
+    "ten_crop",
+    "vote",
+]

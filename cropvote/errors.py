@@ -1,0 +1,71 @@
+"""Every error the library raises, so that one ``except CropVoteError`` is enough.
+
+```
+CropVoteError                     anything cropvote refuses
+├── ViewsError      ValueError    views that cannot be made, or that do not fit a map
+├── RowsError       ValueError    rows, views and targets that do not match
+├── OptionError     ValueError    an option outside its list, or two that exclude each other
+├── SurgeryError    ValueError    a model in a state that allows no injection, removal or call
+├── SiteError       ValueError    a module that is no valid site, with the reason
+├── UnknownSiteError LookupError  no module of that name, with the nearest names
+└── InputTypeError  TypeError     an argument of the wrong type
+```
+
+Each also derives from the builtin named beside it, which is what a caller who has
+never heard of cropvote would catch. Messages say what was asked, what was found,
+and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CropVoteError",
+    "InputTypeError",
+    "OptionError",
+    "RowsError",
+    "SiteError",
+    "SurgeryError",
+    "UnknownSiteError",
+    "ViewsError",
+]
+
+
+class CropVoteError(Exception):
+    """Base of every error that cropvote raises.
+
+    Example:
+        >>> from cropvote import CropVoteError, ten_crop
+        >>> try:
+        ...     ten_crop(scale=2)
+        ... except CropVoteError as error:
+        ...     print(error)
+        scale must be above 0 and at most 1, got 2: it is the share of the map's side that a view keeps, 5/6 by default.
+    """
+
+
+class ViewsError(CropVoteError, ValueError):
+    """Views that cannot be made, or that do not fit the map they are given."""
+
+
+class RowsError(CropVoteError, ValueError):
+    """Rows, views and targets whose numbers or shapes do not match."""
+
+
+class OptionError(CropVoteError, ValueError):
+    """An option outside its list, or two options that exclude each other."""
+
+
+class SurgeryError(CropVoteError, ValueError):
+    """A model in a state that allows no injection, no removal or no call."""
+
+
+class SiteError(CropVoteError, ValueError):
+    """A module that exists but is no valid site; the message holds the reason."""
+
+
+class UnknownSiteError(CropVoteError, LookupError):
+    """No module has the name asked for; the message holds the nearest names."""
+
+
+class InputTypeError(CropVoteError, TypeError):
+    """An argument of a type that cropvote cannot use."""

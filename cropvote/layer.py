@@ -1,0 +1,81 @@
+"""The vote as a layer, for a network of one's own."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import Tensor, nn
+
+from .errors import InputTypeError, OptionError
+from .options import Output, Settings, conclude
+from .splitting import Layout, split_views
+from .views import Views
+from .voting import How
+
+__all__ = ["CropVote"]
+
+
+class CropVote(nn.Module):
+    """Run ``tail`` on every view of its input and vote over the predictions. Adds no parameter.
+
+    In training mode the output holds one row per view, for :class:`CropVoteLoss`; in eval mode one row per
+    sample, the vote. Both are settings, see :func:`settings`.
+
+    Args:
+        tail: the network behind the split; its input is a map, its output one row of K predictions per map.
+        views: the views, :func:`ten_crop` by default.
+        vote: the rule, see :func:`vote`.
+        train_output: ``"views"`` or ``"vote"`` in training mode.
+        eval_output: the same in eval mode.
+        layout: where the channels of the map are, ``"NCHW"`` or ``"NHWC"``.
+
+    Shape:
+        n c H W -> (n v) k in training, n k in eval
+
+    Raises:
+        InputTypeError: ``tail`` is no module, ``views`` no :class:`Views`.
+        OptionError: an unknown vote, output or layout.
+        ViewsError: when called, a map that these views do not fit.
+        RowsError: when called, a tail whose output is not one row per view.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from cropvote import CropVote
+        >>> front = nn.Conv2d(3, 8, 3, padding=1)
+        >>> tail = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+        >>> net = nn.Sequential(front, CropVote(tail, vote="soft"))
+        >>> net.train()(torch.zeros(2, 3, 48, 48)).shape, net.eval()(torch.zeros(2, 3, 48, 48)).shape
+        (torch.Size([20, 7]), torch.Size([2, 7]))
+
+    Reference:
+        Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, section 3.
+    """
+
+    def __init__(
+        self,
+        tail: nn.Module,
+        *,
+        views: Views | None = None,
+        vote: How = "soft",
+        train_output: Output = "views",
+        eval_output: Output = "vote",
+        layout: Layout = "NCHW",
+    ) -> None:
+        super().__init__()
+        if not isinstance(tail, nn.Module):
+            raise InputTypeError(f"tail must be an nn.Module, got {type(tail).__name__}.")
+        if layout not in get_args(Layout):
+            raise OptionError(f"layout must be one of {get_args(Layout)}, got {layout!r}.")
+        self.tail = tail
+        self.layout = layout
+        self.settings = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.settings.enabled:
+            return self.tail(x)
+        rows = self.tail(split_views(x, self.settings.views, layout=self.layout))
+        return conclude(rows, x.shape[0], self.settings, self.training)
+
+    def extra_repr(self) -> str:
+        return repr(self.settings)

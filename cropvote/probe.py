@@ -1,0 +1,486 @@
+"""Which modules are valid sites, and why the others are not: found on a fake copy, where tensors have shapes but no data.
+
+A site is valid where every path from the input to the output passes through it: the network is then front, site and
+tail, and nothing of a sample reaches its prediction around the views. The probe follows the data through every
+operation. Each tensor carries one bit per module, set while a path from the input leads to it that avoids that module;
+the module clears its own bit in what it returns; a bit still set in the model's output is a path around that module.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import InputTypeError, OptionError, SiteError, SurgeryError, ViewsError
+from .splitting import Layout, split_views
+from .swapping import restore_forward, swap_forward
+from .views import Views, ten_crop
+
+__all__ = ["Site", "sites"]
+
+#: The probe's batch. Above 1, so that nothing broadcasts; its rows cannot be mistaken for those of the views.
+BATCH = 3
+INPUT = "input"
+_VALUE_FREE = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like"}
+_VALUE_FREE |= {"full_like", "empty_like", "rand_like", "randn_like"}
+
+
+class Example(NamedTuple):
+    """The arguments of a call, every tensor replaced by a :class:`Spec`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Spec:
+    """Shape, dtype and device of a tensor of a call; a batch axis has length -1."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def fake(self) -> Tensor:
+        return torch.zeros([BATCH if n == -1 else n for n in self.shape], dtype=self.dtype, device=self.device)
+
+
+class Site(NamedTuple):
+    """One module as a place to split.
+
+    Fields:
+        name: its name in ``model.named_modules()``, or ``"input"``.
+        shape: its output's (C, H, W), or (H, W, C) where the layout is "NHWC"; empty where it is no map.
+        layout: "NCHW" or "NHWC".
+        distinct: how many of the views differ there.
+        reason: why it is no valid site; empty where it is one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    distinct: int
+    reason: str = ""
+
+
+class PlainModelError(SurgeryError):
+    """The model itself, without any split, does not run on the input of the probe."""
+
+
+def sites(
+    model: nn.Module,
+    input_size: int | tuple[int, ...] | None = None,
+    *,
+    views: Views | None = None,
+    all: bool = False,
+) -> list[Site]:
+    """The valid sites of a model, in the order in which its forward reaches them.
+
+    Works on a fake copy: no weight is copied, nothing is computed, the model is left as it is. Modules that
+    return the same tensor are one site, under its outermost name.
+
+    Args:
+        model: an image classifier that was not injected; looked at in its present mode.
+        input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
+        views: the views to be used, :func:`ten_crop` by default.
+        all: also list the modules that are no valid sites, with the reason.
+
+    Returns:
+        One :class:`Site` per site.
+
+    Raises:
+        OptionError: no input size is known, or it is malformed.
+        SurgeryError: the model does not run on such an input.
+
+    Example:
+        >>> from torch import nn
+        >>> from cropvote import sites
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+        >>> [(site.name, site.shape) for site in sites(net, 32)]
+        [('input', (3, 32, 32)), ('0', (8, 30, 30)), ('1', (8, 30, 30))]
+    """
+    example = example_of(model, input_size)
+    if example is None:
+        raise OptionError("no input size is known for this model: pass input_size=, such as input_size=(3, 224, 224).")
+    with _fake_copy(model) as fake:
+        probe = _Probe(fake, example, ten_crop() if views is None else views, layout_of(model))
+        rows = [probe.site(name) for name in (INPUT, *probe.candidates(every=all))]
+    return [row for row in rows if all or not row.reason]
+
+
+def check_site(model: nn.Module, name: str, views: Views, layout: Layout, example: Example) -> frozenset[bool]:
+    """Raise SiteError unless ``name`` is a valid site in the model's present mode.
+
+    Returns:
+        The modes (``training``) in which it is one. The other mode may take another path (auxiliary heads, say); it
+        is checked again when it is first used.
+
+    Raises:
+        SiteError: with the reason, and the names of valid sites.
+        ViewsError: the map at the site is too small for the views.
+        PlainModelError: the model does not run on such an input.
+    """
+    checked = set()
+    with _fake_copy(model) as fake:
+        for training in (model.training, not model.training):
+            if fake.training != training:
+                fake.train(training)
+            try:
+                probe = _Probe(fake, example, views, layout)
+                reason = probe.reason(name)
+            except (PlainModelError, ViewsError):
+                if training == model.training:
+                    raise
+                continue
+            if not reason:
+                checked.add(training)
+            elif training == model.training:
+                raise SiteError(f"after={name!r} cannot be a site: {reason} {probe.advice()}")
+    return frozenset(checked)
+
+
+def example_of(model: nn.Module, input_size: int | tuple[int, ...] | None) -> Example | None:
+    """The call that the probe makes: from ``input_size``, or from the size that timm models carry, or None."""
+    size = _known_size(model) if input_size is None else _full_size(input_size)
+    if size is None:
+        return None
+    tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return Example((Spec((-1, *size), tensor.dtype, tensor.device),), {})
+
+
+def example_from_call(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Example:
+    """The call that the probe makes, from a real one of ``batch`` samples."""
+
+    def spec(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        shape = tuple(value.shape)
+        return Spec((-1, *shape[1:]) if shape[:1] == (batch,) else shape, value.dtype, value.device)
+
+    return Example(*tree_map(spec, (args, kwargs)))
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Where the channels are, as the model itself says it (timm's ``output_fmt``); NCHW where it says nothing."""
+    stated = getattr(model, "output_fmt", "NCHW")
+    return "NHWC" if str(getattr(stated, "value", stated)) == "NHWC" else "NCHW"
+
+
+def holder_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that carries the split of a site.
+
+    It is the site itself, or in an ``nn.Sequential`` its last child: gradient checkpointing may run the children and
+    never the Sequential. A child that also stands elsewhere in the model cannot carry it.
+    """
+    module = model.get_submodule(name)
+    standing = [id(m) for _, m in model.named_modules(remove_duplicate=False)]
+    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
+        last = module[-1]
+        if standing.count(id(last)) != standing.count(id(module)):
+            break
+        module = last
+    return module
+
+
+def _full_size(size: int | tuple[int, ...]) -> tuple[int, int, int]:
+    whole = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(whole) == 2:
+        whole = (3, *whole)
+    if len(whole) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in whole):
+        raise OptionError(f"input_size must be a side, (H, W), or (C, H, W), in pixels, got {size!r}.")
+    return whole
+
+
+def _known_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """The input size of a timm model; the channels are those of its first convolution, which in_chans= changes."""
+    config = getattr(model, "pretrained_cfg", None)
+    size = config.get("input_size") if hasattr(config, "get") else None
+    if not isinstance(size, (tuple, list)) or len(size) != 3:
+        return None
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None and first.in_channels <= 16 else size[0]
+    return (channels, size[1], size[2])
+
+
+@contextmanager
+def _fake_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy whose tensors hold no data, and a context in which to run it without a trace on the live model."""
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            with FakeCopyMode(mode):
+                try:
+                    fake = copy.deepcopy(model)
+                except Exception as error:
+                    raise PlainModelError(
+                        f"{type(model).__name__} cannot be checked, because copying it failed: {_first_line(error)}"
+                    ) from error
+            if hasattr(fake, "_cropvote"):
+                fake._cropvote.settings.enabled = False  # the copy's own: an injected model is looked at as it was
+            stack.enter_context(mode)
+            yield fake
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
+
+
+class _Paths(TorchDispatchMode):
+    """Follow through every operation, per storage, which modules the data may have come around (a bit each)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bits: dict[int, int] = {}
+        self.alive: list[Any] = []  # a freed storage's address would be given out again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket.__name__ not in _VALUE_FREE:
+            bits = self.of((args, kwargs))
+            if bits:
+                schema = func._schema.arguments
+                written = [a for a, s in zip(args, schema, strict=False) if s.alias_info and s.alias_info.is_write]
+                written += [kwargs[s.name] for s in schema if s.name in kwargs and s.alias_info]
+                for tensor in _tensors((out, written)):
+                    self.set(tensor, self.of(tensor) | bits)
+        return out
+
+    def of(self, tree: Any) -> int:
+        bits = 0
+        for tensor in _tensors(tree):
+            bits |= self.bits.get(tensor.untyped_storage()._cdata, 0)
+        return bits
+
+    def set(self, tensor: Tensor, bits: int) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.bits:
+            self.alive.append(storage)
+        self.bits[storage._cdata] = bits
+
+
+class _Seen(NamedTuple):
+    """What the walk saw of a module's last call."""
+
+    output: Any
+    group: int
+
+
+class _Probe:
+    """One fake model in one mode: a walk that looks at every module at once, then a trial split per site."""
+
+    def __init__(self, model: nn.Module, example: Example, views: Views, layout: Layout) -> None:
+        self.model, self.example, self.views, self.layout = model, example, views, layout
+        self.modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        self.calls: dict[nn.Module, int] = {}
+        self.seen: dict[nn.Module, _Seen] = {}
+        self._walk()
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.model(*args, **kwargs)
+
+    def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tree_map(lambda leaf: leaf.fake() if isinstance(leaf, Spec) else leaf, tuple(self.example))
+
+    def _walk(self) -> None:
+        """Run once, every module's output replaced by a clone that clears the module's bit."""
+        bit = {module: 1 << i for i, module in enumerate(dict.fromkeys(self.modules.values()))}
+        groups: dict[tuple[int, int], int] = {}
+        keep = []
+        paths = _Paths()
+
+        def look(module: nn.Module, args: Any, output: Any) -> Any:
+            self.calls[module] = self.calls.get(module, 0) + 1
+            self.seen[module] = _Seen(output, len(keep))
+            if not isinstance(output, Tensor):
+                return None
+            group = groups.get((id(output), output._version), len(keep))
+            clone = output.clone()
+            paths.set(clone, paths.of(output) & ~bit[module])
+            keep.append(clone)
+            groups[id(clone), clone._version] = group
+            self.seen[module] = _Seen(output, group)
+            return clone
+
+        hooks = [module.register_forward_hook(look) for module in bit]
+        try:
+            with paths:
+                args, kwargs = self._inputs()
+                for tensor in _tensors((args, kwargs)):
+                    paths.set(tensor, (1 << len(bit)) - 1)
+                self.output = self._call(args, kwargs)
+        except Exception as error:
+            raise PlainModelError(
+                f"{type(self.model).__name__} itself, without any split, failed on {self._asked()}: "
+                f"{_first_line(error)}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        around = paths.of(self.output)
+        self.around = {module for module in bit if around & bit[module]}
+
+    def _asked(self) -> str:
+        shapes = [(BATCH, *leaf.shape[1:]) for leaf in tree_leaves(tuple(self.example)) if isinstance(leaf, Spec)]
+        mode = "training" if self.model.training else "eval"
+        return f"an input of shape {', '.join(map(str, shapes))} in {mode} mode"
+
+    def site(self, name: str) -> Site:
+        reason = self._reason(name)
+        shape = self._shape(name)
+        size = shape[1:] if self.layout == "NCHW" or name == INPUT else shape[:2]
+        try:
+            distinct = self.views.distinct(*size) if len(shape) == 3 else 0
+        except ViewsError:
+            distinct = 0
+        return Site(name, shape, "NCHW" if name == INPUT else self.layout, distinct, reason)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name == INPUT:
+            return next(leaf.shape[1:] for leaf in tree_leaves(tuple(self.example)) if isinstance(leaf, Spec))
+        seen = self.seen.get(holder_of(self.model, name))
+        return tuple(seen.output.shape[1:]) if seen and isinstance(seen.output, Tensor) else ()
+
+    def _reason(self, name: str) -> str:
+        try:
+            return self.reason(name)
+        except ViewsError as error:
+            return str(error)
+
+    def reason(self, name: str) -> str:
+        """Why ``name`` is no valid site, or nothing; ViewsError where only the map's size is at fault."""
+        return (self._walked(name) if name != INPUT else "") or self._output() or self._trial(name)
+
+    def _walked(self, name: str) -> str:
+        holder = holder_of(self.model, name)
+        calls = self.calls.get(holder, 0)
+        if calls == 0:
+            return f"it is never called in the model's forward (on {self._asked()})."
+        if calls > 1:
+            return f"it is called {calls} times in one forward, so each call would split again."
+        output = self.seen[holder].output
+        if not isinstance(output, Tensor):
+            return f"it returns {type(output).__name__}; a site returns one tensor, a map of features."
+        if output.dim() != 4:
+            return f"it returns shape {tuple(output.shape)}; a site returns a 4-D map, (N, C, H, W)."
+        if output.shape[0] != BATCH:
+            return f"its first axis has length {output.shape[0]} for {BATCH} samples; a site returns one map per sample."
+        if holder in self.around:
+            return (
+                "the model's output also depends on its input by a path around it (a skip connection, a parallel "
+                "branch or a gate), so a sample would reach its prediction past the views."
+            )
+        return ""
+
+    def _output(self) -> str:
+        if not isinstance(self.output, Tensor):
+            return f"the model returns {type(self.output).__name__}; cropvote votes over one tensor, (N, K)."
+        if self.output.dim() != 2 or self.output.shape[0] != BATCH:
+            return (
+                f"the model returns shape {tuple(self.output.shape)} for {BATCH} samples; cropvote votes over one "
+                f"row of K outputs per sample, (N, K)."
+            )
+        return ""
+
+    def _trial(self, name: str) -> str:
+        """Split for real, with the mechanism that the live model gets, and look at what comes out."""
+        paths = _Paths()
+        splits: list[int] = []
+
+        def split(x: Tensor) -> Tensor:
+            y = split_views(x, self.views, layout="NCHW" if name == INPUT else self.layout)
+            splits.append(y.shape[0])
+            paths.set(y, 0)
+            return y
+
+        holder = None if name == INPUT else holder_of(self.model, name)
+        try:
+            with paths:
+                args, kwargs = self._inputs()
+                for tensor in _tensors((args, kwargs)):
+                    paths.set(tensor, 1)
+                if holder is None:
+                    args, kwargs = map_first_tensor(split, args, kwargs)
+                else:
+                    swap_forward(holder, lambda module, base, *a, **k: split(base.forward(module, *a, **k)))
+                output = self._call(args, kwargs)
+        except ViewsError as error:
+            raise ViewsError(f"after={name!r} on {self._asked()}: {error}") from error
+        except Exception as error:
+            return (
+                f"the network behind it cannot take the views of its map, of shape {self._crop(name)}: "
+                f"{_first_line(error)}."
+            )
+        finally:
+            if holder is not None:
+                restore_forward(holder)
+        expected = BATCH * len(self.views)
+        if splits != [expected]:
+            return f"the split ran {len(splits)} times in one forward."
+        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != expected:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            return f"the model returns {found} after the split, not {expected} rows, one per view."
+        if paths.of(output):
+            return "the model's output also depends on its input by a path around it."
+        return ""
+
+    def _crop(self, name: str) -> tuple[int, ...]:
+        shape = self._shape(name)
+        if name != INPUT and self.layout == "NHWC":
+            return (*self.views.crop_size(*shape[:2]), shape[2])
+        return (shape[0], *self.views.crop_size(*shape[1:]))
+
+    def candidates(self, every: bool = False) -> list[str]:
+        """The names worth a trial, in forward order: maps on every path, each tensor under its outermost name."""
+        order = {module: i for i, module in enumerate(self.seen)}
+        names: dict[Any, str] = {}
+        for name in sorted(self.modules, key=lambda n: (n.count("."), order.get(self.modules[n], 0))):
+            holder = holder_of(self.model, name)
+            if every:
+                names[name] = name
+            elif holder in self.seen and not self._walked(name):
+                names.setdefault(self.seen[holder].group, name)
+        last = len(order)
+        return sorted(names.values(), key=lambda n: order.get(holder_of(self.model, n), last))
+
+    def advice(self, most: int = 8) -> str:
+        """The outermost valid sites, for an error's end."""
+        names = self.candidates()
+        valid: list[str] = []
+        for name in [INPUT, *sorted(names, key=lambda n: n.count("."))]:
+            if len(valid) < most and not self._reason(name):
+                valid.append(name)
+        if not valid:
+            return f"No site of this {type(self.model).__name__} is valid for these views."
+        valid.sort(key=[INPUT, *names].index)
+        return f"Valid sites: {', '.join(valid)} (all of them: cropvote.sites(model, input_size))."
+
+
+def map_first_tensor(
+    function: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Apply ``function`` to the first tensor of a call: the batch of images."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:i], function(value), *args[i + 1 :]), kwargs
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, name: function(value)}
+    raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300].rstrip('.')}"

@@ -1,0 +1,312 @@
+"""Make an existing model vote, in place, and undo it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputTypeError, OptionError, SiteError, SurgeryError, UnknownSiteError
+from .layer import CropVote
+from .options import Output, Settings, conclude
+from .probe import (
+    INPUT,
+    PlainModelError,
+    check_site,
+    example_from_call,
+    example_of,
+    holder_of,
+    layout_of,
+    map_first_tensor,
+)
+from .splitting import Layout, split_views
+from .swapping import own_forward, restore_forward, swap_forward
+from .views import Views
+from .voting import How
+
+__all__ = ["inject_crop_vote", "remove_crop_vote", "settings"]
+
+Model = TypeVar("Model", bound=nn.Module)
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class _Injection:
+    """What an injected model and its site share, and copies of them keep: a plain attribute of both.
+
+    It is ``_cropvote`` in the model, and ``_cropvote_split`` in the module that carries the split.
+    """
+
+    def __init__(self, site: str, layout: Layout, settings: Settings) -> None:
+        self.site = site
+        self.layout = layout
+        self.settings = settings
+        self.checked: frozenset[bool] = frozenset()  # the modes (.training) in which the site is known to be valid
+        self.failure = ""
+
+
+def inject_crop_vote(
+    model: Model,
+    after: str,
+    *,
+    views: Views | None = None,
+    vote: How = "soft",
+    input_size: int | tuple[int, ...] | None = None,
+    train_output: Output = "views",
+    eval_output: Output = "vote",
+    layout: Layout | None = None,
+) -> Model:
+    """Split the map behind a module of ``model`` into views, and vote over the views' predictions. In place.
+
+    The model keeps its parameters, keys, class name, attributes and methods; an optimizer made before still works.
+    In training mode it returns a row per view, (N·V, K), for :class:`CropVoteLoss`; in eval mode the vote, (N, K).
+
+    Whether the site is valid (every path from the input to the output passes through it, once, and the network behind
+    it takes the smaller maps) is checked on a fake copy before anything is changed, where an input size is known: timm
+    models carry one, ``input_size`` gives one. Otherwise it is checked at the first call, before its result is returned.
+
+    Args:
+        model: an image classifier that maps a batch of images to (N, K).
+        after: the site's name in ``model.named_modules()``, or ``"input"`` to split the images themselves.
+        views: the views, :func:`ten_crop` by default.
+        vote: the rule, see :func:`vote`.
+        input_size: the images' size: a side, (H, W), or (C, H, W).
+        train_output: ``"views"`` or ``"vote"`` in training mode.
+        eval_output: the same in eval mode.
+        layout: where the channels of the site's map are; by default what the model says (timm's ``output_fmt``), else "NCHW".
+
+    Returns:
+        The model.
+
+    Raises:
+        UnknownSiteError: no module of that name; the message holds the nearest names.
+        SiteError: the module is no valid site; the message holds the reason and valid ones.
+        ViewsError: the map there is too small for the views.
+        SurgeryError: the model is injected already, wrapped or compiled, or does not run on ``input_size``.
+        OptionError: an unknown option.
+        InputTypeError: an argument of the wrong type.
+
+    Example:
+        >>> import torch, torchvision
+        >>> from cropvote import inject_crop_vote
+        >>> model = torchvision.models.resnet18(num_classes=7)
+        >>> model = inject_crop_vote(model, after="layer1", input_size=64)
+        >>> model.train()(torch.zeros(2, 3, 64, 64)).shape, model.eval()(torch.zeros(2, 3, 64, 64)).shape
+        (torch.Size([20, 7]), torch.Size([2, 7]))
+
+    Reference:
+        Gómez-Sirvent et al., Electronics 2023, 12(18), 3837.
+    """
+    _check_model(model)
+    _check_name(model, after)
+    options = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
+    if layout is not None and layout not in get_args(Layout):
+        raise OptionError(f"layout must be one of {get_args(Layout)}, got {layout!r}.")
+    injection = _Injection(after, layout or layout_of(model), options)
+    example = example_of(model, input_size)
+    if example is not None:
+        try:
+            injection.checked = check_site(model, after, options.views, injection.layout, example)
+        except PlainModelError:
+            if input_size is not None:
+                raise  # the size that a timm model carries may be another than the one it was built for: check later
+    if after != INPUT:
+        holder = holder_of(model, after)
+        swap_forward(holder, _split_forward)
+        holder.__dict__["_cropvote_split"] = injection
+    swap_forward(model, _vote_forward)
+    model.__dict__["_cropvote"] = injection
+    return model
+
+
+def remove_crop_vote(model: Model) -> Model:
+    """Undo :func:`inject_crop_vote`: the model is exactly what it was.
+
+    Args:
+        model: the injected model itself, not a wrapper around it.
+
+    Returns:
+        The model.
+
+    Raises:
+        SurgeryError: the model was never injected.
+        InputTypeError: no module.
+
+    Example:
+        >>> import torchvision
+        >>> from cropvote import inject_crop_vote, remove_crop_vote
+        >>> model = torchvision.models.resnet18()
+        >>> type(remove_crop_vote(inject_crop_vote(model, after="layer1"))) is torchvision.models.ResNet
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    injection = _injection(model)
+    if injection is None:
+        wrapped = _unwrap(model)
+        if wrapped is not model and _injection(wrapped) is not None:
+            raise SurgeryError(f"{type(model).__name__} wraps the injected model: pass the model inside it.")
+        inner = _injected_inside(model)
+        raise SurgeryError(
+            f"this {type(model).__name__} was never injected"
+            + (f", but its submodule {inner!r} was: pass that." if inner else ": there is nothing to remove.")
+        )
+    for module in model.modules():
+        for name in ("_cropvote", "_cropvote_split"):
+            if vars(module).get(name) is injection:
+                restore_forward(module)
+                del module.__dict__[name]
+    return model
+
+
+def settings(model: nn.Module) -> Settings:
+    """The live settings of an injected model or a :class:`CropVote` layer: read them, assign to them.
+
+    Args:
+        model: an injected model, also inside DataParallel, DistributedDataParallel or a compiled wrapper; or a layer.
+
+    Returns:
+        The :class:`Settings` object that the model uses; a deep copy of the model has its own.
+
+    Raises:
+        SurgeryError: the model was never injected.
+        InputTypeError: no module.
+
+    Example:
+        >>> import torchvision
+        >>> from cropvote import inject_crop_vote, settings
+        >>> model = inject_crop_vote(torchvision.models.resnet18(), after="layer1")
+        >>> settings(model).vote = "probs"
+        >>> settings(model).enabled = False  # the plain network, for a while
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"settings takes an injected model or a CropVote layer, got {type(model).__name__}.")
+    found = _unwrap(model)
+    if isinstance(found, CropVote):
+        return found.settings
+    injection = _injection(found)
+    if injection is None:
+        layers = [name for name, module in found.named_modules() if isinstance(module, CropVote)]
+        inner = layers[0] if layers else _injected_inside(found)
+        raise SurgeryError(
+            f"this {type(found).__name__} is neither injected nor a CropVote layer"
+            + (f", but its submodule {inner!r} is: pass that." if inner else ".")
+        )
+    return injection.settings
+
+
+def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+    """The injected model's forward."""
+    injection: _Injection = module._cropvote  # type: ignore[assignment]
+    if not injection.settings.enabled:
+        return base.forward(module, *args, **kwargs)
+    samples = _samples(args, kwargs)
+    if injection.failure or module.training not in injection.checked:
+        _check_first_call(module, injection, args, kwargs, samples)
+    if injection.site == INPUT:
+        args, kwargs = map_first_tensor(lambda x: split_views(x, injection.settings.views), args, kwargs)
+    rows = base.forward(module, *args, **kwargs)
+    return conclude(rows, samples, injection.settings, module.training)
+
+
+def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the module that carries the split."""
+    injection: _Injection = module._cropvote_split  # type: ignore[assignment]
+    x = base.forward(module, *args, **kwargs)
+    return split_views(x, injection.settings.views, layout=injection.layout) if injection.settings.enabled else x
+
+
+def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.shape[0]
+    raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
+
+
+def _check_first_call(
+    model: nn.Module, injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int
+) -> None:
+    """Check the site with the shapes of a real call; the mark is kept by copies."""
+    if injection.failure:
+        raise SiteError(injection.failure)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        mode = "training" if model.training else "eval"
+        raise SurgeryError(
+            f"the site {injection.site!r} was not yet checked in {mode} mode, and cannot be while the model is compiled, "
+            f"exported, traced or vmapped: pass input_size= to inject_crop_vote, or call the model once as it is."
+        )
+    try:
+        example = example_from_call(args, kwargs, samples)
+        injection.checked |= check_site(model, injection.site, injection.settings.views, injection.layout, example)
+    except SiteError as error:
+        injection.failure = str(error)
+        raise
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    kind = type(model).__name__
+    injection = _injection(model)
+    if injection is not None:
+        raise SurgeryError(f"this {kind} votes already, after={injection.site!r}: remove_crop_vote(model) first.")
+    if isinstance(model, WRAPPERS) or kind == "FullyShardedDataParallel":
+        raise SurgeryError(f"the model is wrapped in {kind}: inject into model.module before it is wrapped.")
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise SurgeryError("the model is compiled already: inject first, then compile it.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SurgeryError("the model is a TorchScript module, whose forward is fixed: inject first, then trace it.")
+    inner = _injected_inside(model)
+    if inner:
+        raise SurgeryError(
+            f"the submodule {inner!r} of this {kind} is part of an injected model already: remove_crop_vote from that first."
+        )
+    _check_forward(model, kind)
+
+
+def _check_name(model: nn.Module, after: str) -> None:
+    if not isinstance(after, str):
+        raise InputTypeError(f'after must be a module\'s name, such as "layer1", or "input", got {after!r}.')
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if after == INPUT and INPUT in modules:
+        raise SiteError('after="input" means the images, but this model has a module of that name: rename the module.')
+    if after == INPUT:
+        return
+    if not after or after not in modules:
+        names = [name for name in modules if name]
+        near = difflib.get_close_matches(after, names, n=5, cutoff=0.4)
+        top = [name for name, _ in model.named_children()]
+        hint = f"nearest: {', '.join(near)}" if near else f"its children: {', '.join(top)}" if top else "it has no modules"
+        raise UnknownSiteError(f"{type(model).__name__} has no module named {after!r}; {hint}.")
+    _check_forward(holder_of(model, after), repr(after))
+
+
+def _check_forward(module: nn.Module, what: str) -> None:
+    hidden = own_forward(module)
+    if hidden is not None:
+        raise SurgeryError(
+            f"the forward of {what} was replaced on the instance (by {hidden}), so that a split or vote there would have "
+            f"no effect: undo that, inject, then do it again."
+        )
+
+
+def _injection(module: nn.Module) -> _Injection | None:
+    return vars(module).get("_cropvote")
+
+
+def _injected_inside(model: nn.Module) -> str:
+    """The first submodule that votes or carries a split."""
+    marks = ("_cropvote", "_cropvote_split")
+    return next((name for name, m in model.named_modules() if name and any(mark in vars(m) for mark in marks)), "")
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+

@@ -1,0 +1,314 @@
+"""Views: which crops of a map, of what size, and in which order."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple, overload
+
+from .errors import InputTypeError, ViewsError
+
+__all__ = ["View", "Views", "d4", "five_crop", "grid", "hflip", "ten_crop"]
+
+Number = int | float | Fraction
+
+FIVE_SIXTHS = Fraction(5, 6)
+CENTRE = (Fraction(1, 2), Fraction(1, 2))
+FIVE = ((0, 0), (0, 1), (1, 0), (1, 1), CENTRE)
+
+
+class View(NamedTuple):
+    """One view: a crop, mirrored or not.
+
+    The map is mirrored (left-right) first, then turned, then cropped.
+
+    Args:
+        top: the crop's vertical position, as a fraction of the free margin (0 top, 1 bottom).
+        left: its horizontal position, likewise (0 left, 1 right).
+        mirror: whether the map is mirrored left-right first.
+        turns: quarter turns counter-clockwise, as in :func:`torch.rot90`.
+
+    Example:
+        >>> from cropvote import ten_crop
+        >>> ten_crop()[4]
+        View(top=Fraction(1, 2), left=Fraction(1, 2), mirror=False, turns=0)
+    """
+
+    top: Fraction
+    left: Fraction
+    mirror: bool = False
+    turns: int = 0
+
+
+class Views(Sequence[View]):
+    """An ordered set of views of one size: the order of a sample's rows everywhere in cropvote.
+
+    A view's side is ``scale`` times the map's side, rounded half up in integer
+    arithmetic; its offset is the floor of its position times the free margin.
+
+    Args:
+        positions: one ``(vertical, horizontal)`` pair of fractions of the free margin per view,
+            0 to 1, or :class:`View` objects.
+        scale: the share of the map's sides that a view keeps, above 0 and at most 1; one number, or a
+            ``(height, width)`` pair. A float becomes the nearest fraction with a denominator up to 1000.
+        mirror: append the same crops of the mirrored map.
+
+    Raises:
+        ViewsError: no position, or a scale or position out of its range or not finite.
+        InputTypeError: a scale or position that is no number.
+
+    Example:
+        >>> from cropvote import Views
+        >>> thirds = Views([(0, 0.5), (1, 0.5)], scale=(2 / 3, 1), mirror=True)
+        >>> len(thirds), thirds.crop_size(48, 48)
+        (4, (32, 48))
+
+    Reference:
+        Five crops and their mirror images as one set: Krizhevsky, Sutskever and Hinton, "ImageNet
+        classification with deep convolutional neural networks", 2012.
+    """
+
+    def __init__(
+        self,
+        positions: Iterable[tuple[Number, Number] | View],
+        *,
+        scale: Number | tuple[Number, Number] = FIVE_SIXTHS,
+        mirror: bool = False,
+    ) -> None:
+        entries = tuple(_view(position) for position in positions)
+        if not entries:
+            raise ViewsError("Views needs at least one position, got none.")
+        if mirror:
+            if any(view.mirror for view in entries):
+                raise ViewsError("mirror=True mirrors every view, but some are mirrored already: leave mirror out.")
+            entries += tuple(view._replace(mirror=True) for view in entries)
+        pair = scale if isinstance(scale, tuple) and len(scale) == 2 else (scale, scale)
+        self._entries = entries
+        self._scale = (_scale(pair[0]), _scale(pair[1]))
+        self._several = tuple(len({view[axis] for view in entries}) > 1 for axis in (0, 1))
+
+    @property
+    def scale(self) -> tuple[Fraction, Fraction]:
+        """The share of the map's (height, width) that a view keeps."""
+        return self._scale
+
+    def crop_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (h, w) of every view of a map of ``height`` × ``width``.
+
+        Raises:
+            ViewsError: the map is too small for these views, or not square under quarter turns.
+
+        Example:
+            >>> ten_crop().crop_size(48, 24)
+            (40, 20)
+        """
+        if any(view.turns % 2 for view in self._entries) and height != width:
+            raise ViewsError(f"quarter turns need a square map, got {height} x {width} (height x width).")
+        return self._side(height, 0), self._side(width, 1)
+
+    def offsets(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Each view's (top, left) in the map as mirrored and turned for that view.
+
+        Raises:
+            ViewsError: as :meth:`crop_size`.
+
+        Example:
+            >>> ten_crop().offsets(48, 48)[:5]
+            ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4))
+        """
+        h, w = self.crop_size(height, width)
+        return tuple((_offset(view.top, height - h), _offset(view.left, width - w)) for view in self._entries)
+
+    def distinct(self, height: int, width: int) -> int:
+        """How many different views a map of ``height`` × ``width`` gives: on small maps some coincide.
+
+        Raises:
+            ViewsError: as :meth:`crop_size`.
+
+        Example:
+            >>> ten_crop().distinct(12, 12), ten_crop().distinct(6, 6)
+            (10, 8)
+        """
+        places = zip(self.offsets(height, width), self._entries, strict=True)
+        return len({(offset, view.mirror, view.turns) for offset, view in places})
+
+    def _side(self, side: int, axis: int) -> int:
+        share = self._scale[axis]
+        crop = (share.numerator * side + share.denominator // 2) // share.denominator
+        name = ("height", "width")[axis]
+        if crop < 1:
+            raise ViewsError(f"{share} of the map's {name} of {side} leaves nothing: choose a larger scale.")
+        if crop == side and self._several[axis]:
+            raise ViewsError(
+                f"{share} of the map's {name} of {side} is {crop}, the whole side, so views at different "
+                f"positions would be the same: split a larger map (an earlier site), or choose a smaller scale."
+            )
+        return crop
+
+    @overload
+    def __getitem__(self, index: int) -> View: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[View, ...]: ...
+    def __getitem__(self, index: int | slice) -> View | tuple[View, ...]:
+        return self._entries[index]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[View]:
+        return iter(self._entries)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Views) and (self._entries, self._scale) == (other._entries, other._scale)
+
+    def __hash__(self) -> int:
+        return hash((self._entries, self._scale))
+
+    def __repr__(self) -> str:
+        height, width = self._scale
+        scale = f"{height}" if height == width else f"({height}, {width})"
+        return f"<Views: {len(self)} of {scale} of the side, {sum(v.mirror for v in self)} mirrored>"
+
+
+def _fraction(value: Number, what: str) -> Fraction:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputTypeError(f"{what} must be a number (int, float or Fraction), got {value!r}.")
+    if isinstance(value, numbers.Rational):
+        return Fraction(value)
+    if not math.isfinite(value):
+        raise ViewsError(f"{what} must be finite, got {value}.")
+    return Fraction(float(value)).limit_denominator(1000)
+
+
+def _scale(value: Number | tuple[Number, Number]) -> Fraction:
+    share = _fraction(value, "scale")  # type: ignore[arg-type]  # a longer tuple is refused there
+    if not 0 < share <= 1:
+        raise ViewsError(
+            f"scale must be above 0 and at most 1, got {value}: it is the share of the map's side that a view "
+            f"keeps, 5/6 by default."
+        )
+    return share
+
+
+def _view(position: tuple[Number, Number] | View) -> View:
+    if not isinstance(position, tuple) or (len(position) != 2 and not isinstance(position, View)):
+        raise InputTypeError(f"a position is a (vertical, horizontal) pair of numbers or a View, got {position!r}.")
+    top, left = (_fraction(value, "position") for value in position[:2])
+    if not (0 <= top <= 1 and 0 <= left <= 1):
+        raise ViewsError(
+            f"a position is a fraction of the free margin, 0 (top or left) to 1 (bottom or right), got {position[:2]}."
+        )
+    return position._replace(top=top, left=left) if isinstance(position, View) else View(top, left)
+
+
+def _offset(position: Fraction, margin: int) -> int:
+    return (position.numerator * margin) // position.denominator
+
+
+def ten_crop(scale: Number | tuple[Number, Number] = FIVE_SIXTHS) -> Views:
+    """Four corners and the centre, then the same five crops of the mirrored map (torchvision's TenCrop order).
+
+    Args:
+        scale: the share of the map's sides that a view keeps.
+
+    Returns:
+        Ten views: top-left, top-right, bottom-left, bottom-right, centre; then those of the mirrored map.
+
+    Raises:
+        ViewsError: a scale outside (0, 1].
+
+    Example:
+        >>> from cropvote import ten_crop
+        >>> len(ten_crop())
+        10
+
+    Reference:
+        Gómez-Sirvent et al., "Facial Expression Recognition in the Wild for Low-Resolution Images Using
+        Voting Residual Network", Electronics 2023, 12(18), 3837: these ten views, 5/6 of the side, inside the network.
+    """
+    return Views(FIVE, scale=scale, mirror=True)
+
+
+def five_crop(scale: Number | tuple[Number, Number] = FIVE_SIXTHS) -> Views:
+    """Four corners and the centre, without mirror images.
+
+    Args:
+        scale: the share of the map's sides that a view keeps.
+
+    Returns:
+        Five views: top-left, top-right, bottom-left, bottom-right, centre.
+
+    Raises:
+        ViewsError: a scale outside (0, 1].
+
+    Example:
+        >>> from cropvote import five_crop, ten_crop
+        >>> list(five_crop()) == list(ten_crop())[:5]
+        True
+    """
+    return Views(FIVE, scale=scale)
+
+
+def hflip() -> Views:
+    """The whole map and its mirror image.
+
+    Returns:
+        Two views.
+
+    Example:
+        >>> from cropvote import hflip
+        >>> hflip().crop_size(7, 7)
+        (7, 7)
+    """
+    return Views([CENTRE], scale=1, mirror=True)
+
+
+def d4() -> Views:
+    """The whole map in its eight orientations: four quarter turns, then those of the mirrored map.
+
+    For pictures without an up, such as those from microscopes and satellites. The map must be square.
+
+    Returns:
+        Eight views.
+
+    Example:
+        >>> from cropvote import d4
+        >>> [view.turns for view in d4()]
+        [0, 1, 2, 3, 0, 1, 2, 3]
+
+    Reference:
+        The dihedral group of the square, as in the D4 test-time augmentation of ttach.
+    """
+    return Views([View(*CENTRE, turns=turns) for turns in range(4)], scale=1, mirror=True)
+
+
+def grid(rows: int, columns: int, *, scale: Number | tuple[Number, Number] = FIVE_SIXTHS, mirror: bool = False) -> Views:
+    """Evenly spread crops, row by row from the top left.
+
+    Args:
+        rows: crops from top to bottom; a single one is centred.
+        columns: crops from left to right; a single one is centred.
+        scale: the share of the map's sides that a view keeps.
+        mirror: append the same crops of the mirrored map.
+
+    Returns:
+        rows · columns views, twice as many with ``mirror``.
+
+    Raises:
+        ViewsError: fewer than one row or column, or a scale outside (0, 1].
+        InputTypeError: rows or columns that are no whole number.
+
+    Example:
+        >>> from cropvote import grid
+        >>> grid(1, 3, scale=(1, 0.5)).offsets(8, 8)
+        ((0, 0), (0, 2), (0, 4))
+    """
+    for name, count in (("rows", rows), ("columns", columns)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise InputTypeError(f"{name} must be a whole number, got {count!r}.")
+        if count < 1:
+            raise ViewsError(f"{name} must be at least 1, got {count}.")
+    spread = [[Fraction(i, n - 1) for i in range(n)] if n > 1 else [CENTRE[0]] for n in (rows, columns)]
+    return Views([(top, left) for top in spread[0] for left in spread[1]], scale=scale, mirror=mirror)
