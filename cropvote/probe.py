@@ -8,47 +8,32 @@ the module clears its own bit in what it returns; a bit still set in the model's
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import InputTypeError, OptionError, SiteError, SurgeryError, ViewsError
+from .errors import OptionError, SiteError, ViewsError
+from .fakes import (
+    BATCH,
+    Example,
+    Paths,
+    PlainModelError,
+    Spec,
+    example_of,
+    fake_copy,
+    first_line,
+    map_first_tensor,
+    tensors_in,
+)
 from .splitting import Layout, split_views
 from .swapping import restore_forward, swap_forward
 from .views import Views, ten_crop
 
 __all__ = ["Site", "sites"]
 
-#: The probe's batch. Above 1, so that nothing broadcasts; its rows cannot be mistaken for those of the views.
-BATCH = 3
 INPUT = "input"
-_VALUE_FREE = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like"}
-_VALUE_FREE |= {"full_like", "empty_like", "rand_like", "randn_like"}
-
-
-class Example(NamedTuple):
-    """The arguments of a call, every tensor replaced by a :class:`Spec`."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class Spec:
-    """Shape, dtype and device of a tensor of a call; a batch axis has length -1."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
-
-    def fake(self) -> Tensor:
-        return torch.zeros([BATCH if n == -1 else n for n in self.shape], dtype=self.dtype, device=self.device)
 
 
 class Site(NamedTuple):
@@ -67,10 +52,6 @@ class Site(NamedTuple):
     layout: Layout
     distinct: int
     reason: str = ""
-
-
-class PlainModelError(SurgeryError):
-    """The model itself, without any split, does not run on the input of the probe."""
 
 
 def sites(
@@ -108,13 +89,13 @@ def sites(
     example = example_of(model, input_size)
     if example is None:
         raise OptionError("no input size is known for this model: pass input_size=, such as input_size=(3, 224, 224).")
-    with _fake_copy(model) as fake:
+    with fake_copy(model) as fake:
         probe = _Probe(fake, example, ten_crop() if views is None else views, layout_of(model))
         rows = [probe.site(name) for name in (INPUT, *probe.candidates(every=all))]
     return [row for row in rows if all or not row.reason]
 
 
-def check_site(model: nn.Module, name: str, views: Views, layout: Layout, example: Example) -> frozenset[bool]:
+def check_site(model: nn.Module, name: str, views: Views, layout: Layout | None, example: Example) -> frozenset[bool]:
     """Raise SiteError unless ``name`` is a valid site in the model's present mode.
 
     Returns:
@@ -127,7 +108,7 @@ def check_site(model: nn.Module, name: str, views: Views, layout: Layout, exampl
         PlainModelError: the model does not run on such an input.
     """
     checked = set()
-    with _fake_copy(model) as fake:
+    with fake_copy(model) as fake:
         for training in (model.training, not model.training):
             if fake.training != training:
                 fake.train(training)
@@ -145,31 +126,11 @@ def check_site(model: nn.Module, name: str, views: Views, layout: Layout, exampl
     return frozenset(checked)
 
 
-def example_of(model: nn.Module, input_size: int | tuple[int, ...] | None) -> Example | None:
-    """The call that the probe makes: from ``input_size``, or from the size that timm models carry, or None."""
-    size = _known_size(model) if input_size is None else _full_size(input_size)
-    if size is None:
-        return None
-    tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return Example((Spec((-1, *size), tensor.dtype, tensor.device),), {})
-
-
-def example_from_call(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Example:
-    """The call that the probe makes, from a real one of ``batch`` samples."""
-
-    def spec(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        shape = tuple(value.shape)
-        return Spec((-1, *shape[1:]) if shape[:1] == (batch,) else shape, value.dtype, value.device)
-
-    return Example(*tree_map(spec, (args, kwargs)))
-
-
-def layout_of(model: nn.Module) -> Layout:
-    """Where the channels are, as the model itself says it (timm's ``output_fmt``); NCHW where it says nothing."""
-    stated = getattr(model, "output_fmt", "NCHW")
-    return "NHWC" if str(getattr(stated, "value", stated)) == "NHWC" else "NCHW"
+def layout_of(model: nn.Module) -> Layout | None:
+    """Where the channels are, as the model itself says it (timm's ``output_fmt``), or None."""
+    stated = getattr(model, "output_fmt", None)
+    stated = getattr(stated, "value", stated)
+    return stated if stated in get_args(Layout) else None
 
 
 def holder_of(model: nn.Module, name: str) -> nn.Module:
@@ -188,85 +149,6 @@ def holder_of(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _full_size(size: int | tuple[int, ...]) -> tuple[int, int, int]:
-    whole = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(whole) == 2:
-        whole = (3, *whole)
-    if len(whole) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in whole):
-        raise OptionError(f"input_size must be a side, (H, W), or (C, H, W), in pixels, got {size!r}.")
-    return whole
-
-
-def _known_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """The input size of a timm model; the channels are those of its first convolution, which in_chans= changes."""
-    config = getattr(model, "pretrained_cfg", None)
-    size = config.get("input_size") if hasattr(config, "get") else None
-    if not isinstance(size, (tuple, list)) or len(size) != 3:
-        return None
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = first.in_channels if first is not None and first.in_channels <= 16 else size[0]
-    return (channels, size[1], size[2])
-
-
-@contextmanager
-def _fake_copy(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy whose tensors hold no data, and a context in which to run it without a trace on the live model."""
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            with FakeCopyMode(mode):
-                try:
-                    fake = copy.deepcopy(model)
-                except Exception as error:
-                    raise PlainModelError(
-                        f"{type(model).__name__} cannot be checked, because copying it failed: {_first_line(error)}"
-                    ) from error
-            if hasattr(fake, "_cropvote"):
-                fake._cropvote.settings.enabled = False  # the copy's own: an injected model is looked at as it was
-            stack.enter_context(mode)
-            yield fake
-    finally:
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-
-
-class _Paths(TorchDispatchMode):
-    """Follow through every operation, per storage, which modules the data may have come around (a bit each)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bits: dict[int, int] = {}
-        self.alive: list[Any] = []  # a freed storage's address would be given out again
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.overloadpacket.__name__ not in _VALUE_FREE:
-            bits = self.of((args, kwargs))
-            if bits:
-                schema = func._schema.arguments
-                written = [a for a, s in zip(args, schema, strict=False) if s.alias_info and s.alias_info.is_write]
-                written += [kwargs[s.name] for s in schema if s.name in kwargs and s.alias_info]
-                for tensor in _tensors((out, written)):
-                    self.set(tensor, self.of(tensor) | bits)
-        return out
-
-    def of(self, tree: Any) -> int:
-        bits = 0
-        for tensor in _tensors(tree):
-            bits |= self.bits.get(tensor.untyped_storage()._cdata, 0)
-        return bits
-
-    def set(self, tensor: Tensor, bits: int) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.bits:
-            self.alive.append(storage)
-        self.bits[storage._cdata] = bits
-
-
 class _Seen(NamedTuple):
     """What the walk saw of a module's last call."""
 
@@ -277,8 +159,10 @@ class _Seen(NamedTuple):
 class _Probe:
     """One fake model in one mode: a walk that looks at every module at once, then a trial split per site."""
 
-    def __init__(self, model: nn.Module, example: Example, views: Views, layout: Layout) -> None:
-        self.model, self.example, self.views, self.layout = model, example, views, layout
+    def __init__(self, model: nn.Module, example: Example, views: Views, layout: Layout | None) -> None:
+        self.model, self.example, self.views = model, example, views
+        self.layout: Layout = layout or "NCHW"
+        self.stated = layout is not None
         self.modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
         self.calls: dict[nn.Module, int] = {}
         self.seen: dict[nn.Module, _Seen] = {}
@@ -294,8 +178,8 @@ class _Probe:
         """Run once, every module's output replaced by a clone that clears the module's bit."""
         bit = {module: 1 << i for i, module in enumerate(dict.fromkeys(self.modules.values()))}
         groups: dict[tuple[int, int], int] = {}
-        keep = []
-        paths = _Paths()
+        keep: list[Tensor] = []
+        paths = Paths()
 
         def look(module: nn.Module, args: Any, output: Any) -> Any:
             self.calls[module] = self.calls.get(module, 0) + 1
@@ -314,13 +198,12 @@ class _Probe:
         try:
             with paths:
                 args, kwargs = self._inputs()
-                for tensor in _tensors((args, kwargs)):
+                for tensor in tensors_in((args, kwargs)):
                     paths.set(tensor, (1 << len(bit)) - 1)
                 self.output = self._call(args, kwargs)
         except Exception as error:
             raise PlainModelError(
-                f"{type(self.model).__name__} itself, without any split, failed on {self._asked()}: "
-                f"{_first_line(error)}"
+                f"{type(self.model).__name__} itself, without any split, failed on {self._asked()}: {first_line(error)}"
             ) from error
         finally:
             for hook in hooks:
@@ -357,7 +240,8 @@ class _Probe:
 
     def reason(self, name: str) -> str:
         """Why ``name`` is no valid site, or nothing; ViewsError where only the map's size is at fault."""
-        return (self._walked(name) if name != INPUT else "") or self._output() or self._trial(name)
+        walked = "" if name == INPUT else self._walked(name)
+        return walked or self._output() or self._trial(name, self.views) or self._axes(name)
 
     def _walked(self, name: str) -> str:
         holder = holder_of(self.model, name)
@@ -372,7 +256,9 @@ class _Probe:
         if output.dim() != 4:
             return f"it returns shape {tuple(output.shape)}; a site returns a 4-D map, (N, C, H, W)."
         if output.shape[0] != BATCH:
-            return f"its first axis has length {output.shape[0]} for {BATCH} samples; a site returns one map per sample."
+            return (
+                f"its first axis has length {output.shape[0]} for {BATCH} samples; a site returns one map per sample."
+            )
         if holder in self.around:
             return (
                 "the model's output also depends on its input by a path around it (a skip connection, a parallel "
@@ -390,13 +276,27 @@ class _Probe:
             )
         return ""
 
-    def _trial(self, name: str) -> str:
+    def _axes(self, name: str) -> str:
+        """Whether the last two axes are height and width, where nobody says so: those can shrink, channels cannot."""
+        if name == INPUT or self.stated:
+            return ""
+        _, height, width = self._shape(name)
+        for smaller in ((height + 1) // 2, (width + 1) // 2), (max(1, height - 1), max(1, width - 1)):
+            scale = (Fraction(smaller[0], height), Fraction(smaller[1], width))
+            if not self._trial(name, Views([(0, 0)], scale=scale)):
+                return ""
+        return (
+            f"its map of shape {self._shape(name)} cannot shrink along its last two axes, so they may not be height and "
+            f'width: pass layout="NCHW" if they are, layout="NHWC" if the channels come last.'
+        )
+
+    def _trial(self, name: str, views: Views) -> str:
         """Split for real, with the mechanism that the live model gets, and look at what comes out."""
-        paths = _Paths()
+        paths = Paths()
         splits: list[int] = []
 
         def split(x: Tensor) -> Tensor:
-            y = split_views(x, self.views, layout="NCHW" if name == INPUT else self.layout)
+            y = split_views(x, views, layout="NCHW" if name == INPUT else self.layout)
             splits.append(y.shape[0])
             paths.set(y, 0)
             return y
@@ -405,7 +305,7 @@ class _Probe:
         try:
             with paths:
                 args, kwargs = self._inputs()
-                for tensor in _tensors((args, kwargs)):
+                for tensor in tensors_in((args, kwargs)):
                     paths.set(tensor, 1)
                 if holder is None:
                     args, kwargs = map_first_tensor(split, args, kwargs)
@@ -417,12 +317,12 @@ class _Probe:
         except Exception as error:
             return (
                 f"the network behind it cannot take the views of its map, of shape {self._crop(name)}: "
-                f"{_first_line(error)}."
+                f"{first_line(error)}."
             )
         finally:
             if holder is not None:
                 restore_forward(holder)
-        expected = BATCH * len(self.views)
+        expected = BATCH * len(views)
         if splits != [expected]:
             return f"the split ran {len(splits)} times in one forward."
         if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != expected:
@@ -462,25 +362,3 @@ class _Probe:
             return f"No site of this {type(self.model).__name__} is valid for these views."
         valid.sort(key=[INPUT, *names].index)
         return f"Valid sites: {', '.join(valid)} (all of them: cropvote.sites(model, input_size))."
-
-
-def map_first_tensor(
-    function: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Apply ``function`` to the first tensor of a call: the batch of images."""
-    for i, value in enumerate(args):
-        if isinstance(value, Tensor):
-            return (*args[:i], function(value), *args[i + 1 :]), kwargs
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return args, {**kwargs, name: function(value)}
-    raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300].rstrip('.')}"

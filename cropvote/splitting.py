@@ -70,8 +70,9 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
         raise OptionError(f"layout must be one of {get_args(Layout)}, got {layout!r}.")
     if x.dim() != 4:
         raise ViewsError(f"split_views takes a 4-D map, (N, C, H, W) or (N, H, W, C), got shape {tuple(x.shape)}.")
-    # The work is done on axes in memory order, so that a channels_last map stays one.
-    permute = layout == "NCHW" and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    # The work is done on axes in memory order, so that a channels_last map stays one. (Strides, since vmap knows no
+    # is_contiguous(channels_last).)
+    permute = layout == "NCHW" and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1
     if permute:
         x = x.permute(0, 2, 3, 1)
     first = 1 if permute or layout == "NHWC" else 2

@@ -9,18 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputTypeError, OptionError, SiteError, SurgeryError, UnknownSiteError
+from .fakes import PlainModelError, example_from_call, example_of, map_first_tensor
 from .layer import CropVote
 from .options import Output, Settings, conclude
-from .probe import (
-    INPUT,
-    PlainModelError,
-    check_site,
-    example_from_call,
-    example_of,
-    holder_of,
-    layout_of,
-    map_first_tensor,
-)
+from .probe import INPUT, check_site, holder_of, layout_of
 from .splitting import Layout, split_views
 from .swapping import own_forward, restore_forward, swap_forward
 from .views import Views
@@ -38,9 +30,9 @@ class _Injection:
     It is ``_cropvote`` in the model, and ``_cropvote_split`` in the module that carries the split.
     """
 
-    def __init__(self, site: str, layout: Layout, settings: Settings) -> None:
+    def __init__(self, site: str, layout: Layout | None, settings: Settings) -> None:
         self.site = site
-        self.layout = layout
+        self.layout = layout  # None: NCHW, which the check has to confirm
         self.settings = settings
         self.checked: frozenset[bool] = frozenset()  # the modes (.training) in which the site is known to be valid
         self.failure = ""
@@ -74,7 +66,8 @@ def inject_crop_vote(
         input_size: the images' size: a side, (H, W), or (C, H, W).
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
-        layout: where the channels of the site's map are; by default what the model says (timm's ``output_fmt``), else "NCHW".
+        layout: where the channels of the site's map are; by default what the model
+            says (timm's ``output_fmt``), else "NCHW" where the check confirms it.
 
     Returns:
         The model.
@@ -214,13 +207,17 @@ def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> A
     """The forward of the module that carries the split."""
     injection: _Injection = module._cropvote_split  # type: ignore[assignment]
     x = base.forward(module, *args, **kwargs)
-    return split_views(x, injection.settings.views, layout=injection.layout) if injection.settings.enabled else x
+    return (
+        split_views(x, injection.settings.views, layout=injection.layout or "NCHW") if injection.settings.enabled else x
+    )
 
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value.shape[0]
+        if isinstance(value, torch.fx.Proxy):
+            raise SurgeryError("torch.fx cannot trace an injected model: use torch.export, or trace before injecting.")
     raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
 
 
@@ -230,11 +227,15 @@ def _check_first_call(
     """Check the site with the shapes of a real call; the mark is kept by copies."""
     if injection.failure:
         raise SiteError(injection.failure)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
         mode = "training" if model.training else "eval"
         raise SurgeryError(
-            f"the site {injection.site!r} was not yet checked in {mode} mode, and cannot be while the model is compiled, "
-            f"exported, traced or vmapped: pass input_size= to inject_crop_vote, or call the model once as it is."
+            f"the site {injection.site!r} was not yet checked in {mode} mode, and cannot be while the model is "
+            f"compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call the model once as it is."
         )
     try:
         example = example_from_call(args, kwargs, samples)
@@ -260,7 +261,7 @@ def _check_model(model: nn.Module) -> None:
     inner = _injected_inside(model)
     if inner:
         raise SurgeryError(
-            f"the submodule {inner!r} of this {kind} is part of an injected model already: remove_crop_vote from that first."
+            f"the submodule {inner!r} of this {kind} is part of an injected model already: remove_crop_vote first."
         )
     _check_forward(model, kind)
 
@@ -277,7 +278,9 @@ def _check_name(model: nn.Module, after: str) -> None:
         names = [name for name in modules if name]
         near = difflib.get_close_matches(after, names, n=5, cutoff=0.4)
         top = [name for name, _ in model.named_children()]
-        hint = f"nearest: {', '.join(near)}" if near else f"its children: {', '.join(top)}" if top else "it has no modules"
+        hint = (
+            f"nearest: {', '.join(near)}" if near else f"its children: {', '.join(top)}" if top else "it has no modules"
+        )
         raise UnknownSiteError(f"{type(model).__name__} has no module named {after!r}; {hint}.")
     _check_forward(holder_of(model, after), repr(after))
 
@@ -286,8 +289,8 @@ def _check_forward(module: nn.Module, what: str) -> None:
     hidden = own_forward(module)
     if hidden is not None:
         raise SurgeryError(
-            f"the forward of {what} was replaced on the instance (by {hidden}), so that a split or vote there would have "
-            f"no effect: undo that, inject, then do it again."
+            f"the forward of {what} was replaced on the instance (by {hidden}), so that a split or vote there would "
+            f"have no effect: undo that, inject, then do it again."
         )
 
 
@@ -309,4 +312,3 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
-

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import new_class
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -19,7 +19,7 @@ from .errors import SurgeryError
 
 __all__: list[str] = []
 
-#: (module, the class whose forward is the plain one, *args, **kwargs) -> output; importable, so that pickle can name it.
+#: (module, the class whose forward is the plain one, *args, **kwargs) -> output; pickle finds it by its name.
 Forward = Callable[..., Any]
 
 _classes: WeakValueDictionary[tuple[type, Forward], type] = WeakValueDictionary()
@@ -51,7 +51,7 @@ def _subclass(base: type, forward: Forward) -> type:
         return forward(self, base, *args, **kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        function, args, *rest = super(cls, self).__reduce_ex__(protocol)  # type: ignore[misc]
+        function, args, *rest = cast(Any, base).__reduce_ex__(self, protocol)
         args = tuple(base if arg is cls else arg for arg in args)
         return (_rebuild, (forward, function, args), *rest)
 

@@ -284,7 +284,9 @@ def d4() -> Views:
     return Views([View(*CENTRE, turns=turns) for turns in range(4)], scale=1, mirror=True)
 
 
-def grid(rows: int, columns: int, *, scale: Number | tuple[Number, Number] = FIVE_SIXTHS, mirror: bool = False) -> Views:
+def grid(
+    rows: int, columns: int, *, scale: Number | tuple[Number, Number] = FIVE_SIXTHS, mirror: bool = False
+) -> Views:
     """Evenly spread crops, row by row from the top left.
 
     Args:

@@ -68,8 +68,8 @@ def vote(logits: Tensor, views: int | Sized, how: How = "soft") -> Tensor:
     check_rule(how)
     count = count_views(views)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputTypeError(f"vote takes a floating-point tensor (N*V, K), got {found}.")
+        kind = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputTypeError(f"vote takes a floating-point tensor (N*V, K), got {kind}.")
     if logits.dim() != 2:
         raise RowsError(
             f"vote takes one row of K outputs per view, (N*V, K), got shape {tuple(logits.shape)}"
@@ -230,5 +230,3 @@ class CropVoteLoss(nn.Module):
 
 def _found(value: object) -> str:
     return "a scalar" if isinstance(value, Tensor) else type(value).__name__
-
-

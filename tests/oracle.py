@@ -1,0 +1,208 @@
+"""A dumb, independent reference: plain loops and explicit slices, nothing from cropvote.
+
+Maps are (N, C, H, W) unless a name says otherwise; a list of views holds one (N, C, h, w) tensor per view.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+Position = tuple[Fraction, Fraction]
+Scale = Fraction | tuple[Fraction, Fraction]
+Cutter = Callable[[Tensor], list[Tensor]]
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def crop(x: Tensor, top: int, left: int, h: int, w: int) -> Tensor:
+    """The h×w window of an NCHW map whose top-left pixel is (top, left)."""
+    return x[:, :, top : top + h, left : left + w]
+
+
+def mirrored(x: Tensor) -> Tensor:
+    """The NCHW map with its columns in reverse, written column by column."""
+    return torch.stack([x[:, :, :, column] for column in reversed(range(x.shape[3]))], dim=3)
+
+
+def five_views(x: Tensor) -> list[Tensor]:
+    """Top-left, top-right, bottom-left, bottom-right, centre, at 5/6 of the side."""
+    high, wide = x.shape[2], x.shape[3]
+    h, w = (5 * high + 3) // 6, (5 * wide + 3) // 6
+    below, right = high - h, wide - w
+    return [
+        x[:, :, 0:h, 0:w],
+        x[:, :, 0:h, right:wide],
+        x[:, :, below:high, 0:w],
+        x[:, :, below:high, right:wide],
+        x[:, :, below // 2 : below // 2 + h, right // 2 : right // 2 + w],
+    ]
+
+
+def ten_views(x: Tensor) -> list[Tensor]:
+    """Five crops of the map, then the same five of the mirrored map (TenCrop's order)."""
+    m = mirrored(x)
+    high, wide = x.shape[2], x.shape[3]
+    h, w = (5 * high + 3) // 6, (5 * wide + 3) // 6
+    below, right = high - h, wide - w
+    middle, centre = below // 2, right // 2
+    return [
+        x[:, :, 0:h, 0:w],
+        x[:, :, 0:h, right:wide],
+        x[:, :, below:high, 0:w],
+        x[:, :, below:high, right:wide],
+        x[:, :, middle : middle + h, centre : centre + w],
+        m[:, :, 0:h, 0:w],
+        m[:, :, 0:h, right:wide],
+        m[:, :, below:high, 0:w],
+        m[:, :, below:high, right:wide],
+        m[:, :, middle : middle + h, centre : centre + w],
+    ]
+
+
+def flip_views(x: Tensor) -> list[Tensor]:
+    """The whole map, then its mirror image."""
+    return [x, mirrored(x)]
+
+
+def side_of(size: int, scale: Fraction) -> int:
+    """The crop's side: scale * size, rounded half up in integers."""
+    num, den = scale.numerator, scale.denominator
+    return (num * size + den // 2) // den
+
+
+def crop_size(high: int, wide: int, scale: Scale) -> tuple[int, int]:
+    """(h, w) of every view."""
+    vertical, horizontal = scale if isinstance(scale, tuple) else (scale, scale)
+    return side_of(high, vertical), side_of(wide, horizontal)
+
+
+def offsets(high: int, wide: int, positions: Sequence[Position], scale: Scale, mirror: bool) -> list[tuple[int, int]]:
+    """(top, left) of every view, those of mirrored views in the mirrored map."""
+    h, w = crop_size(high, wide, scale)
+    found = []
+    for vertical, horizontal in positions:
+        found.append((math.floor(vertical * (high - h)), math.floor(horizontal * (wide - w))))
+    return found + found if mirror else found
+
+
+def is_error(high: int, wide: int, positions: Sequence[Position], scale: Scale) -> bool:
+    """Whether the geometry is refused: an empty crop, or a full side along an axis on which positions differ."""
+    h, w = crop_size(high, wide, scale)
+    rows_differ = any(position[0] != positions[0][0] for position in positions)
+    columns_differ = any(position[1] != positions[0][1] for position in positions)
+    return h == 0 or w == 0 or (h == high and rows_differ) or (w == wide and columns_differ)
+
+
+def free_views(x: Tensor, positions: Sequence[Position], scale: Scale, mirror: bool) -> list[Tensor]:
+    """The views at any positions and scale: all of the map, then (with mirror) all of the mirrored map."""
+    high, wide = x.shape[2], x.shape[3]
+    h, w = crop_size(high, wide, scale)
+    places = offsets(high, wide, positions, scale, False)
+    found = [crop(x, top, left, h, w) for top, left in places]
+    if mirror:
+        m = mirrored(x)
+        found += [crop(m, top, left, h, w) for top, left in places]
+    return found
+
+
+def grid_positions(rows: int, columns: int) -> list[Position]:
+    """Evenly spaced positions from edge to edge, row by row (at least two rows and two columns)."""
+    return [(Fraction(r, rows - 1), Fraction(c, columns - 1)) for r in range(rows) for c in range(columns)]
+
+
+def sample_major(views: Sequence[Tensor]) -> Tensor:
+    """The batch (n v): all views of sample 0, then all views of sample 1, ..."""
+    return torch.stack([view[n] for n in range(views[0].shape[0]) for view in views])
+
+
+# ---------------------------------------------------------------- votes, in float64, on rows (N, V, K)
+
+
+def _softmax(logits: Sequence[float]) -> list[float]:
+    top = max(logits)
+    powers = [math.exp(value - top) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _soft(views: list[list[float]]) -> list[float]:
+    return [sum(view[k] for view in views) / len(views) for k in range(len(views[0]))]
+
+
+def _mean_prob(views: list[list[float]]) -> list[float]:
+    return _soft([_softmax(view) for view in views])
+
+
+def _probs(views: list[list[float]]) -> list[float]:
+    return [_log(prob) for prob in _mean_prob(views)]
+
+
+def _hard(views: list[list[float]]) -> list[float]:
+    counts = [0] * len(views[0])
+    for view in views:
+        counts[view.index(max(view))] += 1
+    return [_log((count + prob) / (len(views) + 1)) for count, prob in zip(counts, _mean_prob(views), strict=True)]
+
+
+def _median(views: list[list[float]]) -> list[float]:
+    return [statistics.median(view[k] for view in views) for k in range(len(views[0]))]
+
+
+RULES = {"soft": _soft, "probs": _probs, "hard": _hard, "mean": _soft, "median": _median}
+
+
+def vote(rows: Tensor, how: str) -> Tensor:
+    """(N, V, K) -> (N, K) in float64, one sample at a time."""
+    return torch.tensor([RULES[how](sample) for sample in rows.detach().double().tolist()], dtype=torch.float64)
+
+
+def majority(views: list[list[float]]) -> int | None:
+    """The class most views choose, ties to the higher mean probability; None where that ties too."""
+    choices = [view.index(max(view)) for view in views]
+    most = max(choices.count(k) for k in choices)
+    tied = [k for k in range(len(views[0])) if choices.count(k) == most]
+    prob = _mean_prob(views)
+    best = max(prob[k] for k in tied)
+    winners = [k for k in tied if prob[k] > best - 1e-4]
+    return winners[0] if len(winners) == 1 else None
+
+
+# ---------------------------------------------------------------- models
+
+
+def tail_rows(model: nn.Module, site: str, x: Tensor, cut: Cutter = ten_views) -> Tensor:
+    """(N, V, K): an uninjected model's output for each view of the site's output, one view at a time."""
+    module = model.get_submodule(site)
+    caught: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: caught.append(output.clone()))
+    model(x)
+    handle.remove()
+    rows = []
+    for view in cut(caught[0]):
+        handle = module.register_forward_hook(lambda _module, _args, _output, view=view: view)
+        rows.append(model(x))
+        handle.remove()
+    return torch.stack(rows, dim=1)
+
+
+def loss_on_views(rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over all samples and views of the (label-smoothed) cross-entropy with the sample's class, differentiable."""
+    count, views, classes = rows.shape
+    total = rows.new_zeros(())
+    for n in range(count):
+        for v in range(views):
+            log_prob = rows[n, v] - torch.logsumexp(rows[n, v], dim=0)
+            for k in range(classes):
+                weight = smoothing / classes + (1 - smoothing) * (k == int(targets[n]))
+                total = total - weight * log_prob[k]
+    return total / (count * views)

@@ -1,0 +1,342 @@
+"""Injected models, the layer and one training step against the oracle's hooks and slices."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from fractions import Fraction
+from pathlib import Path
+
+import oracle
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from cropvote import (
+    CropVote,
+    CropVoteLoss,
+    Views,
+    five_crop,
+    grid,
+    hflip,
+    inject_crop_vote,
+    remove_crop_vote,
+    settings,
+)
+
+FER = Path(__file__).parents[1] / "examples" / "fer48" / "model.py"
+SIDES = {"torchvision": 64, "timm": 64, "fer": 48}
+SITES = ["layer1", "layer2", "layer3"]
+RULES = ["soft", "probs", "hard"]
+nets = pytest.mark.parametrize("net", SIDES)
+sites = pytest.mark.parametrize("site", SITES)
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+ODD = [(Fraction(1, 3), Fraction(1)), (Fraction(0), Fraction(2, 5)), (Fraction(1), Fraction(1, 2))]
+OTHER_VIEWS = {
+    "five_crop": (five_crop(), oracle.five_views),
+    "hflip": (hflip(), oracle.flip_views),
+    "grid": (
+        grid(2, 3, scale=0.7),
+        lambda x: oracle.free_views(x, oracle.grid_positions(2, 3), Fraction(7, 10), False),
+    ),
+    "mirrored grid": (
+        grid(3, 2, mirror=True),
+        lambda x: oracle.free_views(x, oracle.grid_positions(3, 2), Fraction(5, 6), True),
+    ),
+    "odd": (
+        Views(ODD, scale=(Fraction(3, 5), Fraction(7, 9)), mirror=True),
+        lambda x: oracle.free_views(x, ODD, (Fraction(3, 5), Fraction(7, 9)), True),
+    ),
+}
+
+
+# ---------------------------------------------------------------- models
+
+
+def fer_resnet18() -> nn.Module:
+    """The example's network, loaded from its file."""
+    if not FER.exists():
+        pytest.skip(f"no {FER}")
+    spec = importlib.util.spec_from_file_location("fer48_model_for_oracle", FER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fer_resnet18(num_classes=7, width=16)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """The model with BatchNorm statistics and affine weights that matter, in eval."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.3, 0.9)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return model.eval()
+
+
+@functools.cache
+def network(net: str) -> nn.Module:
+    """The plain network; never changed, only copied."""
+    build = {
+        "torchvision": lambda: torchvision.models.resnet18(num_classes=7),
+        "timm": lambda: timm.create_model("resnet18", num_classes=7),
+        "fer": fer_resnet18,
+    }[net]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return lively(build())
+
+
+def images(*size: int, count: int = 2) -> Tensor:
+    """Noise with a slope, so that no two views look alike."""
+    x = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
+    return x + torch.linspace(-2, 2, size[0])[:, None] + torch.linspace(-1, 3, size[1])
+
+
+@functools.cache
+def expected_rows(net: str, site: str, *size: int) -> Tensor:
+    """The oracle's (N, V, K) for the plain network."""
+    with torch.no_grad():
+        return oracle.tail_rows(network(net), site, images(*size))
+
+
+def injected(net: str, site: str, **options) -> nn.Module:
+    """A copy of the network, cut at the site."""
+    options.setdefault("input_size", SIDES[net])
+    return inject_crop_vote(copy.deepcopy(network(net)), after=site, **options)
+
+
+def train_with_frozen_norm(model: nn.Module) -> nn.Module:
+    """train(), but every BatchNorm uses its running statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.eval()
+    return model
+
+
+def assert_near(found: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    """Within the tolerance, absolutely, whatever the dtype."""
+    torch.testing.assert_close(found.double(), want.double(), rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------- eval and training output
+
+
+@nets
+@sites
+def test_the_oracles_views_differ(net: str, site: str) -> None:
+    """Otherwise agreement would say nothing about the order of the views."""
+    rows = expected_rows(net, site, SIDES[net], SIDES[net])
+    for v in range(1, 10):
+        if not (site == "layer3" and net != "fer" and v in (4, 9)):  # a 4x4 map: the centre is the top-left crop
+            assert (rows[:, v] - rows[:, v - 1]).abs().max() > 1e-3
+            assert (rows[:, v] - rows[:, 0]).abs().max() > 1e-3
+    assert (rows[0] - rows[1]).abs().max() > 1e-3
+
+
+@nets
+@sites
+@pytest.mark.parametrize("how", RULES)
+def test_eval_output_is_the_vote(net: str, site: str, how: str) -> None:
+    side = SIDES[net]
+    model = injected(net, site, vote=how).eval()
+    with torch.no_grad():
+        found = model(images(side, side))
+    assert_near(found, oracle.vote(expected_rows(net, site, side, side), how))
+
+
+@nets
+@sites
+def test_training_output_is_every_view_in_order(net: str, site: str) -> None:
+    """(N*V, K), row n*V + v; and switching back and forth, and off and on, changes nothing else."""
+    side = SIDES[net]
+    x, want = images(side, side), expected_rows(net, site, side, side)
+    model = train_with_frozen_norm(injected(net, site))
+    with torch.no_grad():
+        assert_near(model(x), want.flatten(0, 1))
+        settings(model).train_output = "vote"
+        assert_near(model(x), oracle.vote(want, "soft"))
+        model.eval()
+        settings(model).vote = "hard" if settings(model).train_output == "views" else "probs"
+        assert_near(model(x), oracle.vote(want, "probs"))
+        settings(model).eval_output = "views"
+        assert_near(model(x), want.flatten(0, 1))
+        settings(model).enabled = False
+        assert torch.equal(model(x), network(net)(x))
+
+
+@pytest.mark.parametrize(
+    ("net", "site", "size"),
+    [
+        ("torchvision", "layer1", (64, 48)),
+        ("torchvision", "layer2", (48, 64)),
+        ("timm", "layer1", (48, 64)),
+        ("timm", "layer2", (64, 48)),
+        ("fer", "layer1", (48, 36)),
+        ("fer", "layer2", (36, 48)),
+        ("fer", "layer3", (48, 36)),
+    ],
+)
+def test_images_that_are_not_square(net: str, site: str, size: tuple[int, int]) -> None:
+    want = expected_rows(net, site, *size)
+    model = injected(net, site, input_size=size)
+    with torch.no_grad():
+        assert_near(model(images(*size)), oracle.vote(want, "soft"))
+        assert_near(train_with_frozen_norm(model)(images(*size)), want.flatten(0, 1))
+
+
+@pytest.mark.parametrize("net", ["torchvision", "timm"])
+def test_a_map_too_small_for_ten_crops_is_refused(net: str) -> None:
+    """64x48 at layer3 is a map of 4x3, and 5/6 of 3 is 3."""
+    model = copy.deepcopy(network(net))
+    with pytest.raises(ValueError), torch.no_grad():
+        inject_crop_vote(model, after="layer3", input_size=(64, 48))(images(64, 48))
+
+
+@nets
+def test_without_an_input_size_and_with_a_single_image(net: str) -> None:
+    """The first call is a batch of one; the second a batch of two."""
+    side = SIDES[net]
+    want = oracle.vote(expected_rows(net, "layer2", side, side), "soft")
+    model = inject_crop_vote(copy.deepcopy(network(net)), after="layer2")
+    with torch.no_grad():
+        assert_near(model(images(side, side)[:1]), want[:1])
+        assert_near(model(images(side, side)), want)
+
+
+@nets
+@pytest.mark.parametrize("kind", OTHER_VIEWS)
+def test_other_views(net: str, kind: str) -> None:
+    """five_crop, hflip, grids and odd positions with a scale for each axis, at layer2."""
+    side, (views, cut) = SIDES[net], OTHER_VIEWS[kind]
+    x = images(side, side)
+    with torch.no_grad():
+        want = oracle.tail_rows(network(net), "layer2", x, cut)
+        model = injected(net, "layer2", views=views)
+        assert_near(model(x), oracle.vote(want, "soft"))
+        assert_near(train_with_frozen_norm(model)(x), want.flatten(0, 1))
+
+
+@nets
+def test_the_input_as_site_is_test_time_augmentation(net: str) -> None:
+    """after="input": the plain model on each crop of the image."""
+    side = SIDES[net]
+    x = images(side, side)
+    with torch.no_grad():
+        want = torch.stack([network(net)(view) for view in oracle.ten_views(x)], dim=1)
+        model = injected(net, "input")
+        assert_near(model(x), oracle.vote(want, "soft"))
+        assert_near(train_with_frozen_norm(model)(x), want.flatten(0, 1))
+
+
+@nets
+def test_a_removed_model_is_the_plain_model(net: str) -> None:
+    side = SIDES[net]
+    model = injected(net, "layer1")
+    with torch.no_grad():
+        assert torch.equal(remove_crop_vote(model)(images(side, side)), network(net)(images(side, side)))
+
+
+# ---------------------------------------------------------------- one training step
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter's gradient by name; all must be there."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    return found
+
+
+@nets
+@sites
+def test_one_training_step_equals_the_oracles(net: str, site: str) -> None:
+    """Loss and every gradient, BatchNorm in eval, in float64 (so that 1e-4 is far away from rounding)."""
+    x, targets = images(SIDES[net], SIDES[net]).double(), torch.tensor([5, 2])
+    plain = train_with_frozen_norm(copy.deepcopy(network(net)).double())
+    model = train_with_frozen_norm(injected(net, site).double())
+
+    want = oracle.loss_on_views(oracle.tail_rows(plain, site, x), targets, smoothing=0.1)
+    want.backward()
+    loss = CropVoteLoss(nn.CrossEntropyLoss(label_smoothing=0.1))(model(x), targets)
+    loss.backward()
+
+    assert_near(loss, want, 1e-8)
+    expected, found = gradients(plain), gradients(model)
+    assert list(found) == list(expected)
+    for name, gradient in expected.items():
+        assert_near(found[name], gradient, 1e-8)
+    assert expected["conv1.weight"].abs().max() > 1e-3
+
+
+def test_one_float32_step_on_the_vote_equals_autograd_through_the_mean() -> None:
+    """train_output="vote": the loss of the average of the views, to 1e-4."""
+    x, targets = images(48, 48), torch.tensor([5, 2])
+    plain = train_with_frozen_norm(copy.deepcopy(network("fer")))
+    model = train_with_frozen_norm(injected("fer", "layer2", train_output="vote"))
+    rows = oracle.tail_rows(plain, "layer2", x)
+    want = oracle.loss_on_views((sum(rows[:, v] for v in range(10)) / 10)[:, None], targets)
+    want.backward()
+    loss = CropVoteLoss(nn.CrossEntropyLoss(), views=10)(model(x), targets)
+    loss.backward()
+    assert_near(loss, want, 1e-4)
+    for name, gradient in gradients(plain).items():
+        assert_near(gradients(model)[name], gradient, 1e-4)
+
+
+# ---------------------------------------------------------------- the layer
+
+
+def halves() -> tuple[nn.Module, nn.Module]:
+    """A front and a tail of one's own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        front = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        pool = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU())
+        tail = nn.Sequential(pool, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 5))
+        return lively(front), lively(tail)
+
+
+@pytest.mark.parametrize("how", [*RULES, "mean", "median"])
+@pytest.mark.parametrize("size", [(24, 24), (24, 17)])
+def test_the_layer_equals_the_oracle(how: str, size: tuple[int, int]) -> None:
+    """nn.Sequential(front, CropVote(tail)): vote in eval, every view in training."""
+    front, tail = halves()
+    x = images(*size, count=3)
+    with torch.no_grad():
+        want = torch.stack([tail(view) for view in oracle.ten_views(front(x))], dim=1)
+        model = nn.Sequential(front, CropVote(tail, vote=how)).eval()
+        assert_near(model(x), oracle.vote(want, how))
+        assert_near(train_with_frozen_norm(model)(x), want.flatten(0, 1))
+
+
+@pytest.mark.parametrize("kind", OTHER_VIEWS)
+def test_the_layer_with_other_views(kind: str) -> None:
+    front, tail = halves()
+    views, cut = OTHER_VIEWS[kind]
+    x = images(24, 18, count=3)
+    with torch.no_grad():
+        want = torch.stack([tail(view) for view in cut(front(x))], dim=1)
+        model = nn.Sequential(front, CropVote(tail, views=views)).eval()
+        assert_near(model(x), oracle.vote(want, "soft"))
+        assert_near(train_with_frozen_norm(model)(x), want.flatten(0, 1))
+
+
+def test_one_training_step_of_the_layer_equals_the_oracles() -> None:
+    front, tail = halves()
+    x, targets = images(24, 18, count=3).double(), torch.tensor([4, 0, 3])
+    plain = nn.Sequential(front, tail).double()
+    model = nn.Sequential(*copy.deepcopy([front, CropVote(tail)]))
+    train_with_frozen_norm(plain), train_with_frozen_norm(model)
+    want = oracle.loss_on_views(oracle.tail_rows(plain, "0", x), targets, smoothing=0.1)
+    want.backward()
+    loss = CropVoteLoss(nn.CrossEntropyLoss(label_smoothing=0.1), views=10)(model(x), targets)
+    loss.backward()
+    assert_near(loss, want, 1e-8)
+    for expected, found in zip(gradients(plain).values(), gradients(model).values(), strict=True):
+        assert_near(found, expected, 1e-8)

@@ -1,0 +1,216 @@
+"""The votes, repeat_targets and CropVoteLoss against the oracle's loops."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import logits
+from torch import Tensor, nn
+
+from cropvote import CropVoteError, CropVoteLoss, repeat_targets, ten_crop, vote
+
+RULES = ["soft", "probs", "hard", "mean", "median"]
+rules = pytest.mark.parametrize("how", RULES)
+quick = settings(deadline=None, max_examples=60)
+
+
+def seeded(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers that are the same in every run."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+# ---------------------------------------------------------------- rules
+
+
+@rules
+@quick
+@given(rows=logits() | logits(minus_infinity=True))
+def test_rules_equal_the_loops(how: str, rows: Tensor) -> None:
+    """In float64 (which stays float64) and in float32."""
+    want = oracle.vote(rows, how)
+    found = vote(rows.flatten(0, 1), rows.shape[1], how=how)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+    single = vote(rows.float().flatten(0, 1), rows.shape[1], how=how)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single, want.float(), rtol=1e-4, atol=1e-4)
+
+
+@quick
+@given(rows=logits())
+def test_hard_elects_the_majority_and_breaks_ties_by_mean_probability(rows: Tensor) -> None:
+    found = vote(rows.flatten(0, 1), rows.shape[1], how="hard")
+    for sample, result in zip(rows.tolist(), found, strict=True):
+        winner = oracle.majority(sample)
+        assert winner is None or int(result.argmax()) == winner
+
+
+def test_hard_on_a_tie_worked_by_hand() -> None:
+    """Two views for class 0, two for class 1, which is surer of itself; class 2 is a strong second everywhere."""
+    p = torch.tensor([[0.50, 0.05, 0.45], [0.50, 0.05, 0.45], [0.00, 0.60, 0.40], [0.00, 0.60, 0.40]])
+    counts, mean = torch.tensor([2.0, 2.0, 0.0]), torch.tensor([0.25, 0.325, 0.425])
+    found = vote(p.log(), 4, how="hard")
+    torch.testing.assert_close(found, ((counts + mean) / 5).log()[None])
+    assert found.argmax() == 1
+    assert vote(p.log(), 4, how="probs").argmax() == 2
+
+
+@pytest.mark.parametrize("how", ["probs", "hard"])
+@given(rows=logits())
+@quick
+def test_probs_and_hard_are_log_distributions(how: str, rows: Tensor) -> None:
+    found = vote(rows.flatten(0, 1), rows.shape[1], how=how).exp().sum(dim=1)
+    torch.testing.assert_close(found, torch.ones_like(found))
+
+
+@pytest.mark.parametrize("how", ["probs", "hard"])
+def test_distant_logits_do_not_underflow(how: str) -> None:
+    """A class 200 below the winner has a log-probability near -200 in float32, not -inf."""
+    rows = torch.tensor([[[0.0, -200.0, -201.0], [-1.0, -200.5, -203.0]]])
+    found = vote(rows.flatten(0, 1), 2, how=how)
+    views = [[value - max(view) for value in view] for view in rows[0].tolist()]
+    log_mean = torch.logsumexp(torch.tensor(views, dtype=torch.float64), dim=0) - torch.tensor(2.0).double().log()
+    want = log_mean if how == "probs" else log_mean - torch.tensor(3.0).double().log()
+    torch.testing.assert_close(found[0, 1:].double(), want[1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["soft", "mean", "median"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_view_is_the_plain_model_bit_for_bit(how: str, dtype: torch.dtype) -> None:
+    rows = seeded(6, 5, dtype=dtype) * 1e3
+    rows[0, 0] = float("-inf")
+    assert torch.equal(vote(rows, 1, how=how), rows)
+
+
+@rules
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_voted_in_float32(how: str, dtype: torch.dtype) -> None:
+    """As if the logits had been float32 all along."""
+    rows = seeded(12, 5).to(dtype)
+    found = vote(rows, 4, how=how)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, oracle.vote(rows.reshape(3, 4, 5), how).float(), rtol=1e-5, atol=1e-5)
+
+
+@rules
+def test_autocast_does_not_lower_the_votes_precision(how: str) -> None:
+    rows = seeded(12, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = vote(rows, 4, how=how)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, oracle.vote(rows.reshape(3, 4, 5), how).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["soft", "probs", "mean", "median"])
+def test_votes_are_differentiable(how: str) -> None:
+    rows = seeded(6, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: vote(z, 3, how=how), rows)
+
+
+def test_a_callable_gets_samples_views_classes() -> None:
+    rows = seeded(12, 5)
+    found = vote(rows, 4, how=lambda z: z.amax(dim=1))
+    assert torch.equal(found, torch.stack([rows[4 * n : 4 * n + 4].amax(dim=0) for n in range(3)]))
+
+
+def test_views_may_be_a_number_or_views() -> None:
+    rows = seeded(20, 5)
+    assert torch.equal(vote(rows, ten_crop()), vote(rows, 10))
+    assert torch.equal(vote(rows, 10), vote(rows, 10, how="soft"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "views", "how", "builtin"),
+    [
+        (torch.zeros(11, 5), 10, "soft", ValueError),
+        (torch.zeros(9, 5), 10, "soft", ValueError),
+        (torch.zeros(10), 10, "soft", ValueError),
+        (torch.zeros(10, 5, 4, 4), 10, "soft", ValueError),
+        (torch.zeros(10, 5), 0, "soft", ValueError),
+        (torch.zeros(10, 5), -10, "soft", ValueError),
+        (torch.zeros(10, 5), 10, "sotf", (ValueError, LookupError)),
+        (torch.zeros(10, 5), 10, None, (ValueError, TypeError, LookupError)),
+        (torch.zeros(10, 5, dtype=torch.int64), 10, "soft", (ValueError, TypeError)),
+        (torch.zeros(10, 5, dtype=torch.bool), 10, "hard", (ValueError, TypeError)),
+        (torch.zeros(10, 5), 10, lambda z: z, ValueError),
+        (torch.zeros(10, 5), 10, lambda z: z.mean(dim=(1, 2)), ValueError),
+        (torch.zeros(10, 5), 5, lambda z: z.mean(dim=0), ValueError),
+        (torch.zeros(10, 5), 10, lambda z: z.mean(dim=1)[:, :4], ValueError),
+        (torch.zeros(10, 5), 10, lambda z: None, (ValueError, TypeError)),
+    ],
+)
+def test_bad_votes_are_refused(rows: Tensor, views: int, how, builtin) -> None:
+    """The library's error, which is also the builtin that a person would catch."""
+    with pytest.raises(CropVoteError) as caught:
+        vote(rows, views, how=how)
+    assert isinstance(caught.value, builtin)
+
+
+# ---------------------------------------------------------------- loss
+
+
+@quick
+@given(rows=logits(), smoothing=st.sampled_from([0.0, 0.1]), data=st.data())
+def test_loss_on_class_indices_equals_the_loops(rows: Tensor, smoothing: float, data: st.DataObject) -> None:
+    count, views, classes = rows.shape
+    targets = torch.tensor([data.draw(st.integers(0, classes - 1)) for _ in range(count)])
+    loss = CropVoteLoss(nn.CrossEntropyLoss(label_smoothing=smoothing))(rows.flatten(0, 1), targets)
+    torch.testing.assert_close(loss, oracle.loss_on_views(rows, targets, smoothing))
+
+
+def test_loss_on_soft_targets_equals_the_loops() -> None:
+    """Mixup's targets: a distribution for each sample, repeated for each of its views."""
+    rows, targets = seeded(3, 4, 5, dtype=torch.float64), seeded(3, 5, dtype=torch.float64).softmax(dim=1)
+    total = 0.0
+    for n in range(3):
+        for v in range(4):
+            for k in range(5):
+                total -= float(targets[n, k] * (rows[n, v, k] - rows[n, v].logsumexp(0)))
+    loss = CropVoteLoss(nn.CrossEntropyLoss())(rows.flatten(0, 1), targets)
+    assert float(loss) == pytest.approx(total / 12)
+
+
+def test_loss_for_regression() -> None:
+    rows, targets = seeded(3, 4, 2, dtype=torch.float64), seeded(3, 2, dtype=torch.float64)
+    want = sum(float(((rows[n, v] - targets[n]) ** 2).sum()) for n in range(3) for v in range(4)) / 24
+    assert float(CropVoteLoss(nn.MSELoss())(rows.flatten(0, 1), targets)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("views", [None, 4])
+def test_reduction_none_gives_one_loss_per_row(views: int | None) -> None:
+    """(N*V,), sample by sample."""
+    rows, targets = seeded(12, 5), torch.tensor([4, 0, 2])
+    loss = CropVoteLoss(nn.CrossEntropyLoss(reduction="none"), views=views)(rows, targets)
+    want = [float(rows[4 * n + v].logsumexp(0) - rows[4 * n + v, targets[n]]) for n in range(3) for v in range(4)]
+    assert loss.shape == (12,)
+    torch.testing.assert_close(loss, torch.tensor(want))
+
+
+@pytest.mark.parametrize("views", [None, 10, ten_crop()], ids=["none", "int", "Views"])
+@pytest.mark.parametrize("targets", [torch.tensor([1, 0, 4]), seeded(3, 5).softmax(dim=1)], ids=["indices", "soft"])
+def test_on_an_unsplit_model_the_loss_is_the_criterion(views, targets: Tensor) -> None:
+    """One row per target (no split, or the vote): exactly the criterion."""
+    rows, criterion = seeded(3, 5), nn.CrossEntropyLoss(label_smoothing=0.1)
+    assert torch.equal(CropVoteLoss(criterion, views=views)(rows, targets), criterion(rows, targets))
+
+
+@pytest.mark.parametrize("views", [10, ten_crop()], ids=["int", "Views"])
+def test_given_views_must_match_the_rows(views) -> None:
+    criterion, targets = nn.CrossEntropyLoss(), torch.tensor([1, 0, 4])
+    loss = CropVoteLoss(criterion, views=views)
+    assert torch.equal(loss(seeded(30, 5), targets), criterion(seeded(30, 5), repeat_targets(targets, 10)))
+    for rows in (15, 60, 6):
+        with pytest.raises(CropVoteError) as caught:
+            loss(seeded(rows, 5), targets)
+        assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(("rows", "targets"), [(20, 3), (3, 20), (10, 0), (0, 3), (7, 2)])
+def test_a_wrong_number_of_targets_is_refused(rows: int, targets: int) -> None:
+    for views in (None, 10):
+        with pytest.raises(CropVoteError) as caught:
+            CropVoteLoss(nn.CrossEntropyLoss(), views=views)(seeded(rows, 5), torch.zeros(targets, dtype=torch.int64))
+        assert isinstance(caught.value, ValueError)
