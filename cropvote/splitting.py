@@ -70,21 +70,24 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
         raise OptionError(f"layout must be one of {get_args(Layout)}, got {layout!r}.")
     if x.dim() != 4:
         raise ViewsError(f"split_views takes a 4-D map, (N, C, H, W) or (N, H, W, C), got shape {tuple(x.shape)}.")
-    # The work is done on axes in memory order, so that a channels_last map stays one. (Strides, since vmap knows no
-    # is_contiguous(channels_last).)
-    permute = layout == "NCHW" and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1
-    if permute:
-        x = x.permute(0, 2, 3, 1)
-    first = 1 if permute or layout == "NHWC" else 2
     if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        y = _Split.apply(x, views, first)
-    else:
-        y = _split(x, views, first)
-    return y.permute(0, 3, 1, 2) if permute else y
+        return _Split.apply(x, views, layout)
+    x, first, permuted = _in_memory_order(x, layout)
+    y = join_views(torch.stack(_crops(x, views, first), dim=1))
+    return y.permute(0, 3, 1, 2) if permuted else y
 
 
-def _split(x: Tensor, views: Views, first: int) -> Tensor:
-    """Split with the height at axis ``first`` and the width behind it; plain operations that every tracer knows."""
+def _in_memory_order(x: Tensor, layout: Layout) -> tuple[Tensor, int, bool]:
+    """The tensor with a channels_last map's channels last, so that it stays one; the axis of its height; permuted?"""
+    if layout == "NHWC":
+        return x, 1, False
+    if x.stride(1) == 1 and x.stride(3) != 1:  # vmap knows no is_contiguous(channels_last)
+        return x.permute(0, 2, 3, 1), 1, True
+    return x, 2, False
+
+
+def _crops(x: Tensor, views: Views, first: int) -> list[Tensor]:
+    """Every view, as slices of the map in its few orientations; height at axis ``first``, width behind it."""
     h, w = views.crop_size(x.shape[first], x.shape[first + 1])
     oriented: dict[tuple[bool, int], Tensor] = {}
     crops = []
@@ -93,11 +96,12 @@ def _split(x: Tensor, views: Views, first: int) -> Tensor:
         if key not in oriented:
             oriented[key] = _orient(x, *key, first)
         crops.append(oriented[key].narrow(first, top, h).narrow(first + 1, left, w))
-    return join_views(torch.stack(crops, dim=1))
+    return crops
 
 
-def _merge(y: Tensor, views: Views, first: int, height: int, width: int) -> Tensor:
-    """The adjoint of ``_split``: every view added at its place, into one map per orientation."""
+def _merge(y: Tensor, views: Views, layout: Layout, height: int, width: int) -> Tensor:
+    """The adjoint of the split: every view added at its place, into one map per orientation."""
+    y, first, permuted = _in_memory_order(y, layout)
     y = part_views(y, len(views))
     h, w = views.crop_size(height, width)
     offsets = views.offsets(height, width)
@@ -115,7 +119,7 @@ def _merge(y: Tensor, views: Views, first: int, height: int, width: int) -> Tens
             into = _orient_back(into, *key, first)
         total = into if total is None or upright else total.add_(into)
     assert total is not None  # Views are never empty
-    return total
+    return total.permute(0, 3, 1, 2) if permuted else total
 
 
 def _orient(x: Tensor, mirror: bool, turns: int, first: int) -> Tensor:
@@ -129,48 +133,57 @@ def _orient_back(x: Tensor, mirror: bool, turns: int, first: int) -> Tensor:
 
 
 class _Split(torch.autograd.Function):
-    """``_split`` whose backward adds into one buffer, where autograd would build a zero map per view."""
+    """The split, with a backward that adds into one buffer where autograd would build a zero map per view."""
 
     @staticmethod
-    def forward(x: Tensor, views: Views, first: int) -> Tensor:
-        return _split(x, views, first)
+    def forward(x: Tensor, views: Views, layout: Layout) -> Tensor:
+        x, first, permuted = _in_memory_order(x, layout)
+        crops = _crops(x, views, first)
+        n, a, b, c = crops[0].shape
+        # Written into memory of its own: a view of it would forbid the in-place ReLU that may come next.
+        size, stride = ((c, a, b), (a * b * c, 1, b * c, c)) if permuted else ((a, b, c), (a * b * c, b * c, c, 1))
+        y = x.new_empty_strided((n * len(views), *size), stride)
+        rows = part_views(y.permute(0, 2, 3, 1) if permuted else y, len(views))
+        for i, crop in enumerate(crops):
+            rows[:, i].copy_(crop)
+        return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, ctx.views, ctx.first = inputs
-        ctx.size = (x.shape[ctx.first], x.shape[ctx.first + 1])
+        x, ctx.views, ctx.layout = inputs
+        ctx.size = x.shape[2:] if ctx.layout == "NCHW" else x.shape[1:3]
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _Merge.apply(grad, ctx.views, ctx.first, *ctx.size), None, None
+        return _Merge.apply(grad, ctx.views, ctx.layout, *ctx.size), None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):  # type: ignore[no-untyped-def]
-        return _Split.apply(tangent, ctx.views, ctx.first)
+        return _Split.apply(tangent, ctx.views, ctx.layout)
 
     @staticmethod
-    def vmap(info, in_dims, x, views, first):  # type: ignore[no-untyped-def]
-        return _fold_vmap(_Split, info.batch_size, in_dims[0], x, views, first)
+    def vmap(info, in_dims, x, views, layout):  # type: ignore[no-untyped-def]
+        return _fold_vmap(_Split, info.batch_size, in_dims[0], x, views, layout)
 
 
 class _Merge(torch.autograd.Function):
     """The adjoint of :class:`_Split`, and it of this one."""
 
     @staticmethod
-    def forward(y: Tensor, views: Views, first: int, height: int, width: int) -> Tensor:
-        return _merge(y, views, first, height, width)
+    def forward(y: Tensor, views: Views, layout: Layout, height: int, width: int) -> Tensor:
+        return _merge(y, views, layout, height, width)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, ctx.views, ctx.first, *ctx.size = inputs
+        _, ctx.views, ctx.layout, *ctx.size = inputs
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _Split.apply(grad, ctx.views, ctx.first), None, None, None, None
+        return _Split.apply(grad, ctx.views, ctx.layout), None, None, None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):  # type: ignore[no-untyped-def]
-        return _Merge.apply(tangent, ctx.views, ctx.first, *ctx.size)
+        return _Merge.apply(tangent, ctx.views, ctx.layout, *ctx.size)
 
     @staticmethod
     def vmap(info, in_dims, y, *args):  # type: ignore[no-untyped-def]

@@ -56,7 +56,7 @@ def inject_crop_vote(
 
     Whether the site is valid (every path from the input to the output passes through it, once, and the network behind
     it takes the smaller maps) is checked on a fake copy before anything is changed, where an input size is known: timm
-    models carry one, ``input_size`` gives one. Otherwise it is checked at the first call, before its result is returned.
+    models carry one, ``input_size`` gives one. Otherwise it is checked at the first call, before its result is seen.
 
     Args:
         model: an image classifier that maps a batch of images to (N, K).
@@ -234,8 +234,8 @@ def _check_first_call(
     ):
         mode = "training" if model.training else "eval"
         raise SurgeryError(
-            f"the site {injection.site!r} was not yet checked in {mode} mode, and cannot be while the model is "
-            f"compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call the model once as it is."
+            f"the site {injection.site!r} was not yet checked in {mode} mode, and cannot be while the model is compiled, "
+            f"exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it once as it is."
         )
     try:
         example = example_from_call(args, kwargs, samples)

@@ -189,7 +189,7 @@ def tail_rows(model: nn.Module, site: str, x: Tensor, cut: Cutter = ten_views) -
     handle.remove()
     rows = []
     for view in cut(caught[0]):
-        handle = module.register_forward_hook(lambda _module, _args, _output, view=view: view)
+        handle = module.register_forward_hook(lambda _module, _args, _output, view=view: view.clone())
         rows.append(model(x))
         handle.remove()
     return torch.stack(rows, dim=1)

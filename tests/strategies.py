@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from oracle import Position, Scale
 from torch import Tensor
 
 from cropvote import Views
+
+quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+thorough = settings(quick, max_examples=300)
 
 sides = st.integers(1, 64)
 scales = st.fractions(min_value=Fraction(1, 50), max_value=1, max_denominator=50)
@@ -35,9 +39,9 @@ specs = st.builds(Spec, position_lists, scale_pairs, st.booleans())
 
 
 @st.composite
-def maps(draw: st.DrawFn, dtype: torch.dtype = torch.int64, max_side: int = 24) -> Tensor:
+def maps(draw: st.DrawFn, dtype: torch.dtype = torch.int64, min_side: int = 1, max_side: int = 24) -> Tensor:
     """An NCHW map in which no two values are equal (as far as the dtype allows)."""
-    shape = [draw(st.integers(1, 3)), draw(st.integers(1, 3)), *(draw(st.integers(1, max_side)) for _ in "hw")]
+    shape = [draw(st.integers(1, 3)), draw(st.integers(1, 3)), *(draw(st.integers(min_side, max_side)) for _ in "hw")]
     count = shape[0] * shape[1] * shape[2] * shape[3]
     return (torch.arange(count) % 2039).to(dtype).reshape(shape)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from cropvote import (
     CropVote,
+    CropVoteError,
     CropVoteLoss,
     Views,
     five_crop,
@@ -54,6 +57,15 @@ OTHER_VIEWS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on two busy cores wait 8 ms for each other in every layer: 60 times slower than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------- models
 
 
@@ -62,7 +74,8 @@ def fer_resnet18() -> nn.Module:
     if not FER.exists():
         pytest.skip(f"no {FER}")
     spec = importlib.util.spec_from_file_location("fer48_model_for_oracle", FER)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.fer_resnet18(num_classes=7, width=16)
@@ -79,6 +92,15 @@ def lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def undecided(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model with larger logits that average to 0 over x, so that the views of a sample do not all agree."""
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight *= 10
+        last.bias -= model(x).mean(dim=0)
+    return model
+
+
 @functools.cache
 def network(net: str) -> nn.Module:
     """The plain network; never changed, only copied."""
@@ -89,7 +111,7 @@ def network(net: str) -> nn.Module:
     }[net]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return lively(build())
+        return undecided(lively(build()), images(SIDES[net], SIDES[net]))
 
 
 def images(*size: int, count: int = 2) -> Tensor:
@@ -133,11 +155,14 @@ def assert_near(found: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 def test_the_oracles_views_differ(net: str, site: str) -> None:
     """Otherwise agreement would say nothing about the order of the views."""
     rows = expected_rows(net, site, SIDES[net], SIDES[net])
+    tiny = net != "fer" and site != "layer1"  # maps of 8x8 and 4x4, whose centre crop is the top-left one
+    same = {(4, 0), (9, 5)} if tiny else set()
     for v in range(1, 10):
-        if not (site == "layer3" and net != "fer" and v in (4, 9)):  # a 4x4 map: the centre is the top-left crop
-            assert (rows[:, v] - rows[:, v - 1]).abs().max() > 1e-3
-            assert (rows[:, v] - rows[:, 0]).abs().max() > 1e-3
+        for other in range(v):
+            if (v, other) not in same:
+                assert (rows[:, v] - rows[:, other]).abs().max() > 1e-3
     assert (rows[0] - rows[1]).abs().max() > 1e-3
+    assert any(len(set(sample.argmax(dim=1).tolist())) > 1 for sample in rows), "hard and soft would be too alike"
 
 
 @nets
@@ -163,7 +188,7 @@ def test_training_output_is_every_view_in_order(net: str, site: str) -> None:
         settings(model).train_output = "vote"
         assert_near(model(x), oracle.vote(want, "soft"))
         model.eval()
-        settings(model).vote = "hard" if settings(model).train_output == "views" else "probs"
+        settings(model).vote = "probs"
         assert_near(model(x), oracle.vote(want, "probs"))
         settings(model).eval_output = "views"
         assert_near(model(x), want.flatten(0, 1))
@@ -195,7 +220,7 @@ def test_images_that_are_not_square(net: str, site: str, size: tuple[int, int]) 
 def test_a_map_too_small_for_ten_crops_is_refused(net: str) -> None:
     """64x48 at layer3 is a map of 4x3, and 5/6 of 3 is 3."""
     model = copy.deepcopy(network(net))
-    with pytest.raises(ValueError), torch.no_grad():
+    with pytest.raises(CropVoteError), torch.no_grad():
         inject_crop_vote(model, after="layer3", input_size=(64, 48))(images(64, 48))
 
 
@@ -236,6 +261,15 @@ def test_the_input_as_site_is_test_time_augmentation(net: str) -> None:
 
 
 @nets
+@pytest.mark.parametrize("how", ["soft", "mean", "median"])
+def test_one_view_of_the_whole_map_is_the_plain_model_bit_for_bit(net: str, how: str) -> None:
+    side = SIDES[net]
+    model = injected(net, "layer2", views=Views([(0, 0)], scale=1), vote=how)
+    with torch.no_grad():
+        assert torch.equal(model(images(side, side)), network(net)(images(side, side)))
+
+
+@nets
 def test_a_removed_model_is_the_plain_model(net: str) -> None:
     side = SIDES[net]
     model = injected(net, "layer1")
@@ -253,24 +287,27 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@nets
-@sites
+# bn1 is followed by an in-place ReLU, which must neither fail nor reach into another view
+@pytest.mark.parametrize(
+    ("net", "site"), [*itertools.product(SIDES, SITES), ("torchvision", "bn1"), ("timm", "bn1"), ("fer", "bn1")]
+)
 def test_one_training_step_equals_the_oracles(net: str, site: str) -> None:
-    """Loss and every gradient, BatchNorm in eval, in float64 (so that 1e-4 is far away from rounding)."""
-    x, targets = images(SIDES[net], SIDES[net]).double(), torch.tensor([5, 2])
-    plain = train_with_frozen_norm(copy.deepcopy(network(net)).double())
-    model = train_with_frozen_norm(injected(net, site).double())
+    """Loss and every gradient, BatchNorm in eval: to 1e-4 in float32, and the smallest network to 1e-8 in float64."""
+    dtype, tolerance = (torch.float64, 1e-8) if net == "fer" else (torch.float32, 1e-4)
+    x, targets = images(SIDES[net], SIDES[net]).to(dtype), torch.tensor([5, 2])
+    plain = train_with_frozen_norm(copy.deepcopy(network(net)).to(dtype))
+    model = train_with_frozen_norm(injected(net, site).to(dtype))
 
     want = oracle.loss_on_views(oracle.tail_rows(plain, site, x), targets, smoothing=0.1)
     want.backward()
     loss = CropVoteLoss(nn.CrossEntropyLoss(label_smoothing=0.1))(model(x), targets)
     loss.backward()
 
-    assert_near(loss, want, 1e-8)
+    assert_near(loss, want, tolerance)
     expected, found = gradients(plain), gradients(model)
     assert list(found) == list(expected)
     for name, gradient in expected.items():
-        assert_near(found[name], gradient, 1e-8)
+        assert_near(found[name], gradient, tolerance)
     assert expected["conv1.weight"].abs().max() > 1e-3
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import logits
+from strategies import logits, quick
 from torch import Tensor, nn
 
 from cropvote import CropVoteError, CropVoteLoss, repeat_targets, ten_crop, vote
 
 RULES = ["soft", "probs", "hard", "mean", "median"]
 rules = pytest.mark.parametrize("how", RULES)
-quick = settings(deadline=None, max_examples=60)
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -155,7 +154,7 @@ def test_bad_votes_are_refused(rows: Tensor, views: int, how, builtin) -> None:
 @quick
 @given(rows=logits(), smoothing=st.sampled_from([0.0, 0.1]), data=st.data())
 def test_loss_on_class_indices_equals_the_loops(rows: Tensor, smoothing: float, data: st.DataObject) -> None:
-    count, views, classes = rows.shape
+    count, _views, classes = rows.shape
     targets = torch.tensor([data.draw(st.integers(0, classes - 1)) for _ in range(count)])
     loss = CropVoteLoss(nn.CrossEntropyLoss(label_smoothing=smoothing))(rows.flatten(0, 1), targets)
     torch.testing.assert_close(loss, oracle.loss_on_views(rows, targets, smoothing))

@@ -1,0 +1,256 @@
+"""Which sites are accepted: the strange models of the zoo, each with its reason."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import timm
+import torch
+import torchvision
+import zoo
+from test_surgery import IMAGES, same, snapshot
+from torch import nn
+
+from cropvote import CropVoteError, hflip, inject_crop_vote, remove_crop_vote, sites, ten_crop
+
+AROUND = r"depends on its input by a path around it"
+REFUSED = [
+    (zoo.fer, "layer1.0.conv1", AROUND),
+    (zoo.fer, "layer2.0.downsample", AROUND),
+    (zoo.fer, "layer1.0.relu", r"called 2 times in one forward"),
+    (zoo.fer, "fc", r"returns shape \(3, 7\); a site returns a 4-D map"),
+    (zoo.fer, "avgpool", r"map's height of 1 is 1, the whole side"),
+    (zoo.Gate, "site", AROUND),
+    (zoo.LogitSkip, "site", AROUND),
+    (zoo.Inplace, "act", AROUND),
+    (zoo.Alias, "site", AROUND),
+    (zoo.Buffered, "site", AROUND),
+    (zoo.Branches, "site", AROUND),
+    (zoo.Branches, "other", AROUND),
+    (zoo.Twice, "site", r"called 2 times"),
+    (zoo.Unused, "site", r"never called"),
+    (zoo.TupleSite, "site", r"returns tuple; a site returns one tensor"),
+    (zoo.Dense, "front", r"model returns shape \(3, 8, 12, 12\) for 3 samples.*one row of K outputs"),
+    (zoo.Squeezed, "front", r"model returns shape \(3,\) for 3 samples.*one row of K outputs"),
+    (zoo.Dictionary, "front", r"model returns dict; cropvote votes over one tensor"),
+    (zoo.FixedTail, "site", r"cannot take the views of its map, of shape \(8, 10, 10\): RuntimeError"),
+]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["input size known", "at the first call"])
+@pytest.mark.parametrize(("make", "site", "reason"), REFUSED, ids=[f"{m.__name__}-{s}" for m, s, _ in REFUSED])
+def test_refused(make, site, reason, known):
+    """With a known size the injection raises and changes nothing; else the first call does, and every later one."""
+    model, images = make().eval(), IMAGES[:1, :, :12, :12]  # a batch of one, which hides a broadcast
+    before = snapshot(model)
+    if known:
+        with pytest.raises(CropVoteError, match=reason) as caught:
+            inject_crop_vote(model, after=site, input_size=12)
+    else:
+        inject_crop_vote(model, after=site)
+        for _ in range(2):
+            with pytest.raises(CropVoteError, match=reason) as caught:
+                model(images)
+        remove_crop_vote(model)
+    assert same(snapshot(model), before)
+    message = str(caught.value)
+    assert f"after={site!r}" in message
+    if "the whole side" not in message:
+        assert "alid sites: " in message or "No site of this" in message
+
+
+def test_the_reason_names_valid_sites():
+    with pytest.raises(
+        CropVoteError, match=r"Valid sites: input, conv1, bn1, relu, layer1\.0, layer1, layer2, layer3 \("
+    ):
+        inject_crop_vote(zoo.fer(), after="layer1.0.conv1", input_size=24)
+
+
+@pytest.mark.parametrize("make", [zoo.resnet, zoo.timm_resnet, zoo.fer, zoo.plain, zoo.Net])
+def test_every_listed_site_is_a_cut_point(make):
+    """By noise: with the site's output replaced by noise, the model's output does not depend on its input."""
+    model = make().eval()
+    found = [site for site in sites(model, 48) if site.name != "input"]
+    assert found
+    for site in found:
+        noise = torch.randn(3, *site.shape)
+        hook = model.get_submodule(site.name).register_forward_hook(lambda module, args, output, n=noise: n.clone())
+        assert torch.equal(model(IMAGES), model(2 * IMAGES + 1)), site
+        hook.remove()
+        assert inject_crop_vote(model, after=site.name, input_size=48)(IMAGES).shape == (3, 7)
+        remove_crop_vote(model)
+
+
+@pytest.mark.parametrize("make", [zoo.fer, zoo.plain, zoo.Gate, zoo.Branches, zoo.Alias, zoo.Inplace])
+def test_no_cut_point_is_missed_and_none_invented(make):
+    """The noise test on every module that is called once and returns a map agrees with the probe."""
+    model = make().eval()
+    rows = {site.name: site for site in sites(model, 48, views=hflip(), all=True)}
+    assert set(rows) == {"input", *(name for name, _ in model.named_modules() if name)}
+    for name, module in model.named_modules():
+        if not name or not rows[name].shape or "called" in rows[name].reason or "4-D" in rows[name].reason:
+            continue
+        noise = torch.randn(3, *rows[name].shape)
+        hook = module.register_forward_hook(lambda module, args, output, n=noise: n.clone())
+        independent = torch.equal(model(IMAGES), model(2 * IMAGES + 1))
+        hook.remove()
+        if make in (zoo.Alias, zoo.Inplace) and rows[name].reason:
+            continue  # noise in fresh memory cannot show a second name for the site's memory; refusing is right
+        assert independent == (not rows[name].reason), rows[name]
+
+
+def test_sites_are_listed_in_forward_order_once_per_tensor():
+    rows = sites(zoo.fer(), 48)
+    names = [row.name for row in rows]
+    assert names == [
+        "input",
+        "conv1",
+        "bn1",
+        "relu",
+        "layer1.0",
+        "layer1",
+        "layer2.0",
+        "layer2",
+        "layer3.0",
+        "layer3",
+    ] + [
+        "layer4.0",
+        "layer4",
+    ]
+    shapes = {row.name: row.shape for row in rows}
+    assert shapes["layer1"] == (8, 48, 48)
+    assert shapes["layer3"] == (32, 12, 12)
+    assert {row.distinct for row in rows[:-2]} == {10}
+    assert rows[-1].distinct == ten_crop().distinct(6, 6) == 8
+
+
+def test_sites_leaves_the_model_alone():
+    torch.manual_seed(0)
+    random.seed(0)
+    model = zoo.Noisy().train()
+    before, python = snapshot(model), random.getstate()
+    sites(model, 24)
+    inject_crop_vote(model, after="site", input_size=24)
+    remove_crop_vote(model)
+    assert same(snapshot(model), before)
+    assert random.getstate() == python
+
+
+def test_the_first_call_leaves_no_trace_of_its_check():
+    """RNG, buffers and attributes after a checked first call are those of a second model checked before."""
+    torch.manual_seed(0)
+    early, late = (inject_crop_vote(zoo.Noisy().eval(), after="site", input_size=size) for size in (48, None))
+    late.load_state_dict(early.state_dict())
+    torch.manual_seed(1)
+    expected = early(IMAGES)
+    torch.manual_seed(1)
+    assert torch.equal(late(IMAGES), expected)
+    assert late.calls == early.calls == 1
+    assert late.last_shape == early.last_shape
+
+
+def test_sites_without_a_size():
+    with pytest.raises(CropVoteError, match="no input size is known"):
+        sites(zoo.fer())
+    assert sites(timm.create_model("resnet18"))
+
+
+def test_channels_last_map_is_never_taken_for_channels_first():
+    """Mirroring the last axis would mirror the channels, and nothing would fail."""
+    model = zoo.ChannelsLast().eval()
+    for views in (ten_crop(), hflip()):
+        with pytest.raises(CropVoteError, match=r"cannot (shrink along its last two axes|take the views)"):
+            inject_crop_vote(model, after="site", views=views, input_size=12)
+    inject_crop_vote(model, after="site", views=hflip(), layout="NHWC", input_size=12)
+    mirrored = torch.cat([IMAGES, IMAGES.flip(3)])
+    assert model(IMAGES).shape == (3, 7)
+    remove_crop_vote(model)
+    front = model.front(mirrored)  # the oracle: mirror the map by hand behind the front
+    rows = model.fc(model.site(model.front(IMAGES).permute(0, 2, 3, 1)).flip(2).mean((1, 2)))
+    assert rows.shape == (3, 7)
+    assert front.shape[0] == 6
+
+
+def test_a_fixed_tail_takes_whole_views_once_the_layout_is_stated():
+    model = zoo.FixedTail().eval()
+    with pytest.raises(CropVoteError, match='pass layout="NCHW" if they are'):
+        inject_crop_vote(model, after="site", views=hflip(), input_size=12)
+    images = torch.randn(2, 3, 12, 12)
+    inject_crop_vote(model, after="site", views=hflip(), layout="NCHW", input_size=12)
+    found = model(images)
+    remove_crop_vote(model)
+    x = model.site(model.front(images))
+    expected = (model.head(model.act(x)) + model.head(model.act(x.flip(3)))) / 2
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_path_that_opens_in_training_only_is_refused_there():
+    model = inject_crop_vote(zoo.LateGate().eval(), after="site", input_size=48)
+    assert model(IMAGES).shape == (3, 7)
+    for _ in range(2):
+        with pytest.raises(CropVoteError, match=AROUND):
+            model.train()(IMAGES[:1])
+    with pytest.raises(CropVoteError, match=AROUND):
+        inject_crop_vote(zoo.LateGate().train(), after="site", input_size=48)
+
+
+def test_auxiliary_heads_are_refused_in_training_and_fine_in_eval():
+    model = torchvision.models.googlenet(num_classes=7, init_weights=False)
+    with pytest.raises(CropVoteError, match="model returns GoogLeNetOutputs"):
+        inject_crop_vote(model.train(), after="inception3a", input_size=96)
+    assert inject_crop_vote(model.eval(), after="inception3a", input_size=96)(torch.randn(2, 3, 96, 96)).shape == (2, 7)
+
+
+def test_an_inception_branch_is_refused_and_the_block_is_not():
+    model = torchvision.models.googlenet(num_classes=7, init_weights=False).eval()
+    with pytest.raises(CropVoteError, match=AROUND):
+        inject_crop_vote(model, after="inception3a.branch1", input_size=96)
+    inject_crop_vote(model, after="inception3a", input_size=96)
+
+
+@pytest.mark.parametrize("run", ["compile", "export", "trace", "vmap", "fx"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.jit.trace itself
+def test_an_unchecked_model_refuses_to_be_traced(run):
+    model = inject_crop_vote(zoo.plain(), after="2")
+    calls = {
+        "compile": lambda: torch.compile(model, backend="eager", fullgraph=True)(IMAGES),
+        "export": lambda: torch.export.export(model, (IMAGES,)),
+        "trace": lambda: torch.jit.trace(model, (IMAGES,)),
+        "vmap": lambda: torch.func.vmap(model)(IMAGES[None]),
+        "fx": lambda: torch.fx.symbolic_trace(model),
+    }
+    refusal = torch._dynamo.exc.Unsupported if run == "compile" else CropVoteError
+    with pytest.raises(refusal, match=r"pass input_size= to inject_crop_vote|torch\.fx cannot trace"):
+        calls[run]()
+    assert model(IMAGES).shape == (3, 7)  # one eager call, and the rest works
+    if run not in ("fx", "trace"):
+        calls[run]()
+
+
+def test_a_first_call_with_a_wrong_image_does_not_spoil_the_model():
+    model = inject_crop_vote(zoo.fer(), after="layer1")
+    with pytest.raises(CropVoteError, match=r"itself, without any split, failed on an input of shape \(3, 1, 48, 48\)"):
+        model(IMAGES[:, :1])
+    assert model(IMAGES).shape == (3, 7)
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    class Locked(zoo.Net):
+        def __deepcopy__(self, memo):
+            raise TypeError("no copies")
+
+    with pytest.raises(
+        CropVoteError, match=r"Locked cannot be checked, because copying it failed: TypeError: no copies"
+    ):
+        inject_crop_vote(Locked(), after="site", input_size=12)
+
+
+def test_a_child_that_stands_twice_does_not_carry_the_split():
+    """One ReLU object in two Sequentials: the split goes to the Sequential, not to the ReLU."""
+    relu = nn.ReLU()
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3), relu), nn.Sequential(nn.Conv2d(8, 8, 3), relu), nn.AdaptiveAvgPool2d(1)
+    )
+    model.extend([nn.Flatten(), nn.Linear(8, 7)])
+    assert inject_crop_vote(model.eval(), after="0", input_size=24)(torch.randn(2, 3, 24, 24)).shape == (2, 7)

@@ -1,0 +1,223 @@
+"""Small models: plain ones that can vote, and strange ones that must be refused."""
+
+from __future__ import annotations
+
+import timm
+import torch
+import torchvision
+from model import fer_resnet18
+from torch import Tensor, nn
+
+
+def randomise_norms(model: nn.Module) -> nn.Module:
+    """Give every BatchNorm statistics and weights that matter."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+            module.running_var.mul_(1 + torch.rand(module.running_var.shape, generator=generator))
+    return model
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_norms(torchvision.models.resnet18(num_classes=7)).eval()
+
+
+def timm_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_norms(timm.create_model("resnet18", num_classes=7)).eval()
+
+
+def fer() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_norms(fer_resnet18(width=8)).eval()
+
+
+def plain() -> nn.Module:
+    """A network without a name for anything: nn.Sequential from end to end."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)]
+    return nn.Sequential(*layers).eval()
+
+
+class Net(nn.Module):
+    """A front, a tail and whatever a subclass does between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Conv2d(3, 8, 3, padding=1)
+        self.site = nn.Conv2d(8, 8, 3, padding=1)
+        self.other = nn.Conv2d(8, 8, 1)
+        self.act = nn.ReLU()
+        self.fc = nn.Linear(8, 7)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.site(self.front(x))))
+
+
+class Gate(Net):
+    """The front's mean scales the tail: with one sample, it broadcasts over the views and nothing fails."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        return self.head(self.site(x) * x.mean((2, 3), keepdim=True).sigmoid())
+
+
+class LogitSkip(Net):
+    """A second path that joins only at the logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        return self.head(self.site(x)) + self.fc(x.mean((2, 3))).mean(0)
+
+
+class Inplace(Net):
+    """The site changes its input in place, and the input is used again: two names for one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        y = self.act(x)
+        return self.head(self.other(y)) * x.mean()
+
+
+class Alias(Net):
+    """The site returns its very input, which goes on beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        return self.head(self.other(self.site(x))) * x.mean().sigmoid()
+
+
+class Buffered(Net):
+    """The front leaves a note in a buffer, which the tail reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("note", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        self.note.copy_(x.mean())
+        return self.head(self.site(x)) + self.note
+
+
+class Twice(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.site(self.site(self.front(x))))
+
+
+class Branches(Net):
+    """An inception block: two parallel branches, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        return self.head(torch.cat([self.site(x), self.other(x)], 1))
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class TupleSite(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.site(self.front(x))[0])
+
+
+class Unused(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.front(x))
+
+
+class Dense(Net):
+    """A segmentation network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.site(self.front(x)))
+
+
+class Squeezed(Net):
+    """A regression network without an axis for K."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+class Dictionary(Net):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(x)}
+
+
+class FixedTail(Net):
+    """A tail made for one size of map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8 * 12 * 12, 7)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1))
+
+
+class ChannelsLast(Net):
+    """(N, H, W, C) behind the front, which nothing but the weights tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.site(self.front(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+class Skipping(Net):
+    """Leaves the site out on every second call, as some stochastic-depth code does."""
+
+    skip = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        return self.head(x if self.skip else self.site(x))
+
+
+class LateGate(Gate):
+    """A gate that exists in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else Net.forward(self, x)
+
+
+class Noisy(Net):
+    """Uses PyTorch's and Python's random numbers, writes to a buffer and to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last_shape = tuple(x.shape)
+        return super().forward(nn.functional.dropout(x, 0.1, training=True))
