@@ -40,10 +40,13 @@ specs = st.builds(Spec, position_lists, scale_pairs, st.booleans())
 
 @st.composite
 def maps(draw: st.DrawFn, dtype: torch.dtype = torch.int64, min_side: int = 1, max_side: int = 24) -> Tensor:
-    """An NCHW map in which no two values are equal (as far as the dtype allows)."""
+    """An NCHW map in which no two values are equal (as far as the dtype allows; bool is irregular)."""
     shape = [draw(st.integers(1, 3)), draw(st.integers(1, 3)), *(draw(st.integers(min_side, max_side)) for _ in "hw")]
     count = shape[0] * shape[1] * shape[2] * shape[3]
-    return (torch.arange(count) % 2039).to(dtype).reshape(shape)
+    values = torch.arange(count) % 2039
+    if dtype == torch.bool:
+        values = values * 0.618 % 1 < 0.5
+    return values.to(dtype).reshape(shape)
 
 
 @st.composite

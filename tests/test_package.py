@@ -1,0 +1,127 @@
+"""The package as people get it: names, errors, the wheel, the layout of the code."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pkgutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import cropvote
+from cropvote import errors
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(module.name for module in pkgutil.iter_modules(cropvote.__path__))
+#: The arrows run one way: a module imports only from those before it.
+ORDER = ["errors", "views", "splitting", "voting", "options", "layer", "swapping", "fakes", "probe", "surgery"]
+
+
+def test_public_names_are_sorted_documented_and_there():
+    assert cropvote.__all__ == sorted(cropvote.__all__)
+    for name in cropvote.__all__:
+        documentation = getattr(cropvote, name).__doc__
+        assert documentation, name
+        if name not in ("CropVoteError", "Site", "Settings"):
+            assert "Example:" in documentation, name
+    public = {name for module in MODULES for name in getattr(sys.modules[f"cropvote.{module}"], "__all__", [])}
+    assert public - set(errors.__all__) | {"CropVoteError"} == set(cropvote.__all__)
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_error_is_a_cropvote_error_and_a_builtin(name):
+    error = getattr(errors, name)
+    assert issubclass(error, cropvote.CropVoteError)
+    assert name == "CropVoteError" or issubclass(error, (ValueError, TypeError, LookupError))
+    assert name in errors.__doc__
+
+
+def test_the_library_raises_nothing_else():
+    """Every raise in the package is of an error of the hierarchy, or raises again what it caught."""
+    own = {*errors.__all__, "PlainModelError"}
+    for module in MODULES:
+        for node in ast.walk(ast.parse((ROOT / "cropvote" / f"{module}.py").read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                assert isinstance(node.exc, ast.Call), (module, node.lineno)
+                assert node.exc.func.id in own, (module, node.lineno)
+
+
+def test_imports_run_one_way():
+    assert sorted(ORDER) == MODULES
+    for module in MODULES:
+        tree = ast.parse((ROOT / "cropvote" / f"{module}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert ORDER.index(node.module) < ORDER.index(module), (module, node.module)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] in {*sys.stdlib_module_names, "torch", "einops"}, (module, node.module)
+            elif isinstance(node, ast.Import):
+                roots = {name.name.split(".")[0] for name in node.names}
+                assert roots <= {*sys.stdlib_module_names, "torch", "einops"}, (module, roots)
+
+
+def test_the_version_is_written_once():
+    assert cropvote.__version__ in (ROOT / "CHANGELOG.md").read_text()
+    assert "version =" not in (ROOT / "pyproject.toml").read_text().split("[tool")[0].replace("dynamic", "")
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_alone_and_imports_without_the_extras(tmp_path):
+    """In an environment where only torch and einops (and what they need) can be found."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "wheel")
+    assert {name.split("/")[0] for name in names} == {"cropvote", f"cropvote-{cropvote.__version__}.dist-info"}
+    assert "cropvote/py.typed" in names
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for distribution in required("torch", "einops"):
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}:
+            if not (bare / top).exists():
+                (bare / top).symlink_to(distribution.locate_file(top))
+    code = (
+        "import importlib.util, cropvote, torch\n"
+        "from torch import nn\n"
+        "assert not any(map(importlib.util.find_spec, ['numpy', 'timm', 'torchvision', 'matplotlib', 'pytest']))\n"
+        "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "cropvote.inject_crop_vote(net, after='0', input_size=24)\n"
+        "print(cropvote.__file__, tuple(net.eval()(torch.zeros(2, 3, 24, 24)).shape))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'wheel'}{os.pathsep}{bare}"}
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert str(tmp_path / "wheel") in run.stdout
+    assert "(2, 4)" in run.stdout
+
+
+def optional(requirement: Requirement, names: tuple[str, ...]) -> bool:
+    """Whether only an extra, or another platform, asks for it; the CUDA packages' extras are torch's own."""
+    extras = ["", "all"] if requirement.name.startswith(("nvidia", "cuda")) else [""]
+    return bool(requirement.marker) and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
+
+
+def required(*names: str) -> list[metadata.Distribution]:
+    """The installed distributions of these names and of all that they need here."""
+    found: dict[str, metadata.Distribution] = {}
+    waiting = [Requirement(name) for name in names]
+    while waiting:
+        requirement = waiting.pop()
+        if requirement.name in found or optional(requirement, names):
+            continue
+        try:
+            found[requirement.name] = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        waiting += [Requirement(text) for text in found[requirement.name].requires or ()]
+    return list(found.values())
