@@ -24,7 +24,7 @@ def naive(x: Tensor) -> Tensor:
     """What one would write without the library."""
     (h, w), mirrored = VIEWS.crop_size(*x.shape[2:]), x.flip(-1)
     places = zip(VIEWS, VIEWS.offsets(*x.shape[2:]), strict=True)
-    crops = [(mirrored if view.mirror else x)[..., t : t + h, l : l + w] for view, (t, l) in places]
+    crops = [(mirrored if view.mirror else x)[..., t : t + h, left : left + w] for view, (t, left) in places]
     return torch.stack(crops, 1).flatten(0, 1)
 
 

@@ -6,6 +6,7 @@ CropVoteError                     anything cropvote refuses
 ├── RowsError       ValueError    rows, views and targets that do not match
 ├── OptionError     ValueError    an option outside its list, or two that exclude each other
 ├── SurgeryError    ValueError    a model in a state that allows no injection, removal or call
+│   └── PlainModelError           the model itself, without any split, that does not run
 ├── SiteError       ValueError    a module that is no valid site, with the reason
 ├── UnknownSiteError LookupError  no module of that name, with the nearest names
 └── InputTypeError  TypeError     an argument of the wrong type
@@ -22,6 +23,7 @@ __all__ = [
     "CropVoteError",
     "InputTypeError",
     "OptionError",
+    "PlainModelError",
     "RowsError",
     "SiteError",
     "SurgeryError",
@@ -57,6 +59,10 @@ class OptionError(CropVoteError, ValueError):
 
 class SurgeryError(CropVoteError, ValueError):
     """A model in a state that allows no injection, no removal or no call."""
+
+
+class PlainModelError(SurgeryError):
+    """A model that, without any split, does not run on the input it is checked with, or cannot be copied."""
 
 
 class SiteError(CropVoteError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -15,18 +16,15 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import InputTypeError, OptionError, SurgeryError
+from .errors import InputTypeError, OptionError, PlainModelError
 
 __all__: list[str] = []
 
 #: The batch of every fake call. Above 1, so that nothing broadcasts.
 BATCH = 3
+_LOCK = threading.RLock()  # for what a fake copy has to put back: a logger's state and the random numbers'
 _VALUE_FREE = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like"}
 _VALUE_FREE |= {"full_like", "empty_like", "rand_like", "randn_like"}
-
-
-class PlainModelError(SurgeryError):
-    """The model itself, without any split, does not run on the input of the probe."""
 
 
 class Example(NamedTuple):
@@ -62,7 +60,8 @@ def example_from_call(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int)
         if not isinstance(value, Tensor):
             return value
         shape = tuple(value.shape)
-        return Spec((-1, *shape[1:]) if shape[:1] == (batch,) else shape, value.dtype, value.device)
+        batched = shape[:1] == (batch,) and (batch > 1 or len(shape) > 1)  # one number is no batch of one
+        return Spec((-1, *shape[1:]) if batched else shape, value.dtype, value.device)
 
     return Example(*tree_map(spec, (args, kwargs)))
 
@@ -90,6 +89,11 @@ def _known_size(model: nn.Module) -> tuple[int, int, int] | None:
 @contextmanager
 def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
     """A copy whose tensors hold no data, and a context in which to run it without a trace on the live model."""
+    with _LOCK:
+        yield from _fake_copy(model)
+
+
+def _fake_copy(model: nn.Module) -> Iterator[nn.Module]:
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback for every trial that fails
@@ -105,10 +109,8 @@ def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
                     raise PlainModelError(
                         f"{type(model).__name__} cannot be checked, because copying it failed: {first_line(error)}"
                     ) from error
-            if "_cropvote" in vars(fake):
-                vars(fake)[
-                    "_cropvote"
-                ].settings.enabled = False  # the copy's own: an injected model is looked at as it was
+            if "_cropvote" in vars(fake):  # an injected model is looked at as it was; the settings are the copy's own
+                vars(fake)["_cropvote"].settings.enabled = False
             stack.enter_context(mode)
             yield fake
     finally:

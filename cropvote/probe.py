@@ -1,4 +1,4 @@
-"""Which modules are valid sites, and why the others are not: found on a fake copy, where tensors have shapes but no data.
+"""Which modules are valid sites, and why the others are not, found on a fake copy of the model.
 
 A site is valid where every path from the input to the output passes through it: the network is then front, site and
 tail, and nothing of a sample reaches its prediction around the views. The probe follows the data through every
@@ -14,18 +14,16 @@ from typing import Any, NamedTuple, get_args
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import OptionError, SiteError, ViewsError
+from .errors import OptionError, PlainModelError, SiteError, ViewsError
 from .fakes import (
     BATCH,
     Example,
     Paths,
-    PlainModelError,
     Spec,
     example_of,
     fake_copy,
     first_line,
     map_first_tensor,
-    tensors_in,
 )
 from .splitting import Layout, split_views
 from .swapping import restore_forward, swap_forward
@@ -171,8 +169,18 @@ class _Probe:
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.model(*args, **kwargs)
 
-    def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tree_map(lambda leaf: leaf.fake() if isinstance(leaf, Spec) else leaf, tuple(self.example))
+    def _inputs(self, paths: Paths, bits: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call; what belongs to samples carries ``bits``."""
+
+        def fake(leaf: Any) -> Any:
+            if not isinstance(leaf, Spec):
+                return leaf
+            tensor = leaf.fake()
+            if leaf.shape[:1] == (-1,):
+                paths.set(tensor, bits)
+            return tensor
+
+        return tree_map(fake, tuple(self.example))
 
     def _walk(self) -> None:
         """Run once, every module's output replaced by a clone that clears the module's bit."""
@@ -197,9 +205,7 @@ class _Probe:
         hooks = [module.register_forward_hook(look) for module in bit]
         try:
             with paths:
-                args, kwargs = self._inputs()
-                for tensor in tensors_in((args, kwargs)):
-                    paths.set(tensor, (1 << len(bit)) - 1)
+                args, kwargs = self._inputs(paths, (1 << len(bit)) - 1)
                 self.output = self._call(args, kwargs)
         except Exception as error:
             raise PlainModelError(
@@ -286,8 +292,8 @@ class _Probe:
             if not self._trial(name, Views([(0, 0)], scale=scale)):
                 return ""
         return (
-            f"its map of shape {self._shape(name)} cannot shrink along its last two axes, so they may not be height and "
-            f'width: pass layout="NCHW" if they are, layout="NHWC" if the channels come last.'
+            f"its map of shape {self._shape(name)} cannot shrink along its last two axes, so they may not be height "
+            f'and width: pass layout="NCHW" if they are, layout="NHWC" if the channels come last.'
         )
 
     def _trial(self, name: str, views: Views) -> str:
@@ -304,9 +310,7 @@ class _Probe:
         holder = None if name == INPUT else holder_of(self.model, name)
         try:
             with paths:
-                args, kwargs = self._inputs()
-                for tensor in tensors_in((args, kwargs)):
-                    paths.set(tensor, 1)
+                args, kwargs = self._inputs(paths, 1)
                 if holder is None:
                     args, kwargs = map_first_tensor(split, args, kwargs)
                 else:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from .errors import InputTypeError, OptionError, SiteError, SurgeryError, UnknownSiteError
-from .fakes import PlainModelError, example_from_call, example_of, map_first_tensor
+from .errors import InputTypeError, OptionError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
+from .fakes import example_from_call, example_of, map_first_tensor
 from .layer import CropVote
 from .options import Output, Settings, conclude
 from .probe import INPUT, check_site, holder_of, layout_of
@@ -53,6 +53,7 @@ def inject_crop_vote(
 
     The model keeps its parameters, keys, class name, attributes and methods; an optimizer made before still works.
     In training mode it returns a row per view, (N·V, K), for :class:`CropVoteLoss`; in eval mode the vote, (N, K).
+    Methods that run a part of it (timm's ``forward_features``) return a row per view, in either mode.
 
     Whether the site is valid (every path from the input to the output passes through it, once, and the network behind
     it takes the smaller maps) is checked on a fake copy before anything is changed, where an input size is known: timm
@@ -234,8 +235,8 @@ def _check_first_call(
     ):
         mode = "training" if model.training else "eval"
         raise SurgeryError(
-            f"the site {injection.site!r} was not yet checked in {mode} mode, and cannot be while the model is compiled, "
-            f"exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it once as it is."
+            f"the site {injection.site!r} was not yet checked in {mode} mode, and cannot be while the model is "
+            f"compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it once as it is."
         )
     try:
         example = example_from_call(args, kwargs, samples)

@@ -102,7 +102,8 @@ def _hard(ballots: Tensor) -> Tensor:
     count = ballots.shape[1]
     chosen = ballots.argmax(dim=2, keepdim=True)
     counts = torch.zeros_like(ballots).scatter(2, chosen, 1.0).sum(dim=1)
-    return ((counts + ballots.softmax(dim=2).mean(dim=1)) / (count + 1)).log()
+    log_mean = _probs(ballots)  # where nobody voted for a class, its mean probability may be too small for a float
+    return torch.where(counts > 0, (counts + log_mean.exp()).log(), log_mean) - math.log(count + 1)
 
 
 def _median(ballots: Tensor) -> Tensor:

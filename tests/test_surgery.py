@@ -269,7 +269,7 @@ def test_a_model_in_ddp_is_refused_and_a_voting_model_goes_into_ddp():
     voting = nn.parallel.DistributedDataParallel(inject_crop_vote(zoo.fer(), after="layer1"))
     assert settings(voting) is settings(voting.module)
     assert voting.eval()(IMAGES).shape == (3, 7)
-    with pytest.raises(CropVoteError, match="wraps the injected model: pass the model inside"):
+    with pytest.raises(CropVoteError, match=r"wraps the injected model: pass the model inside"):
         remove_crop_vote(voting)
 
 
@@ -353,7 +353,7 @@ def test_bad_arguments_change_nothing(arguments, message):
 def test_an_empty_model_and_no_model():
     with pytest.raises(CropVoteError, match="Sequential has no module named 'layer1'; it has no modules"):
         inject_crop_vote(nn.Sequential(), after="layer1")
-    with pytest.raises(CropVoteError, match="model must be an nn.Module, got function"):
+    with pytest.raises(CropVoteError, match=r"model must be an nn.Module, got function"):
         inject_crop_vote(torchvision.models.resnet18, after="layer1")
     with pytest.raises(TypeError):
         settings("layer1")
@@ -362,7 +362,7 @@ def test_an_empty_model_and_no_model():
 def test_a_module_named_input_is_ambiguous():
     model = nn.Sequential()
     model.add_module("input", nn.Conv2d(3, 8, 1))
-    with pytest.raises(CropVoteError, match="means the images, but this model has a module of that name"):
+    with pytest.raises(CropVoteError, match=r"means the images, but this model has a module of that name"):
         inject_crop_vote(model, after="input")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import timm
 import torch
 import torchvision
-from model import fer_resnet18
 from torch import Tensor, nn
+
+from model import fer_resnet18
 
 
 def randomise_norms(model: nn.Module) -> nn.Module:

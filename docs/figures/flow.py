@@ -1,4 +1,7 @@
-"""Draw flow.svg, the picture of the data flow: python docs/figures/flow.py"""
+"""Draw flow.svg, the picture of the data flow.
+
+python docs/figures/flow.py
+"""
 
 from __future__ import annotations
 

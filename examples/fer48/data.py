@@ -79,22 +79,30 @@ def _fer2013(path: Path) -> dict[str, Split]:
     missing = {"emotion", "pixels", "Usage"} - set(table.columns)
     if missing:
         raise DataError(f"--data {path}: no column {sorted(missing)}; fer2013.csv has emotion, pixels and Usage.")
+    unknown = ~table["Usage"].isin(list(FER2013_USAGE.values()))
+    if unknown.any():
+        raise DataError(f"--data {path}: row {unknown.idxmax() + 2} has no Usage that FER2013 knows; is it truncated?")
     splits = {}
     for name, usage in FER2013_USAGE.items():
         rows = table[table["Usage"] == usage]
         if rows.empty:
             raise DataError(f"--data {path}: no row with Usage {usage}.")
-        pixels = [np.array(text.split(), dtype=np.int64) for text in rows["pixels"].astype(str)]
-        for row, face in zip(rows.index, pixels, strict=True):
-            if face.size != SIDE * SIDE or face.min() < 0 or face.max() > 255:
-                raise DataError(
-                    f"--data {path}: row {row + 2} does not hold {SIDE}x{SIDE} grey values; is it truncated?"
-                )
         if not rows["emotion"].isin(range(len(CLASSES))).all():
             raise DataError(f"--data {path}: an emotion outside 0..{len(CLASSES) - 1}.")
-        images = np.stack(pixels).astype(np.uint8).reshape(-1, SIDE, SIDE)
-        splits[name] = Split(usage, torch.from_numpy(images), torch.from_numpy(rows["emotion"].to_numpy(np.int64)))
+        images = [_face(text, path, row + 2) for row, text in rows["pixels"].items()]
+        labels = torch.tensor(rows["emotion"].tolist(), dtype=torch.int64)
+        splits[name] = Split(usage, torch.from_numpy(np.stack(images)), labels)
     return splits
+
+
+def _face(text: object, path: Path, row: int) -> np.ndarray:
+    try:
+        face = np.array(str(text).split(), dtype=np.int64)
+    except ValueError:
+        face = np.empty(0, np.int64)
+    if face.size != SIDE * SIDE or face.min() < 0 or face.max() > 255:
+        raise DataError(f"--data {path}: row {row} does not hold {SIDE}x{SIDE} grey values; is it truncated?")
+    return face.astype(np.uint8).reshape(SIDE, SIDE)
 
 
 def to_input(images: Tensor) -> Tensor:
