@@ -105,7 +105,7 @@ def test_headers_with_leading_spaces_are_read(tmp_path):
     ("damage", "message"),
     [
         (lambda text: text[:-50], r"row 43 has no Usage that FER2013 knows; is it truncated"),
-        (lambda text: text.replace(" 1", ",", 1), r"cannot be read as a csv|row 2 "),
+        (lambda text: text.replace(" 1", ",", 1), r"cannot be read as a csv|row \d+ "),
         (lambda text: text.replace("emotion", "label", 1), r"no column \['emotion'\]"),
         (lambda text: "\n".join(text.split("\n")[:29]), r"no row with Usage PrivateTest"),
         (lambda text: text.replace("\n3,", "\n9,"), r"an emotion outside 0\.\.6"),

@@ -11,7 +11,7 @@ from typing import Any
 from train import Config, train
 
 #: Small enough for two CPU cores and five minutes; the paper's network has width 64.
-DEMO = {"width": 8, "epochs": 10, "batch": 32}
+DEMO: dict[str, Any] = {"width": 8, "epochs": 10, "batch": 32}
 
 
 def main() -> None:
