@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from torch import Tensor, nn
 
-from .errors import InputTypeError, OptionError
+from .errors import InputTypeError
 from .options import Output, Settings, conclude
-from .splitting import Layout, split_views
+from .splitting import Layout, check_layout, split_views
 from .views import Views
 from .voting import How
 
@@ -65,8 +63,7 @@ class CropVote(nn.Module):
         super().__init__()
         if not isinstance(tail, nn.Module):
             raise InputTypeError(f"tail must be an nn.Module, got {type(tail).__name__}.")
-        if layout not in get_args(Layout):
-            raise OptionError(f"layout must be one of {get_args(Layout)}, got {layout!r}.")
+        check_layout(layout)
         self.tail = tail
         self.layout = layout
         self.settings = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)

@@ -9,7 +9,7 @@ the module clears its own bit in what it returns; a bit still set in the model's
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -25,7 +25,7 @@ from .fakes import (
     first_line,
     map_first_tensor,
 )
-from .splitting import Layout, split_views
+from .splitting import LAYOUTS, Layout, split_views
 from .swapping import restore_forward, swap_forward
 from .views import Views, ten_crop
 
@@ -128,7 +128,7 @@ def layout_of(model: nn.Module) -> Layout | None:
     """Where the channels are, as the model itself says it (timm's ``output_fmt``), or None."""
     stated = getattr(model, "output_fmt", None)
     stated = getattr(stated, "value", stated)
-    return stated if stated in get_args(Layout) else None
+    return stated if stated in LAYOUTS else None
 
 
 def holder_of(model: nn.Module, name: str) -> nn.Module:

@@ -14,6 +14,7 @@ from .views import Views
 __all__ = ["split_views"]
 
 Layout = Literal["NCHW", "NHWC"]
+LAYOUTS = get_args(Layout)
 
 
 def join_views(x: Tensor) -> Tensor:
@@ -66,8 +67,7 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
         raise InputTypeError(f"split_views takes a tensor (N, C, H, W), got {type(x).__name__}.")
     if not isinstance(views, Views):
         raise InputTypeError(f"views must be a Views, such as ten_crop(), got {views!r}.")
-    if layout not in get_args(Layout):
-        raise OptionError(f"layout must be one of {get_args(Layout)}, got {layout!r}.")
+    check_layout(layout)
     if x.dim() != 4:
         raise ViewsError(f"split_views takes a 4-D map, (N, C, H, W) or (N, H, W, C), got shape {tuple(x.shape)}.")
     if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -75,6 +75,12 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
     x, first, permuted = _in_memory_order(x, layout)
     y = join_views(torch.stack(_crops(x, views, first), dim=1))
     return y.permute(0, 3, 1, 2) if permuted else y
+
+
+def check_layout(layout: object) -> None:
+    """Raise OptionError unless ``layout`` is one of the two."""
+    if layout not in LAYOUTS:
+        raise OptionError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
 
 
 def _in_memory_order(x: Tensor, layout: Layout) -> tuple[Tensor, int, bool]:
@@ -91,7 +97,7 @@ def _crops(x: Tensor, views: Views, first: int) -> list[Tensor]:
     h, w = views.crop_size(x.shape[first], x.shape[first + 1])
     oriented: dict[tuple[bool, int], Tensor] = {}
     crops = []
-    for view, (top, left) in zip(views, views.offsets(x.shape[first], x.shape[first + 1]), strict=True):
+    for view, (top, left) in zip(views.entries, views.offsets(x.shape[first], x.shape[first + 1]), strict=True):
         key = (view.mirror, view.turns % 4)
         if key not in oriented:
             oriented[key] = _orient(x, *key, first)
@@ -112,7 +118,7 @@ def _merge(y: Tensor, views: Views, layout: Layout, height: int, width: int) -> 
     for key in orientations:  # the untouched orientation comes last: views add straight into the total
         upright = key == (False, 0)
         into = total if upright and total is not None else y.new_zeros(shape)
-        for i, (view, (top, left)) in enumerate(zip(views, offsets, strict=True)):
+        for i, (view, (top, left)) in enumerate(zip(views.entries, offsets, strict=True)):
             if (view.mirror, view.turns % 4) == key:
                 into.narrow(first, top, h).narrow(first + 1, left, w).add_(y[:, i])
         if not upright:

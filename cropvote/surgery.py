@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .errors import InputTypeError, OptionError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
+from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
 from .fakes import example_from_call, example_of, map_first_tensor
 from .layer import CropVote
 from .options import Output, Settings, conclude
 from .probe import INPUT, check_site, holder_of, layout_of
-from .splitting import Layout, split_views
+from .splitting import Layout, check_layout, split_views
 from .swapping import own_forward, restore_forward, swap_forward
 from .views import Views
 from .voting import How
@@ -95,8 +95,8 @@ def inject_crop_vote(
     _check_model(model)
     _check_name(model, after)
     options = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
-    if layout is not None and layout not in get_args(Layout):
-        raise OptionError(f"layout must be one of {get_args(Layout)}, got {layout!r}.")
+    if layout is not None:
+        check_layout(layout)
     injection = _Injection(after, layout or layout_of(model), options)
     example = example_of(model, input_size)
     if example is not None:

@@ -85,7 +85,7 @@ class Views(Sequence[View]):
                 raise ViewsError("mirror=True mirrors every view, but some are mirrored already: leave mirror out.")
             entries += tuple(view._replace(mirror=True) for view in entries)
         pair = scale if isinstance(scale, tuple) and len(scale) == 2 else (scale, scale)
-        self._entries = entries
+        self.entries = entries
         self._scale = (_scale(pair[0]), _scale(pair[1]))
         self._several = tuple(len({view[axis] for view in entries}) > 1 for axis in (0, 1))
 
@@ -104,7 +104,7 @@ class Views(Sequence[View]):
             >>> ten_crop().crop_size(48, 24)
             (40, 20)
         """
-        if any(view.turns % 2 for view in self._entries) and height != width:
+        if any(view.turns % 2 for view in self.entries) and height != width:
             raise ViewsError(f"quarter turns need a square map, got {height} x {width} (height x width).")
         return self._side(height, 0), self._side(width, 1)
 
@@ -119,7 +119,7 @@ class Views(Sequence[View]):
             ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4))
         """
         h, w = self.crop_size(height, width)
-        return tuple((_offset(view.top, height - h), _offset(view.left, width - w)) for view in self._entries)
+        return tuple((_offset(view.top, height - h), _offset(view.left, width - w)) for view in self.entries)
 
     def distinct(self, height: int, width: int) -> int:
         """How many different views a map of ``height`` × ``width`` gives: on small maps some coincide.
@@ -131,7 +131,7 @@ class Views(Sequence[View]):
             >>> ten_crop().distinct(12, 12), ten_crop().distinct(6, 6)
             (10, 8)
         """
-        places = zip(self.offsets(height, width), self._entries, strict=True)
+        places = zip(self.offsets(height, width), self.entries, strict=True)
         return len({(offset, view.mirror, view.turns) for offset, view in places})
 
     def _side(self, side: int, axis: int) -> int:
@@ -152,19 +152,19 @@ class Views(Sequence[View]):
     @overload
     def __getitem__(self, index: slice) -> tuple[View, ...]: ...
     def __getitem__(self, index: int | slice) -> View | tuple[View, ...]:
-        return self._entries[index]
+        return self.entries[index]
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def __iter__(self) -> Iterator[View]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Views) and (self._entries, self._scale) == (other._entries, other._scale)
+        return isinstance(other, Views) and (self.entries, self._scale) == (other.entries, other._scale)
 
     def __hash__(self) -> int:
-        return hash((self._entries, self._scale))
+        return hash((self.entries, self._scale))
 
     def __repr__(self) -> str:
         height, width = self._scale
