@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
     try:
         result = train(config)
-    except (DataError, RuntimeError, OSError, cropvote.CropVoteError) as error:
+    except (DataError, OSError, cropvote.CropVoteError) as error:
         sys.exit(f"train.py: {error}")
     print(f"\n{report(result)}\n{Path(result['out']).resolve()}: result.json, confusion_matrix.png, model.pt")
 
@@ -214,7 +214,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: PyTorch sees no CUDA device here; use --device auto or cpu.")
+        raise SystemExit("train.py: --device cuda: PyTorch sees no CUDA device here; use --device auto or cpu.")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
