@@ -26,6 +26,8 @@ REFUSED = [
     (zoo.Inplace, "act", AROUND),
     (zoo.Alias, "site", AROUND),
     (zoo.Buffered, "site", AROUND),
+    (zoo.LateAlias, "site", AROUND),
+    (zoo.Foreach, "site", AROUND),
     (zoo.Branches, "site", AROUND),
     (zoo.Branches, "other", AROUND),
     (zoo.Twice, "site", r"called 2 times"),
@@ -112,10 +114,11 @@ def test_sites_are_listed_in_forward_order_once_per_tensor():
     assert rows[-1].distinct == ten_crop().distinct(6, 6) == 8
 
 
-def test_sites_leaves_the_model_alone():
+@pytest.mark.parametrize("make", [zoo.Noisy, zoo.Seeding])
+def test_sites_leaves_the_model_alone(make):
     torch.manual_seed(0)
     random.seed(0)
-    model = zoo.Noisy().train()
+    model = make().train()
     before, python = snapshot(model), random.getstate()
     sites(model, 24)
     inject_crop_vote(model, after="site", input_size=24)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import timm
 import torch
 import torchvision
@@ -116,6 +118,30 @@ class Buffered(Net):
         return self.head(self.site(x)) + self.note
 
 
+class LateAlias(Net):
+    """The site's output has a second name, under which data from the front is written into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        y = self.site(x)
+        self.idle(y).mul_(x.mean())
+        return self.head(self.act(y))
+
+
+class Foreach(Net):
+    """Data from the front is written by an operation that returns nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        y = self.site(x)
+        torch._foreach_mul_([y], [x.mean()])
+        return self.head(y)
+
+
 class Twice(Net):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.site(self.site(self.front(x))))
@@ -208,6 +234,15 @@ class LateGate(Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.training else Net.forward(self, x)
+
+
+class Seeding(Net):
+    """Seeds and draws by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        random.random()
+        return super().forward(x)
 
 
 class Noisy(Net):
