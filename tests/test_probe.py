@@ -62,6 +62,13 @@ def test_refused(make, site, reason, known):
         assert "alid sites: " in message or "No site of this" in message
 
 
+def test_a_site_that_is_never_called_is_refused_where_n_is_divisible_by_v():
+    """Ten rows from ten images would pass for the ten views of one."""
+    model = inject_crop_vote(zoo.Unused().eval(), after="site")
+    with pytest.raises(CropVoteError, match="never called"):
+        model(torch.randn(10, 3, 12, 12))
+
+
 def test_the_reason_names_valid_sites():
     with pytest.raises(
         CropVoteError, match=r"Valid sites: input, conv1, bn1, relu, layer1\.0, layer1, layer2, layer3 \("

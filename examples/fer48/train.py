@@ -108,19 +108,9 @@ def train(config: Config) -> dict[str, Any]:
 
     model.load_state_dict(best_state)
     scored = splits["test" if config.final_test else "val"]
-    result = {
-        "config": asdict(config),
-        "versions": versions(device),
-        "data": {"name": faces.name, "note": faces.note, "faces": {s.name: len(s) for s in splits.values()}},
-        "split": scored.name,
-        "chosen_on": splits["val"].name,
-        "parameters": parameters,
-        "gmacs": gmacs,
-        "seconds": round(seconds, 1),
-        "curve": curve,
-        "votes": evaluate(model, scored, config, faces.classes),
-    }
-    return write(result, model, faces, scored, config)
+    votes = evaluate(model, scored, config, faces.classes)
+    measured = {"parameters": parameters, "gmacs": gmacs, "seconds": round(seconds, 1), "curve": curve, "votes": votes}
+    return write(measured, model, faces, scored, config)
 
 
 @torch.no_grad()
@@ -170,17 +160,23 @@ def count(model: FerResNet18, after: str) -> tuple[float, int]:
     return counter.get_total_flops() / 2e9, sum(p.numel() for p in model.parameters())
 
 
-def write(result: dict[str, Any], model: FerResNet18, faces: Faces, scored: Split, config: Config) -> dict[str, Any]:
+def write(measured: dict[str, Any], model: FerResNet18, faces: Faces, scored: Split, config: Config) -> dict[str, Any]:
+    """Put result.json, confusion_matrix.png and model.pt into the run's folder; return what result.json holds."""
     out = Path(config.out or f"runs/{faces.name}-{config.after}-{config.seed}")
     out.mkdir(parents=True, exist_ok=True)
-    matrix = confusion_matrix(
-        scored.labels.cpu(),
-        result["votes"][config.vote].pop("predicted"),
-        labels=range(len(faces.classes)),
-        normalize="true",
-    )
-    result["votes"] = {how: {k: v for k, v in s.items() if k != "predicted"} for how, s in result["votes"].items()}
-    result |= {"confusion_matrix": matrix.round(4).tolist(), "out": str(out)}
+    predicted = {how: score.pop("predicted") for how, score in measured["votes"].items()}
+    classes = range(len(faces.classes))
+    matrix = confusion_matrix(scored.labels.cpu(), predicted[config.vote], labels=classes, normalize="true")
+    result = {
+        "config": asdict(config),
+        "versions": versions(scored.labels.device),
+        "data": {"name": faces.name, "note": faces.note, "faces": {s.name: len(s) for s in faces.splits.values()}},
+        "split": scored.name,
+        "chosen_on": faces.splits["val"].name,
+        **measured,
+        "confusion_matrix": matrix.round(4).tolist(),
+        "out": str(out),
+    }
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
     display = ConfusionMatrixDisplay(100 * matrix, display_labels=faces.classes)
