@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import random
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import InputTypeError, OptionError, PlainModelError
+from .errors import InputTypeError, OptionError, PlainModelError, SurgeryError
 
 __all__: list[str] = []
 
+Result = TypeVar("Result")
 #: The batch of every fake call. Above 1, so that nothing broadcasts.
 BATCH = 3
 _LOCK = threading.RLock()  # for what a fake copy has to put back: a logger's state and the random numbers'
@@ -86,41 +90,77 @@ def _known_size(model: nn.Module) -> tuple[int, int, int] | None:
     return (channels, size[1], size[2])
 
 
-@contextmanager
-def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy whose tensors hold no data, and a context in which to run it without a trace on the live model."""
+def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> Result:
+    """Call ``function`` with a copy whose tensors hold no data, and leave no trace on the live model.
+
+    Raises:
+        PlainModelError: the model cannot be copied, or not without sharing modules with its copy.
+        SurgeryError: the model's forward kept a tensor outside the model, where the live model would find it.
+    """
     with _LOCK:
-        yield from _fake_copy(model)
-
-
-def _fake_copy(model: nn.Module) -> Iterator[nn.Module]:
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback for every trial that fails
-    silent, log.disabled = log.disabled, True
-    try:
-        with ExitStack() as stack:
+        made = Paths.made = []
+        with _putting_back(), ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
             with FakeCopyMode(mode):
-                try:
-                    fake = copy.deepcopy(model)
-                except Exception as error:
-                    raise PlainModelError(
-                        f"{type(model).__name__} cannot be checked, because copying it failed: {first_line(error)}"
-                    ) from error
+                fake = _copy(model)
             if "_cropvote" in vars(fake):  # an injected model is looked at as it was; the settings are the copy's own
                 vars(fake)["_cropvote"].settings.enabled = False
             stack.enter_context(mode)
-            yield fake
+            result = function(fake)
+        del fake
+    if any(reference() is not None for reference in made):
+        gc.collect()
+        kept = [tensor for tensor in (reference() for reference in made) if tensor is not None]
+        if kept:
+            raise SurgeryError(
+                f"while {type(model).__name__} was checked on a copy without data, its forward or a hook kept a "
+                f"tensor of shape {tuple(kept[0].shape)} outside the model (in a class attribute, a global, a cache or a "
+                f"list). Empty that store, which now holds no numbers; remove such hooks, or fill such a cache by calling "
+                f"the model once, and inject again."
+            )
+    return result
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    kind = type(model).__name__
+    try:
+        fake = copy.deepcopy(model)
+    except Exception as error:
+        raise PlainModelError(f"{kind} cannot be checked, because copying it failed: {first_line(error)}") from error
+    live = {module: name for name, module in model.named_modules()}
+    shared = next((live[module] for module in fake.modules() if module in live), None)
+    if shared is not None:
+        raise PlainModelError(
+            f"{kind} cannot be checked: its deep copy shares the module {shared!r} with it, so a check would touch the "
+            f"live one."
+        )
+    return fake
+
+
+@contextmanager
+def _putting_back() -> Iterator[None]:
+    """Put back the random numbers, and silence the traceback that PyTorch logs for every trial that fails."""
+    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+    states.append((torch.set_rng_state, torch.get_rng_state()))
+    if "numpy" in sys.modules:
+        numpy_random = sys.modules["numpy"].random
+        states.append((numpy_random.set_state, numpy_random.get_state()))
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, log.disabled = log.disabled, True
+    try:
+        yield
     finally:
         log.disabled = silent
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
+        for restore, state in states:
+            restore(state)
 
 
 class Paths(TorchDispatchMode):
     """Follow through every operation, per storage, which modules the data may have come around (a bit each)."""
+
+    made: ClassVar[list[weakref.ref[Tensor]]] = []  # every tensor of the present fake copy
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +170,7 @@ class Paths(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.made.extend(weakref.ref(tensor) for tensor in tensors_in(out))
         if func.overloadpacket.__name__ not in _VALUE_FREE:
             bits = self.of((args, kwargs))
             if bits:

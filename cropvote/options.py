@@ -77,6 +77,9 @@ class Settings:
         _check({**self.__dict__, name: value})
         self.__dict__[name] = value
 
+    def __delattr__(self, name: str) -> None:
+        raise OptionError(f"settings cannot be deleted ({name!r}): assign another value.")
+
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
 
@@ -86,7 +89,7 @@ def _check(fields: dict[str, Any]) -> None:
         raise InputTypeError(f"views must be a Views, such as ten_crop(), got {fields['views']!r}.")
     check_rule(fields["vote"])
     for name in ("train_output", "eval_output"):
-        if fields[name] not in get_args(Output):
+        if not isinstance(fields[name], str) or fields[name] not in get_args(Output):
             raise OptionError(f"{name} must be one of {get_args(Output)}, got {fields[name]!r}.")
     if not isinstance(fields["enabled"], bool):
         raise InputTypeError(f"enabled must be True or False, got {fields['enabled']!r}.")

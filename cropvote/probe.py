@@ -11,19 +11,20 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import OptionError, PlainModelError, SiteError, ViewsError
+from .errors import InputTypeError, OptionError, PlainModelError, SiteError, ViewsError
 from .fakes import (
     BATCH,
     Example,
     Paths,
     Spec,
     example_of,
-    fake_copy,
     first_line,
     map_first_tensor,
+    on_fake_copy,
 )
 from .splitting import LAYOUTS, Layout, split_views
 from .swapping import restore_forward, swap_forward
@@ -84,44 +85,55 @@ def sites(
         >>> [(site.name, site.shape) for site in sites(net, 32)]
         [('input', (3, 32, 32)), ('0', (8, 30, 30)), ('1', (8, 30, 30))]
     """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    views = ten_crop() if views is None else views
+    if not isinstance(views, Views):
+        raise InputTypeError(f"views must be a Views, such as ten_crop(), got {views!r}.")
     example = example_of(model, input_size)
     if example is None:
         raise OptionError("no input size is known for this model: pass input_size=, such as input_size=(3, 224, 224).")
-    with fake_copy(model) as fake:
-        probe = _Probe(fake, example, ten_crop() if views is None else views, layout_of(model))
-        rows = [probe.site(name) for name in (INPUT, *probe.candidates(every=all))]
-    return [row for row in rows if all or not row.reason]
+
+    def look(fake: nn.Module) -> list[Site]:
+        probe = _Probe(fake, example, views, None)
+        return [probe.site(name) for name in (INPUT, *probe.candidates(every=all))]
+
+    return [row for row in on_fake_copy(model, look) if all or not row.reason]
 
 
-def check_site(model: nn.Module, name: str, views: Views, layout: Layout | None, example: Example) -> frozenset[bool]:
+def check_site(
+    model: nn.Module, name: str, views: Views, layout: Layout | None, example: Example
+) -> tuple[frozenset[bool], Layout]:
     """Raise SiteError unless ``name`` is a valid site in the model's present mode.
 
     Returns:
-        The modes (``training``) in which it is one. The other mode may take another path (auxiliary heads, say); it
-        is checked again when it is first used.
+        The modes (``training``) in which it is one, and the layout of its map. The other mode may take another path
+        (auxiliary heads, say); it is checked again when it is first used.
 
     Raises:
         SiteError: with the reason, and the names of valid sites.
         ViewsError: the map at the site is too small for the views.
         PlainModelError: the model does not run on such an input.
     """
-    checked = set()
-    with fake_copy(model) as fake:
-        for training in (model.training, not model.training):
-            if fake.training != training:
-                fake.train(training)
-            try:
-                probe = _Probe(fake, example, views, layout)
-                reason = probe.reason(name)
-            except (PlainModelError, ViewsError):
-                if training == model.training:
-                    raise
-                continue
-            if not reason:
-                checked.add(training)
-            elif training == model.training:
-                raise SiteError(f"after={name!r} cannot be a site: {reason} {probe.advice()}")
-    return frozenset(checked)
+
+    def check(fake: nn.Module) -> tuple[list[bool], Layout, str]:
+        probe = _Probe(fake, example, views, layout)
+        found, reason = probe.verdict(name)
+        if reason:
+            return [], found, f"{reason} {probe.advice()}"
+        modes = [model.training]
+        try:
+            fake.train(not model.training)
+            if not _Probe(fake, example, views, found).verdict(name)[1]:
+                modes.append(not model.training)
+        except Exception:  # whatever it is, the other mode is not checked, and will be when it is used
+            return modes, found, ""
+        return modes, found, ""
+
+    modes, found, reason = on_fake_copy(model, check)
+    if reason:
+        raise SiteError(f"after={name!r} cannot be a site: {reason}")
+    return frozenset(modes), found
 
 
 def layout_of(model: nn.Module) -> Layout | None:
@@ -158,16 +170,12 @@ class _Probe:
     """One fake model in one mode: a walk that looks at every module at once, then a trial split per site."""
 
     def __init__(self, model: nn.Module, example: Example, views: Views, layout: Layout | None) -> None:
-        self.model, self.example, self.views = model, example, views
-        self.layout: Layout = layout or "NCHW"
-        self.stated = layout is not None
-        self.modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        self.model, self.example, self.views, self.layout = model, example, views, layout
+        named = model.named_modules(remove_duplicate=False)
+        self.modules = {name: m for name, m in named if name and not isinstance(m, torch.jit.ScriptModule)}
         self.calls: dict[nn.Module, int] = {}
         self.seen: dict[nn.Module, _Seen] = {}
         self._walk()
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.model(*args, **kwargs)
 
     def _inputs(self, paths: Paths, bits: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call; what belongs to samples carries ``bits``."""
@@ -202,11 +210,12 @@ class _Probe:
             self.seen[module] = _Seen(output, group)
             return clone
 
-        hooks = [module.register_forward_hook(look) for module in bit]
+        hooks = []
         try:
+            hooks = [module.register_forward_hook(look) for module in bit]
             with paths:
                 args, kwargs = self._inputs(paths, (1 << len(bit)) - 1)
-                self.output = self._call(args, kwargs)
+                self.output = self.model(*args, **kwargs)
         except Exception as error:
             raise PlainModelError(
                 f"{type(self.model).__name__} itself, without any split, failed on {self._asked()}: {first_line(error)}"
@@ -223,14 +232,14 @@ class _Probe:
         return f"an input of shape {', '.join(map(str, shapes))} in {mode} mode"
 
     def site(self, name: str) -> Site:
-        reason = self._reason(name)
+        layout, reason = self._judged(name)
         shape = self._shape(name)
-        size = shape[1:] if self.layout == "NCHW" or name == INPUT else shape[:2]
+        size = shape[1:] if layout == "NCHW" else shape[:2]
         try:
             distinct = self.views.distinct(*size) if len(shape) == 3 else 0
         except ViewsError:
             distinct = 0
-        return Site(name, shape, "NCHW" if name == INPUT else self.layout, distinct, reason)
+        return Site(name, shape, layout, distinct, reason)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name == INPUT:
@@ -238,16 +247,23 @@ class _Probe:
         seen = self.seen.get(holder_of(self.model, name))
         return tuple(seen.output.shape[1:]) if seen and isinstance(seen.output, Tensor) else ()
 
-    def _reason(self, name: str) -> str:
+    def _judged(self, name: str) -> tuple[Layout, str]:
         try:
-            return self.reason(name)
+            return self.verdict(name)
         except ViewsError as error:
-            return str(error)
+            return self.layout or "NCHW", str(error)
 
-    def reason(self, name: str) -> str:
-        """Why ``name`` is no valid site, or nothing; ViewsError where only the map's size is at fault."""
-        walked = "" if name == INPUT else self._walked(name)
-        return walked or self._output() or self._trial(name, self.views) or self._axes(name)
+    def verdict(self, name: str) -> tuple[Layout, str]:
+        """The layout of a site's map, and why it is no valid site or nothing.
+
+        Raises:
+            ViewsError: only the map's size is at fault.
+        """
+        reason = ("" if name == INPUT else self._walked(name)) or self._output()
+        if reason:
+            return self.layout or "NCHW", reason
+        layout, reason = self._find_layout(name)
+        return layout, reason or self._trial(name, self.views, layout)
 
     def _walked(self, name: str) -> str:
         holder = holder_of(self.model, name)
@@ -282,30 +298,65 @@ class _Probe:
             )
         return ""
 
-    def _axes(self, name: str) -> str:
-        """Whether the last two axes are height and width, where nobody says so: those can shrink, channels cannot."""
-        if name == INPUT or self.stated:
-            return ""
-        _, height, width = self._shape(name)
-        for smaller in ((height + 1) // 2, (width + 1) // 2), (max(1, height - 1), max(1, width - 1)):
-            scale = (Fraction(smaller[0], height), Fraction(smaller[1], width))
-            if not self._trial(name, Views([(0, 0)], scale=scale)):
-                return ""
-        return (
-            f"its map of shape {self._shape(name)} cannot shrink along its last two axes, so they may not be height "
-            f'and width: pass layout="NCHW" if they are, layout="NHWC" if the channels come last.'
+    def _find_layout(self, name: str) -> tuple[Layout, str]:
+        """Where the channels are: height and width can shrink, channels cannot. The layout, or why it is unknown."""
+        able = [layout for layout in LAYOUTS if self._shrinks(name, layout)]
+        if self.layout and (self.layout in able or not able):
+            return self.layout, ""
+        shape = self._shape(name)
+        if self.layout:
+            return (
+                self.layout,
+                f'its map of shape {shape} shrinks along the axes of "{able[0]}", not of "{self.layout}".',
+            )
+        if len(able) == 1:
+            return able[0], ""
+        said = layout_of(self.model)
+        if able and said:
+            return said, ""
+        if not able and name == INPUT:
+            return "NCHW", ""
+        if not able and self._crops(name):
+            return "NCHW", self._trial(name, self.views, "NCHW")
+        return "NCHW", (
+            f"its map of shape {shape} can shrink along {'all' if able else 'none'} of its axes, so which of them are "
+            f'height and width cannot be told: pass layout="NCHW" if they are the last two, layout="NHWC" if the '
+            f"channels come last."
         )
 
-    def _trial(self, name: str, views: Views) -> str:
+    def _crops(self, name: str) -> bool:
+        """Whether the views are smaller than the map, in both axes, where the channels come first."""
+        size = self._shape(name)[1:]
+        return all(crop < side for crop, side in zip(self.views.crop_size(*size), size, strict=True))
+
+    def _shrinks(self, name: str, layout: Layout) -> bool:
+        """Whether the network behind the site takes a map of less height and width, in that layout."""
+        shape = self._shape(name)
+        sides = shape[1:] if layout == "NCHW" else shape[:2]
+        for smaller in [(side + 1) // 2 for side in sides], [max(1, side - 1) for side in sides]:
+            scale = (Fraction(smaller[0], sides[0]), Fraction(smaller[1], sides[1]))
+            if not self._trial(name, Views([(0, 0)], scale=scale), layout):
+                return True
+        try:
+            return layout == "NCHW" and self._crops(name) and not self._trial(name, self.views, layout)
+        except ViewsError:
+            return False
+
+    def _trial(self, name: str, views: Views, layout: Layout) -> str:
         """Split for real, with the mechanism that the live model gets, and look at what comes out."""
         paths = Paths()
         splits: list[int] = []
+        votes: list[nn.Module] = []
 
         def split(x: Tensor) -> Tensor:
-            y = split_views(x, views, layout="NCHW" if name == INPUT else self.layout)
+            y = split_views(x, views, layout=layout)
             splits.append(y.shape[0])
             paths.set(y, 0)
             return y
+
+        def root(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+            votes.append(module)
+            return base.forward(module, *args, **kwargs)
 
         holder = None if name == INPUT else holder_of(self.model, name)
         try:
@@ -315,17 +366,23 @@ class _Probe:
                     args, kwargs = map_first_tensor(split, args, kwargs)
                 else:
                     swap_forward(holder, lambda module, base, *a, **k: split(base.forward(module, *a, **k)))
-                output = self._call(args, kwargs)
+                swap_forward(self.model, root)
+                try:
+                    output = self.model(*args, **kwargs)
+                finally:
+                    restore_forward(self.model)
         except ViewsError as error:
             raise ViewsError(f"after={name!r} on {self._asked()}: {error}") from error
         except Exception as error:
             return (
-                f"the network behind it cannot take the views of its map, of shape {self._crop(name)}: "
+                f"the network behind it cannot take the views of its map, of shape {self._crop(name, views, layout)}: "
                 f"{first_line(error)}."
             )
         finally:
             if holder is not None:
                 restore_forward(holder)
+        if len(votes) != 1:
+            return f"the model's forward, where the vote would stand, ran {len(votes)} times in one call."
         expected = BATCH * len(views)
         if splits != [expected]:
             return f"the split ran {len(splits)} times in one forward."
@@ -336,11 +393,11 @@ class _Probe:
             return "the model's output also depends on its input by a path around it."
         return ""
 
-    def _crop(self, name: str) -> tuple[int, ...]:
+    def _crop(self, name: str, views: Views, layout: Layout) -> tuple[int, ...]:
         shape = self._shape(name)
-        if name != INPUT and self.layout == "NHWC":
-            return (*self.views.crop_size(*shape[:2]), shape[2])
-        return (shape[0], *self.views.crop_size(*shape[1:]))
+        if layout == "NHWC":
+            return (*views.crop_size(*shape[:2]), shape[2])
+        return (shape[0], *views.crop_size(*shape[1:]))
 
     def candidates(self, every: bool = False) -> list[str]:
         """The names worth a trial, in forward order: maps on every path, each tensor under its outermost name."""
@@ -360,7 +417,7 @@ class _Probe:
         names = self.candidates()
         valid: list[str] = []
         for name in [INPUT, *sorted(names, key=lambda n: n.count("."))]:
-            if len(valid) < most and not self._reason(name):
+            if len(valid) < most and not self._judged(name)[1]:
                 valid.append(name)
         if not valid:
             return f"No site of this {type(self.model).__name__} is valid for these views."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -12,15 +13,18 @@ from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, Un
 from .fakes import example_from_call, example_of, map_first_tensor
 from .layer import CropVote
 from .options import Output, Settings, conclude
-from .probe import INPUT, check_site, holder_of, layout_of
+from .probe import INPUT, check_site, holder_of
 from .splitting import Layout, check_layout, split_views
-from .swapping import own_forward, restore_forward, swap_forward
+from .swapping import check_restorable, own_forward, restore_forward, swap_forward
 from .views import Views
 from .voting import How
 
 __all__ = ["inject_crop_vote", "remove_crop_vote", "settings"]
 
 Model = TypeVar("Model", bound=nn.Module)
+MARKS = ("_cropvote", "_cropvote_split")
+#: A kind of call: training or not, and the names of the arguments that are tensors.
+Call = tuple[bool, tuple[str, ...]]
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -30,11 +34,12 @@ class _Injection:
     It is ``_cropvote`` in the model, and ``_cropvote_split`` in the module that carries the split.
     """
 
-    def __init__(self, site: str, layout: Layout | None, settings: Settings) -> None:
+    def __init__(self, site: str, layout: Layout | None, settings: Settings, parameters: tuple[str, ...] = ()) -> None:
         self.site = site
-        self.layout = layout  # None: NCHW, which the check has to confirm
+        self.layout = layout  # None: found by the check
         self.settings = settings
-        self.checked: frozenset[bool] = frozenset()  # the modes (.training) in which the site is known to be valid
+        self.parameters = parameters  # the names of the forward's positional arguments
+        self.checked: frozenset[Call] = frozenset()  # the kinds of call for which the site is known to be valid
         self.failure = ""
 
 
@@ -53,7 +58,9 @@ def inject_crop_vote(
 
     The model keeps its parameters, keys, class name, attributes and methods; an optimizer made before still works.
     In training mode it returns a row per view, (N·V, K), for :class:`CropVoteLoss`; in eval mode the vote, (N, K).
-    Methods that run a part of it (timm's ``forward_features``) return a row per view, in either mode.
+    Methods that run a part of it (timm's ``forward_features``) return a row per view, in either mode, and a forward
+    hook of the site sees the views. A batch is taken for independent samples: layers that mix them beyond BatchNorm
+    (a mean over the batch, say) mix the views too.
 
     Whether the site is valid (every path from the input to the output passes through it, once, and the network behind
     it takes the smaller maps) is checked on a fake copy before anything is changed, where an input size is known: timm
@@ -67,8 +74,7 @@ def inject_crop_vote(
         input_size: the images' size: a side, (H, W), or (C, H, W).
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
-        layout: where the channels of the site's map are; by default what the model
-            says (timm's ``output_fmt``), else "NCHW" where the check confirms it.
+        layout: where the channels of the site's map are, "NCHW" or "NHWC"; by default what the check finds.
 
     Returns:
         The model.
@@ -97,20 +103,25 @@ def inject_crop_vote(
     options = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
     if layout is not None:
         check_layout(layout)
-    injection = _Injection(after, layout or layout_of(model), options)
+    injection = _Injection(after, layout, options, _positional(model))
     example = example_of(model, input_size)
     if example is not None:
         try:
-            injection.checked = check_site(model, after, options.views, injection.layout, example)
+            modes, injection.layout = check_site(model, after, options.views, layout, example)
+            injection.checked = frozenset((mode, injection.parameters[:1]) for mode in modes)
         except PlainModelError:
             if input_size is not None:
                 raise  # the size that a timm model carries may be another than the one it was built for: check later
-    if after != INPUT:
-        holder = holder_of(model, after)
-        swap_forward(holder, _split_forward)
-        holder.__dict__["_cropvote_split"] = injection
+    holder = None if after == INPUT else holder_of(model, after)
     swap_forward(model, _vote_forward)
-    model.__dict__["_cropvote"] = injection
+    if holder is not None:
+        try:
+            swap_forward(holder, _split_forward)
+        except SurgeryError:
+            restore_forward(model)
+            raise
+        vars(holder)["_cropvote_split"] = injection
+    vars(model)["_cropvote"] = injection
     return model
 
 
@@ -146,11 +157,12 @@ def remove_crop_vote(model: Model) -> Model:
             f"this {type(model).__name__} was never injected"
             + (f", but its submodule {inner!r} was: pass that." if inner else ": there is nothing to remove.")
         )
-    for module in model.modules():
-        for name in ("_cropvote", "_cropvote_split"):
-            if vars(module).get(name) is injection:
-                restore_forward(module)
-                del module.__dict__[name]
+    marked = [(m, mark) for m in model.modules() for mark in MARKS if vars(m).get(mark) is injection]
+    for module, _ in marked:
+        check_restorable(module)
+    for module, mark in marked:
+        restore_forward(module)
+        del vars(module)[mark]
     return model
 
 
@@ -192,34 +204,54 @@ def settings(model: nn.Module) -> Settings:
 
 def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """The injected model's forward."""
-    injection: _Injection = module._cropvote  # type: ignore[assignment]
-    if not injection.settings.enabled:
+    injection: _Injection | None = vars(module).get("_cropvote")
+    if injection is None or not injection.settings.enabled:  # None: a new instance of the swapped class
         return base.forward(module, *args, **kwargs)
+    if len(kwargs) > 1:  # in the forward's order, whatever the caller's
+        kwargs = {**{name: kwargs[name] for name in injection.parameters if name in kwargs}, **kwargs}
     samples = _samples(args, kwargs)
-    if injection.failure or module.training not in injection.checked:
+    if injection.failure or (module.training, _tensor_names(injection, args, kwargs)) not in injection.checked:
         _check_first_call(module, injection, args, kwargs, samples)
     if injection.site == INPUT:
-        args, kwargs = map_first_tensor(lambda x: split_views(x, injection.settings.views), args, kwargs)
+        args, kwargs = map_first_tensor(lambda x: _split(x, injection), args, kwargs)
     rows = base.forward(module, *args, **kwargs)
     return conclude(rows, samples, injection.settings, module.training)
 
 
 def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of the module that carries the split."""
-    injection: _Injection = module._cropvote_split  # type: ignore[assignment]
     x = base.forward(module, *args, **kwargs)
-    return (
-        split_views(x, injection.settings.views, layout=injection.layout or "NCHW") if injection.settings.enabled else x
-    )
+    injection: _Injection | None = vars(module).get("_cropvote_split")
+    return x if injection is None or not injection.settings.enabled else _split(x, injection)
+
+
+def _split(x: Tensor, injection: _Injection) -> Tensor:
+    if injection.layout is None:
+        raise SurgeryError(
+            f"the site {injection.site!r} was not yet checked, so where its channels are is not known: call the model "
+            f"itself once, or pass input_size= to inject_crop_vote."
+        )
+    return split_views(x, injection.settings.views, layout=injection.layout)
 
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0]
-        if isinstance(value, torch.fx.Proxy):
-            raise SurgeryError("torch.fx cannot trace an injected model: use torch.export, or trace before injecting.")
     raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
+
+
+def _positional(model: nn.Module) -> tuple[str, ...]:
+    """The names of the forward's arguments, in order."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds)
+
+
+def _tensor_names(injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Which arguments of a call are tensors: another set of them may open another path through the model."""
+    names = injection.parameters + tuple(f"*{i}" for i in range(len(injection.parameters), len(args)))
+    called = {**dict(zip(names, args, strict=False)), **kwargs}
+    return tuple(name for name, value in called.items() if isinstance(value, Tensor))
 
 
 def _check_first_call(
@@ -235,15 +267,20 @@ def _check_first_call(
     ):
         mode = "training" if model.training else "eval"
         raise SurgeryError(
-            f"the site {injection.site!r} was not yet checked in {mode} mode, and cannot be while the model is "
-            f"compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it once as it is."
+            f"the site {injection.site!r} was not yet checked in {mode} mode with such arguments, and cannot be while "
+            f"the model is compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it "
+            f"once as it is."
         )
+    names = _tensor_names(injection, args, kwargs)
     try:
         example = example_from_call(args, kwargs, samples)
-        injection.checked |= check_site(model, injection.site, injection.settings.views, injection.layout, example)
+        modes, injection.layout = check_site(model, injection.site, injection.settings.views, injection.layout, example)
     except SiteError as error:
-        injection.failure = str(error)
+        if len(names) == 1:  # else another argument's first axis may have the batch's length by chance
+            injection.failure = str(error)
         raise
+    if len(names) == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
+        injection.checked |= {(mode, names) for mode in modes}
 
 
 def _check_model(model: nn.Module) -> None:
@@ -259,6 +296,12 @@ def _check_model(model: nn.Module) -> None:
         raise SurgeryError("the model is compiled already: inject first, then compile it.")
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError("the model is a TorchScript module, whose forward is fixed: inject first, then trace it.")
+    if isinstance(model, torch.fx.GraphModule):
+        raise SurgeryError("the model is a torch.fx.GraphModule, whose forward is generated: inject before tracing.")
+    if "_cropvote_split" in vars(model):
+        raise SurgeryError(
+            f"this {kind} carries the split of another injected model: remove_crop_vote from that first."
+        )
     inner = _injected_inside(model)
     if inner:
         raise SurgeryError(
@@ -301,8 +344,7 @@ def _injection(module: nn.Module) -> _Injection | None:
 
 def _injected_inside(model: nn.Module) -> str:
     """The first submodule that votes or carries a split."""
-    marks = ("_cropvote", "_cropvote_split")
-    return next((name for name, m in model.named_modules() if name and any(mark in vars(m) for mark in marks)), "")
+    return next((name for name, m in model.named_modules() if name and any(mark in vars(m) for mark in MARKS)), "")
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

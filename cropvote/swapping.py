@@ -6,6 +6,7 @@ and pickle make the subclass again from the base class, which their stream names
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from types import new_class
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
+import torch
 from torch import nn
 
 from .errors import SurgeryError
@@ -27,18 +29,34 @@ _classes: WeakValueDictionary[tuple[type, Forward], type] = WeakValueDictionary(
 
 def swap_forward(module: nn.Module, forward: Forward) -> None:
     """Let ``forward(module, base, *args, **kwargs)`` run in place of the module's own forward, ``base.forward``."""
-    module.__class__ = _subclass(type(module), forward)
+    try:
+        object.__setattr__(module, "__class__", _subclass(type(module), forward))
+    except Exception as error:
+        raise SurgeryError(
+            f"{type(module).__name__} takes no subclass, which cropvote has to make: {type(error).__name__}: {error}"
+        ) from error
 
 
 def restore_forward(module: nn.Module) -> None:
     """Undo :func:`swap_forward`."""
+    check_restorable(module)
+    object.__setattr__(module, "__class__", vars(type(module))["_cropvote_base"])
+
+
+def check_restorable(module: nn.Module) -> None:
+    """Raise SurgeryError where another library built on the swapped class since."""
     kind = type(module)
-    if "_cropvote_base" not in vars(kind):
+    if "_cropvote_base" not in vars(kind) or set(vars(kind)) - vars(kind)["_cropvote_names"]:
         raise SurgeryError(
-            f"{kind.__name__} got another class on top of cropvote's (a parametrization, say): undo that first, "
+            f"{kind.__name__} was changed on top of cropvote's class (by a parametrization, say): undo that first, "
             f"then remove_crop_vote."
         )
-    module.__class__ = kind._cropvote_base  # type: ignore[attr-defined]
+    hidden = own_forward(module)
+    if hidden is not None:
+        raise SurgeryError(
+            f"the forward of {kind.__name__} was wrapped on the instance (by {hidden}) after the injection: undo that "
+            f"first, then remove_crop_vote."
+        )
 
 
 def _subclass(base: type, forward: Forward) -> type:
@@ -46,16 +64,31 @@ def _subclass(base: type, forward: Forward) -> type:
     if known is not None:
         return known
 
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]  # keeps inspect.signature, which trainers read
+    plain: Any = base
+
+    @functools.wraps(plain.forward)
     def swapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(args, torch.fx.Proxy):  # torch.fx gives the whole of *args as one
+            raise SurgeryError("torch.fx cannot trace an injected model: use torch.export, or trace before injecting.")
         return forward(self, base, *args, **kwargs)
 
-    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        function, args, *rest = cast(Any, base).__reduce_ex__(self, protocol)
-        args = tuple(base if arg is cls else arg for arg in args)
-        return (_rebuild, (forward, function, args), *rest)
+    swapped.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]  # which trainers read
+    del swapped.__wrapped__  # torch.jit.script would compile the plain forward behind it
 
-    body = {
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        function, args, *rest = plain.__reduce_ex__(self, protocol)
+        args = tuple(base if arg is cls else arg for arg in args)
+        return (_rebuild, (forward, function, args, _marks(self)), *rest)
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        twin = plain.__deepcopy__(self, memo)
+        if twin is not self:
+            vars(twin).update(copy.deepcopy(_marks(self), memo))
+            if vars(type(twin)).get("_cropvote_base") is None:
+                swap_forward(twin, forward)
+        return twin
+
+    body: dict[str, Any] = {
         "forward": swapped,
         "__reduce_ex__": reduce_ex,
         "__module__": base.__module__,
@@ -63,14 +96,25 @@ def _subclass(base: type, forward: Forward) -> type:
         "__doc__": base.__doc__,
         "_cropvote_base": base,
     }
+    if hasattr(base, "__deepcopy__"):
+        body["__deepcopy__"] = deepcopy
     cls = new_class(base.__name__, (base,), {}, lambda namespace: namespace.update(body))
+    cast(Any, cls)._cropvote_names = frozenset((*vars(cls), "_cropvote_names"))
     _classes[base, forward] = cls
     return cls
 
 
-def _rebuild(forward: Forward, function: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+def _marks(module: nn.Module) -> dict[str, Any]:
+    """The attributes that cropvote put on the instance; copies keep them, whatever else they drop."""
+    return {name: value for name, value in vars(module).items() if name.startswith("_cropvote")}
+
+
+def _rebuild(
+    forward: Forward, function: Callable[..., nn.Module], args: tuple[Any, ...], marks: dict[str, Any]
+) -> nn.Module:
     module = function(*args)
     swap_forward(module, forward)
+    vars(module).update(marks)
     return module
 
 

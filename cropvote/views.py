@@ -77,6 +77,8 @@ class Views(Sequence[View]):
         scale: Number | tuple[Number, Number] = FIVE_SIXTHS,
         mirror: bool = False,
     ) -> None:
+        if not isinstance(positions, Iterable):
+            raise InputTypeError(f"positions must be (vertical, horizontal) pairs or Views, got {positions!r}.")
         entries = tuple(_view(position) for position in positions)
         if not entries:
             raise ViewsError("Views needs at least one position, got none.")
@@ -132,7 +134,7 @@ class Views(Sequence[View]):
             (10, 8)
         """
         places = zip(self.offsets(height, width), self.entries, strict=True)
-        return len({(offset, view.mirror, view.turns) for offset, view in places})
+        return len({(offset, view.mirror, view.turns % 4) for offset, view in places})
 
     def _side(self, side: int, axis: int) -> int:
         share = self._scale[axis]
@@ -195,6 +197,8 @@ def _scale(value: Number | tuple[Number, Number]) -> Fraction:
 def _view(position: tuple[Number, Number] | View) -> View:
     if not isinstance(position, tuple) or (len(position) != 2 and not isinstance(position, View)):
         raise InputTypeError(f"a position is a (vertical, horizontal) pair of numbers or a View, got {position!r}.")
+    if isinstance(position, View) and (type(position.turns) is not int or type(position.mirror) is not bool):
+        raise InputTypeError(f"a View's turns must be a whole number and its mirror True or False, got {position!r}.")
     top, left = (_fraction(value, "position") for value in position[:2])
     if not (0 <= top <= 1 and 0 <= left <= 1):
         raise ViewsError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import InputTypeError, OptionError, RowsError
 from .splitting import join_views, part_views
+from .views import Views
 
 __all__ = ["CropVoteLoss", "repeat_targets", "vote"]
 
@@ -18,7 +19,7 @@ Rule = Literal["soft", "probs", "hard", "mean", "median"]
 How = Rule | Callable[[Tensor], Tensor]
 
 
-def vote(logits: Tensor, views: int | Sized, how: How = "soft") -> Tensor:
+def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
     """Vote over each sample's views.
 
     ==========  ==========================================  ==========================================
@@ -36,7 +37,8 @@ def vote(logits: Tensor, views: int | Sized, how: How = "soft") -> Tensor:
     ==========  ==========================================  ==========================================
 
     A view whose highest logits are equal counts for the first of them. Half-precision rows are voted
-    on, and returned, in float32: ties would be decided by rounding otherwise. NaN in a row gives NaN.
+    on, and returned, in float32: ties would be decided by rounding otherwise. NaN in a row gives NaN. "hard" resolves
+    ties of the counts as finely as the precision of its output does.
 
     Args:
         logits: one row per view, a sample's views adjacent, floating point.
@@ -70,12 +72,12 @@ def vote(logits: Tensor, views: int | Sized, how: How = "soft") -> Tensor:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputTypeError(f"vote takes a floating-point tensor (N*V, K), got {kind}.")
-    if logits.dim() != 2:
+    if logits.dim() != 2 or logits.shape[1] == 0:
         raise RowsError(
             f"vote takes one row of K outputs per view, (N*V, K), got shape {tuple(logits.shape)}"
             + ("; give a single output its own axis: (N*V, 1)." if logits.dim() == 1 else ".")
         )
-    ballots = part_views(logits.to(torch.promote_types(logits.dtype, torch.float32)), count)
+    ballots = part_views(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), count)
     if not callable(how):
         return _RULES[how](ballots)
     with torch.autocast(ballots.device.type, enabled=False):  # a matrix product would go back to half precision
@@ -95,7 +97,10 @@ def _mean(ballots: Tensor) -> Tensor:
 
 
 def _probs(ballots: Tensor) -> Tensor:
-    return ballots.log_softmax(dim=2).logsumexp(dim=1) - math.log(ballots.shape[1])
+    logs = ballots.log_softmax(dim=2)
+    dead = (logs == -math.inf).all(dim=1)  # a class that every view masks; logsumexp has no gradient there
+    mean = logs.masked_fill(dead.unsqueeze(1), 0).logsumexp(dim=1) - math.log(ballots.shape[1])
+    return mean.masked_fill(dead, -math.inf)
 
 
 def _hard(ballots: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ def _median(ballots: Tensor) -> Tensor:
     ordered = ballots.sort(dim=1).values
     middle, last = ordered[:, count // 2], ordered[:, -1]
     if count % 2 == 0:
-        middle = (ordered[:, count // 2 - 1] + middle) / 2
+        middle = ordered[:, count // 2 - 1] / 2 + middle / 2
     return torch.where(last.isnan(), last, middle)  # NaN is sorted last
 
 
@@ -130,9 +135,9 @@ def check_rule(how: object) -> None:
         raise OptionError(f"vote must be one of {get_args(Rule)} or a callable (N, V, K) -> (N, K), got {how!r}.")
 
 
-def count_views(views: int | Sized) -> int:
+def count_views(views: int | Views) -> int:
     """V from a number or from the views themselves."""
-    count = views if isinstance(views, int) else len(views) if isinstance(views, Sized) else views
+    count = len(views) if isinstance(views, Views) else views
     if isinstance(count, bool) or not isinstance(count, int):
         raise InputTypeError(f"views must be the number of views, or the views themselves, got {views!r}.")
     if count < 1:
@@ -144,7 +149,7 @@ def _name(how: object) -> str:
     return getattr(how, "__name__", type(how).__name__)
 
 
-def repeat_targets(targets: Tensor, views: int | Sized) -> Tensor:
+def repeat_targets(targets: Tensor, views: int | Views) -> Tensor:
     """Repeat every sample's target once per view, in the order of the views' rows.
 
     Args:
@@ -203,7 +208,7 @@ class CropVoteLoss(nn.Module):
         The loss on every view's output: Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, section 3.
     """
 
-    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], views: int | Sized | None = None) -> None:
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], views: int | Views | None = None) -> None:
         super().__init__()
         if not callable(criterion):
             raise InputTypeError(f"criterion must be callable (rows, targets) -> loss, got {criterion!r}.")

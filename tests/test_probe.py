@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 import timm
@@ -153,15 +154,17 @@ def test_sites_without_a_size():
     assert sites(timm.create_model("resnet18"))
 
 
-def test_channels_last_map_is_never_taken_for_channels_first():
-    """Mirroring the last axis would mirror the channels, and nothing would fail."""
+def test_a_channels_last_map_is_found_to_be_one():
+    """Mirroring its last axis would mirror the channels, and nothing would fail."""
     model = zoo.ChannelsLast().eval()
-    for views in (ten_crop(), hflip()):
-        with pytest.raises(CropVoteError, match=r"cannot (shrink along its last two axes|take the views)"):
-            inject_crop_vote(model, after="site", views=views, input_size=12)
     expected = model.fc(torch.stack([x.mean((1, 2)) for x in whole_and_mirrored(model)]).mean(0))
-    inject_crop_vote(model, after="site", views=hflip(), layout="NHWC", input_size=12)
-    assert torch.allclose(model(IMAGES), expected, atol=1e-6)
+    assert {site.name: site.layout for site in sites(model, 12)} == {"input": "NCHW", "front": "NCHW", "site": "NHWC"}
+    for size, layout in ((12, None), (12, "NHWC"), (None, None)):
+        inject_crop_vote(model, after="site", views=hflip(), layout=layout, input_size=size)
+        assert torch.allclose(model(IMAGES), expected, atol=1e-6)
+        remove_crop_vote(model)
+    with pytest.raises(CropVoteError, match=r'shrinks along the axes of "NHWC", not of "NCHW"'):
+        inject_crop_vote(model, after="site", views=hflip(), layout="NCHW", input_size=12)
 
 
 def whole_and_mirrored(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +174,7 @@ def whole_and_mirrored(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_fixed_tail_takes_whole_views_once_the_layout_is_stated():
     model = zoo.FixedTail().eval()
-    with pytest.raises(CropVoteError, match='pass layout="NCHW" if they are'):
+    with pytest.raises(CropVoteError, match=r'can shrink along none of its axes.*pass layout="NCHW" if they are'):
         inject_crop_vote(model, after="site", views=hflip(), input_size=12)
     images = torch.randn(2, 3, 12, 12)
     inject_crop_vote(model, after="site", views=hflip(), layout="NCHW", input_size=12)
@@ -275,3 +278,140 @@ def test_an_argument_of_the_samples_may_not_go_around():
     model = inject_crop_vote(Heated().eval(), after="site")
     with pytest.raises(CropVoteError, match=AROUND):
         model(IMAGES, temperature=torch.ones(3, 1))
+
+
+def mirrored(model, name, images, axis):
+    """The oracle of hflip at a site: the mean of the plain model and of one whose map there is mirrored."""
+    plain = model(images)
+    hook = model.get_submodule(name).register_forward_hook(lambda module, args, output: output.flip(axis))
+    other = model(images)
+    hook.remove()
+    return (plain + other) / 2
+
+
+@pytest.mark.parametrize(("site", "axis"), [("patch_embed.proj", 3), ("layers.0", 2)])
+def test_a_swin_has_maps_of_both_layouts(site, axis):
+    """timm says NHWC of the whole model; its patch embedding's convolution is not."""
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = mirrored(model, site, images, axis)
+        inject_crop_vote(model, after=site, views=hflip())
+        assert torch.allclose(model(images), expected, atol=1e-5)
+
+
+class LastImages(zoo.Net):
+    """Takes its images channels last."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2))
+
+
+def test_images_may_have_their_channels_last():
+    model, images = LastImages().eval(), torch.randn(2, 24, 24, 3)
+    expected = (model(images) + model(images.flip(2))) / 2
+    inject_crop_vote(model, after="input", views=hflip())
+    assert torch.allclose(model(images), expected, atol=1e-6)
+
+
+class Cached(zoo.Net):
+    """Keeps a tensor in its class."""
+
+    cache: dict = {}  # noqa: RUF012
+
+    def forward(self, x):
+        ramp = self.cache.setdefault(x.shape[-1], torch.linspace(0, 1, x.shape[-1]))
+        return super().forward(x * ramp)
+
+
+def test_a_cache_outside_the_model_never_holds_tensors_without_data_unnoticed():
+    Cached.cache.clear()
+    with pytest.raises(CropVoteError, match=r"kept a tensor of shape \(48,\) outside the model"):
+        inject_crop_vote(Cached().eval(), after="site", input_size=48)
+    Cached.cache.clear()
+    model = Cached().eval()
+    model(IMAGES)  # fills the cache with numbers
+    inject_crop_vote(model, after="site", input_size=48)
+    assert type(model(IMAGES)) is torch.Tensor
+
+
+def test_a_hook_that_collects_is_noticed():
+    model, seen = zoo.Net().eval(), []
+    model.front.register_forward_hook(lambda module, args, output: seen.append(output))
+    with pytest.raises(CropVoteError, match="its forward or a hook kept a tensor"):
+        inject_crop_vote(model, after="site", input_size=12)
+
+
+class Teacher(zoo.Net):
+    """Copied by reference, as some shared, frozen networks are."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_module_that_deepcopy_shares_is_not_touched():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Teacher()).eval()
+    with pytest.raises(CropVoteError, match="its deep copy shares the module '1' with it"):
+        inject_crop_vote(model, after="0", input_size=12)
+    assert not any(module.training for module in model.modules())
+
+
+class Direct(zoo.Net):
+    """Never uses forward."""
+
+    def __call__(self, x):
+        return self.head(self.site(self.front(x)))
+
+
+class Recursive(zoo.Net):
+    def forward(self, x, norm=True):
+        return self(x - 0.5, norm=False) if norm else super().forward(x)
+
+
+@pytest.mark.parametrize(("make", "times"), [(Direct, 0), (Recursive, 2)])
+@pytest.mark.parametrize("site", ["input", "site"])
+def test_a_forward_that_does_not_run_once_is_refused(make, times, site):
+    with pytest.raises(CropVoteError, match=rf"forward, where the vote would stand, ran {times} times in one call"):
+        inject_crop_vote(make().eval(), after=site, input_size=12)
+
+
+class Optional(zoo.Net):
+    """A second argument opens a path around the site."""
+
+    def forward(self, x, condition=None):
+        x = self.front(x)
+        return self.head(self.site(x) + (0 if condition is None else condition))
+
+
+def test_an_argument_given_later_is_checked_then():
+    model = inject_crop_vote(Optional().eval(), after="site", input_size=48)
+    assert model(IMAGES).shape == model(x=IMAGES).shape == (3, 7)
+    with pytest.raises(CropVoteError, match=AROUND):
+        model(IMAGES[:1], torch.ones(1, 8, 1, 1))
+    assert model(IMAGES).shape == (3, 7)
+
+
+class Masked(zoo.Net):
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+
+def test_the_order_of_keywords_does_not_matter():
+    model = inject_crop_vote(Masked().eval(), after="input", views=hflip())
+    mask = torch.rand(48, 48)
+    assert torch.equal(model(x=IMAGES, mask=mask), model(mask=mask, x=IMAGES))
+
+
+def test_scripted_children_are_no_sites_and_do_no_harm():
+    model = zoo.Net().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.act = torch.jit.script(nn.Sequential(nn.ReLU()))
+    assert "act" not in [site.name for site in sites(model, 12, all=True)]
+    assert inject_crop_vote(model, after="site", input_size=48)(IMAGES).shape == (3, 7)
+
+
+@pytest.mark.parametrize("arguments", [(None, 24), ("x", 24), (zoo.Net(), 24, 10)])
+def test_sites_of_nonsense(arguments):
+    with pytest.raises(CropVoteError, match="must be"):
+        sites(*arguments[:2], **({"views": arguments[2]} if arguments[2:] else {}))

@@ -213,3 +213,24 @@ def test_a_wrong_number_of_targets_is_refused(rows: int, targets: int) -> None:
         with pytest.raises(CropVoteError) as caught:
             CropVoteLoss(nn.CrossEntropyLoss(), views=views)(seeded(rows, 5), torch.zeros(targets, dtype=torch.int64))
         assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("views", ["soft", torch.tensor(2), {"a": 1, "b": 2}, 2.0, True, None])
+def test_what_counts_no_views_is_refused(views) -> None:
+    """A string has a length, too."""
+    with pytest.raises(CropVoteError):
+        vote(torch.zeros(4, 3), views)
+
+
+@pytest.mark.parametrize("how", ["soft", "probs"])
+def test_a_class_that_every_view_masks_has_a_finite_gradient(how: str) -> None:
+    rows = torch.tensor([[0.0, 1.0, -torch.inf], [2.0, 0.0, -torch.inf]], requires_grad=True)
+    result = vote(rows, 2, how)
+    assert result[0, 2] == -torch.inf
+    result[:, :2].sum().backward()
+    assert rows.grad.isfinite().all()
+
+
+def test_rows_without_a_class_are_refused() -> None:
+    with pytest.raises(CropVoteError):
+        vote(torch.zeros(10, 0), 10, how="hard")
