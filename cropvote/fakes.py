@@ -116,9 +116,9 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
         if kept:
             raise SurgeryError(
                 f"while {type(model).__name__} was checked on a copy without data, its forward or a hook kept a "
-                f"tensor of shape {tuple(kept[0].shape)} outside the model (in a class attribute, a global, a cache or a "
-                f"list). Empty that store, which now holds no numbers; remove such hooks, or fill such a cache by calling "
-                f"the model once, and inject again."
+                f"tensor of shape {tuple(kept[0].shape)} outside the model: in a class attribute, a global, a cache or "
+                f"a list. Empty that store, which now holds no numbers; remove such hooks, or fill such a cache by "
+                f"calling the model once, and inject again."
             )
     return result
 
