@@ -3,9 +3,10 @@
 from .errors import CropVoteError
 from .layer import CropVote
 from .options import Settings
-from .probe import Site, sites
+from .probe import sites
 from .splitting import split_views
 from .surgery import inject_crop_vote, remove_crop_vote, settings
+from .trials import Site
 from .views import View, Views, d4, five_crop, grid, hflip, ten_crop
 from .voting import CropVoteLoss, repeat_targets, vote
 

@@ -13,9 +13,10 @@ from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, Un
 from .fakes import example_from_call, example_of, map_first_tensor
 from .layer import CropVote
 from .options import Output, Settings, conclude
-from .probe import INPUT, check_site, holder_of
+from .probe import check_site
 from .splitting import Layout, check_layout, split_views
 from .swapping import check_restorable, own_forward, restore_forward, swap_forward
+from .trials import INPUT, holder_of
 from .views import Views
 from .voting import How
 

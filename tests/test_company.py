@@ -1,0 +1,134 @@
+"""What other code does to an injected model: scripting, copies of its own making, classes with a will of their own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import zoo
+from test_surgery import IMAGES, same, snapshot
+from torch import nn
+
+from cropvote import CropVoteError, inject_crop_vote, remove_crop_vote, settings
+
+
+def test_scripting_a_voting_model_raises():
+    """It would compile the plain forward, and the vote would be gone."""
+    model = inject_crop_vote(zoo.fer(), after="layer1", input_size=48)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(Exception, match=r"forward|argument"):
+            torch.jit.script(model)
+        with pytest.raises(Exception, match=r"forward|argument"):
+            torch.jit.script(model.layer1[-1])
+
+
+def test_a_failed_removal_removes_nothing():
+    model = inject_crop_vote(zoo.Net().eval(), after="front", input_size=48)
+    expected = model(IMAGES)
+    nn.utils.parametrizations.weight_norm(model.front)
+    with pytest.raises(CropVoteError, match="undo that first, then remove_crop_vote"):
+        remove_crop_vote(model)
+    assert torch.allclose(model(IMAGES), expected, atol=1e-6)
+    nn.utils.parametrize.remove_parametrizations(model.front, "weight")
+    assert type(remove_crop_vote(model)) is zoo.Net
+    assert type(model.front) is nn.Conv2d
+
+
+def test_a_forward_wrapped_later_stops_the_removal():
+    model = inject_crop_vote(zoo.fer(), after="layer1", input_size=48)
+    model.forward = model.forward
+    with pytest.raises(CropVoteError, match="wrapped on the instance"):
+        remove_crop_vote(model)
+    del model.forward
+    remove_crop_vote(model)
+
+
+class OwnCopy(zoo.Net):
+    def __deepcopy__(self, memo):
+        twin = zoo.Net.__new__(OwnCopy)
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+
+class OwnReduce(zoo.Net):
+    def __reduce__(self):
+        return (OwnReduce, ())
+
+
+def test_copies_made_by_the_models_own_code_vote():
+    model = inject_crop_vote(OwnCopy().eval(), after="front", input_size=48)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(IMAGES), model(IMAGES))
+    settings(twin).vote = "hard"
+    assert settings(model).vote == "soft"
+    model = inject_crop_vote(OwnReduce().eval(), after="input", input_size=48)
+    twin = pickle.loads(pickle.dumps(model)).eval()
+    assert twin(IMAGES).shape == (3, 7)
+    assert settings(twin).views == settings(model).views
+
+
+def test_new_instances_of_the_swapped_class_are_plain():
+    model = inject_crop_vote(zoo.plain(), after="0", input_size=48)
+    assert type(model)(nn.Flatten())(IMAGES).shape == (3, 3 * 48 * 48)
+    assert model[:2](IMAGES).shape == (30, 8, 40, 40)  # the views that the split makes
+
+
+def test_a_graph_module_is_refused():
+    with pytest.raises(CropVoteError, match="GraphModule, whose forward is generated: inject before tracing"):
+        inject_crop_vote(torch.fx.symbolic_trace(zoo.plain()), after="0")
+
+
+def test_a_module_that_carries_a_split_is_no_root():
+    outer = zoo.fer()
+    inject_crop_vote(outer, after="layer1.0", input_size=48)
+    with pytest.raises(CropVoteError, match="carries the split of another injected model"):
+        inject_crop_vote(outer.layer1[0], after="conv1")
+
+
+class Keyed(nn.Module):
+    """Takes no subclass without a key."""
+
+    def __init_subclass__(cls, *, key, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+class KeyedSite(Keyed, key=1):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_class_that_takes_no_subclass_leaves_the_model_alone():
+    model = zoo.Net().eval()
+    model.site = KeyedSite()
+    before = snapshot(model)
+    with pytest.raises(CropVoteError, match="KeyedSite takes no subclass"):
+        inject_crop_vote(model, after="site")
+    assert same(snapshot(model), before)
+
+
+class Frozen(zoo.Net):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise AttributeError("frozen")
+        super().__setattr__(name, value)
+
+
+def test_a_class_that_guards_its_attributes_votes():
+    model = inject_crop_vote(Frozen().eval(), after="site", input_size=48)
+    assert model(IMAGES).shape == (3, 7)
+    assert type(remove_crop_vote(model)) is Frozen
+
+
+def test_a_part_called_before_the_check_says_so():
+    model = inject_crop_vote(zoo.fer(), after="layer1")
+    with pytest.raises(CropVoteError, match="not yet checked, so where its channels are is not known"):
+        model.layer1(torch.zeros(1, 8, 12, 12))
+
+
+def test_settings_cannot_be_deleted():
+    with pytest.raises(CropVoteError, match="cannot be deleted"):
+        del settings(inject_crop_vote(zoo.fer(), after="layer1")).vote
