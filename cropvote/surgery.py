@@ -205,7 +205,7 @@ def settings(model: nn.Module) -> Settings:
 
 def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """The injected model's forward."""
-    injection: _Injection | None = vars(module).get("_cropvote")
+    injection: _Injection | None = getattr(module, "_cropvote", None)
     if injection is None or not injection.settings.enabled:  # None: a new instance of the swapped class
         return base.forward(module, *args, **kwargs)
     if len(kwargs) > 1:  # in the forward's order, whatever the caller's
@@ -222,7 +222,7 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
 def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of the module that carries the split."""
     x = base.forward(module, *args, **kwargs)
-    injection: _Injection | None = vars(module).get("_cropvote_split")
+    injection: _Injection | None = getattr(module, "_cropvote_split", None)
     return x if injection is None or not injection.settings.enabled else _split(x, injection)
 
 
