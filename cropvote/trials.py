@@ -174,11 +174,15 @@ class Probe:
         Raises:
             ViewsError: only the map's size is at fault.
         """
-        reason = ("" if name == INPUT else self._walked(name)) or self._output()
+        reason = (self._images() if name == INPUT else self._walked(name)) or self._output()
         if reason:
             return self.layout or "NCHW", reason
         layout, reason = self._find_layout(name)
         return layout, reason or self._trial(name, self.views, layout)
+
+    def _images(self) -> str:
+        shape = self._shape(INPUT)
+        return "" if len(shape) == 3 else f"the first tensor of the call has {1 + len(shape)} axes; images have 4."
 
     def _walked(self, name: str) -> str:
         holder = holder_of(self.model, name)

@@ -415,3 +415,10 @@ def test_scripted_children_are_no_sites_and_do_no_harm():
 def test_sites_of_nonsense(arguments):
     with pytest.raises(CropVoteError, match="must be"):
         sites(*arguments[:2], **({"views": arguments[2]} if arguments[2:] else {}))
+
+
+@pytest.mark.parametrize("site", ["input", "0"])
+def test_rows_of_features_are_no_images(site):
+    model = inject_crop_vote(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 7)).eval(), after=site)
+    with pytest.raises(CropVoteError, match=r"has 2 axes; images have 4|a site returns a 4-D map"):
+        model(torch.randn(3, 4))
