@@ -50,7 +50,7 @@ class Spec:
 
 def example_of(model: nn.Module, input_size: int | tuple[int, ...] | None) -> Example | None:
     """The call that the probe makes: from ``input_size``, or from the size that timm models carry, or None."""
-    size = _known_size(model) if input_size is None else _full_size(input_size)
+    size = _known_size(model) if input_size is None else _full_size(input_size, model)
     if size is None:
         return None
     tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -70,24 +70,28 @@ def example_from_call(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int)
     return Example(*tree_map(spec, (args, kwargs)))
 
 
-def _full_size(size: int | tuple[int, ...]) -> tuple[int, int, int]:
+def _full_size(size: int | tuple[int, ...], model: nn.Module) -> tuple[int, int, int]:
     whole = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
     if len(whole) == 2:
-        whole = (3, *whole)
+        whole = (_channels(model, 3), *whole)
     if len(whole) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in whole):
         raise OptionError(f"input_size must be a side, (H, W), or (C, H, W), in pixels, got {size!r}.")
     return whole
 
 
 def _known_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """The input size of a timm model; the channels are those of its first convolution, which in_chans= changes."""
+    """The input size that a timm model carries; its channels may be others, since in_chans= does not change it."""
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
     if not isinstance(size, (tuple, list)) or len(size) != 3:
         return None
+    return (_channels(model, size[0]), size[1], size[2])
+
+
+def _channels(model: nn.Module, otherwise: int) -> int:
+    """An image's channels: those of the first convolution, unless they are too many for an image's."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = first.in_channels if first is not None and first.in_channels <= 16 else size[0]
-    return (channels, size[1], size[2])
+    return first.in_channels if first is not None and first.in_channels <= 16 else otherwise
 
 
 def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> Result:

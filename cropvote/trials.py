@@ -81,6 +81,11 @@ class _Seen(NamedTuple):
     group: int
 
 
+def _sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The (height, width) of a map's shape without the batch."""
+    return shape[1:] if layout == "NCHW" else shape[:2]
+
+
 class Probe:
     """One fake model in one mode: a walk that looks at every module at once, then a trial split per site."""
 
@@ -149,9 +154,8 @@ class Probe:
     def site(self, name: str) -> Site:
         layout, reason = self._judged(name)
         shape = self._shape(name)
-        size = shape[1:] if layout == "NCHW" else shape[:2]
         try:
-            distinct = self.views.distinct(*size) if len(shape) == 3 else 0
+            distinct = self.views.distinct(*_sides(shape, layout)) if len(shape) == 3 else 0
         except ViewsError:
             distinct = 0
         return Site(name, shape, layout, distinct, reason)
@@ -202,7 +206,7 @@ class Probe:
             )
         if holder in self.around:
             return (
-                "the model's output also depends on its input by a path around it (a skip connection, a parallel "
+                "the model's output also depends on the images by a path around it (a skip connection, a parallel "
                 "branch or a gate), so a sample would reach its prediction past the views."
             )
         return ""
@@ -223,6 +227,8 @@ class Probe:
         if self.layout and (self.layout in able or not able):
             return self.layout, ""
         shape = self._shape(name)
+        if len(able) == 2:  # a side of 1 cannot shrink, so it proves nothing
+            able = [layout for layout in able if 1 not in _sides(shape, layout)] or able
         if self.layout:
             return (
                 self.layout,
@@ -233,7 +239,7 @@ class Probe:
         said = layout_of(self.model)
         if able and said:
             return said, ""
-        if not able and name == INPUT:
+        if name == INPUT:
             return "NCHW", ""
         if not able and self._crops(name):
             return "NCHW", self._trial(name, self.views, "NCHW")
@@ -251,7 +257,7 @@ class Probe:
     def _shrinks(self, name: str, layout: Layout) -> bool:
         """Whether the network behind the site takes a map of less height and width, in that layout."""
         shape = self._shape(name)
-        sides = shape[1:] if layout == "NCHW" else shape[:2]
+        sides = _sides(shape, layout)
         for smaller in [(side + 1) // 2 for side in sides], [max(1, side - 1) for side in sides]:
             scale = (Fraction(smaller[0], sides[0]), Fraction(smaller[1], sides[1]))
             if not self._trial(name, Views([(0, 0)], scale=scale), layout):
@@ -305,11 +311,12 @@ class Probe:
         expected = BATCH * len(views)
         if splits != [expected]:
             return f"the split ran {len(splits)} times in one forward."
-        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != expected:
+        rows = (expected, self.output.shape[1])
+        if not isinstance(output, Tensor) or output.shape != rows:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            return f"the model returns {found} after the split, not {expected} rows, one per view."
+            return f"the model returns {found} after the split, not {rows}, one row per view."
         if paths.of(output):
-            return "the model's output also depends on its input by a path around it."
+            return "the model's output also depends on the images by a path around it."
         return ""
 
     def _crop(self, name: str, views: Views, layout: Layout) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from cropvote import CropVoteError, hflip, inject_crop_vote, remove_crop_vote, sites, ten_crop
 
-AROUND = r"depends on its input by a path around it"
+AROUND = r"depends on the images by a path around it"
 REFUSED = [
     (zoo.fer, "layer1.0.conv1", AROUND),
     (zoo.fer, "layer2.0.downsample", AROUND),
@@ -422,3 +422,19 @@ def test_rows_of_features_are_no_images(site):
     model = inject_crop_vote(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 7)).eval(), after=site)
     with pytest.raises(CropVoteError, match=r"has 2 axes; images have 4|a site returns a 4-D map"):
         model(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_images_that_are_not_rgb(channels):
+    """The channels are the first convolution's; a grey image's axis of 1 does not make it look channels-last."""
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7)).eval()
+    assert [(site.name, site.shape) for site in sites(model, 32)] == [("input", (channels, 32, 32)), ("0", (4, 30, 30))]
+    images = torch.randn(2, channels, 32, 32)
+    expected = (model(images) + model(images.flip(3))) / 2
+    inject_crop_vote(model, after="input", views=hflip(), input_size=32)
+    assert torch.allclose(model(images), expected, atol=1e-6)
+
+
+def test_a_tail_without_a_weight_tells_its_channels_by_its_outputs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    assert [(site.name, site.layout) for site in sites(model, 24)] == [("input", "NCHW"), ("0", "NCHW")]
