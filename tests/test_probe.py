@@ -438,3 +438,20 @@ def test_images_that_are_not_rgb(channels):
 def test_a_tail_without_a_weight_tells_its_channels_by_its_outputs():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     assert [(site.name, site.layout) for site in sites(model, 24)] == [("input", "NCHW"), ("0", "NCHW")]
+
+
+class AnyChannels(zoo.Net):
+    """A tail that takes any number of channels."""
+
+    def head(self, x):
+        return nn.functional.adaptive_avg_pool2d(x.mean(1, keepdim=True), (1, 7)).flatten(1)
+
+
+def test_axes_that_cannot_be_told_have_to_be_said():
+    model = AnyChannels().eval()
+    with pytest.raises(CropVoteError, match=r"can shrink along all of its axes.*pass layout="):
+        inject_crop_vote(model, after="act", views=hflip(), input_size=48)
+    with torch.no_grad():
+        expected = mirrored(model, "act", IMAGES, 3)
+        inject_crop_vote(model, after="act", views=hflip(), layout="NCHW", input_size=48)
+        assert torch.allclose(model(IMAGES), expected, atol=1e-6)
