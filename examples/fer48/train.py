@@ -86,7 +86,8 @@ def train(config: Config) -> dict[str, Any]:
         model.train()
         total = torch.zeros((), device=device)
         order = torch.randperm(len(splits["train"])).to(device)
-        for step in (bar := tqdm(range(batches), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False)):
+        title = f"epoch {epoch + 1}/{config.epochs}"
+        for step in (bar := tqdm(range(batches), desc=title, leave=False, disable=None)):  # None: not in a log file
             rows = order[step * config.batch : (step + 1) * config.batch]
             x, y = augment(splits["train"].images[rows]), splits["train"].labels[rows]
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
