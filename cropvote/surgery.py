@@ -26,6 +26,8 @@ Model = TypeVar("Model", bound=nn.Module)
 MARKS = ("_cropvote", "_cropvote_split")
 #: A kind of call: training or not, and the names of the arguments that are tensors.
 Call = tuple[bool, tuple[str, ...]]
+#: A kind of call, and the image's shape.
+Size = tuple[Call, tuple[int, ...]]
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -41,6 +43,7 @@ class _Injection:
         self.settings = settings
         self.parameters = parameters  # the names of the forward's positional arguments
         self.checked: frozenset[Call] = frozenset()  # the kinds of call for which the site is known to be valid
+        self.sizes: frozenset[Size] = frozenset()  # and with which sizes of image
         self.failure = ""
 
 
@@ -109,7 +112,7 @@ def inject_crop_vote(
     if example is not None:
         try:
             modes, injection.layout = check_site(model, after, options.views, layout, example)
-            injection.checked = frozenset((mode, injection.parameters[:1]) for mode in modes)
+            _mark(injection, modes, injection.parameters[:1], example.args[0].shape[1:])
         except PlainModelError:
             if input_size is not None:
                 raise  # the size that a timm model carries may be another than the one it was built for: check later
@@ -210,8 +213,8 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
         return base.forward(module, *args, **kwargs)
     if len(kwargs) > 1:  # in the forward's order, whatever the caller's
         kwargs = {**{name: kwargs[name] for name in injection.parameters if name in kwargs}, **kwargs}
-    samples = _samples(args, kwargs)
-    if injection.failure or (module.training, _tensor_names(injection, args, kwargs)) not in injection.checked:
+    samples = _first_tensor(args, kwargs).shape[0]
+    if injection.failure or not _is_checked(module, injection, args, kwargs):
         _check_first_call(module, injection, args, kwargs, samples)
     if injection.site == INPUT:
         args, kwargs = map_first_tensor(lambda x: _split(x, injection), args, kwargs)
@@ -235,11 +238,36 @@ def _split(x: Tensor, injection: _Injection) -> Tensor:
     return split_views(x, injection.settings.views, layout=injection.layout)
 
 
-def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
+            return value
     raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
+
+
+def _is_traced() -> bool:
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def _is_checked(model: nn.Module, injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether such a call was checked; for a single image, which broadcasts, also at this size."""
+    call = (model.training, _tensor_names(injection, args, kwargs))
+    if call not in injection.checked:
+        return False
+    if _is_traced():
+        return True
+    first = _first_tensor(args, kwargs)
+    return first.shape[0] != 1 or (call, tuple(first.shape[1:])) in injection.sizes
+
+
+def _mark(injection: _Injection, modes: frozenset[bool], names: tuple[str, ...], size: tuple[int, ...]) -> None:
+    calls = frozenset((mode, names) for mode in modes)
+    injection.checked |= calls
+    injection.sizes |= {(call, tuple(size)) for call in calls}
 
 
 def _positional(model: nn.Module) -> tuple[str, ...]:
@@ -261,11 +289,7 @@ def _check_first_call(
     """Check the site with the shapes of a real call; the mark is kept by copies."""
     if injection.failure:
         raise SiteError(injection.failure)
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._functorch.maybe_current_level() is not None
-    ):
+    if _is_traced():
         mode = "training" if model.training else "eval"
         raise SurgeryError(
             f"the site {injection.site!r} was not yet checked in {mode} mode with such arguments, and cannot be while "
@@ -281,7 +305,7 @@ def _check_first_call(
             injection.failure = str(error)
         raise
     if len(names) == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
-        injection.checked |= {(mode, names) for mode in modes}
+        _mark(injection, modes, names, _first_tensor(args, kwargs).shape[1:])
 
 
 def _check_model(model: nn.Module) -> None:

@@ -455,3 +455,18 @@ def test_axes_that_cannot_be_told_have_to_be_said():
         expected = mirrored(model, "act", IMAGES, 3)
         inject_crop_vote(model, after="act", views=hflip(), layout="NCHW", input_size=48)
         assert torch.allclose(model(IMAGES), expected, atol=1e-6)
+
+
+class SmallGate(zoo.Gate):
+    """A gate that exists for small images only."""
+
+    def forward(self, x):
+        return super().forward(x) if x.shape[-1] < 40 else zoo.Net.forward(self, x)
+
+
+def test_a_path_that_opens_at_another_size_is_refused_for_one_image_too():
+    """With one image, a gate broadcasts over the views, so that no shape tells."""
+    model = inject_crop_vote(SmallGate().eval(), after="site", input_size=48)
+    assert model(IMAGES[:1]).shape == (1, 7)
+    with pytest.raises(CropVoteError, match=AROUND):
+        model(IMAGES[:1, :, :24, :24])
