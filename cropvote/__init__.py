@@ -2,6 +2,7 @@
 
 from .errors import CropVoteError
 from .layer import CropVote
+from .layouts import Tokens
 from .options import Settings
 from .probe import sites
 from .splitting import split_views
@@ -18,6 +19,7 @@ __all__ = [
     "CropVoteLoss",
     "Settings",
     "Site",
+    "Tokens",
     "View",
     "Views",
     "d4",

@@ -24,8 +24,8 @@ from .errors import InputTypeError, OptionError, PlainModelError, SurgeryError
 __all__: list[str] = []
 
 Result = TypeVar("Result")
-#: The batch of every fake call. Above 1, so that nothing broadcasts.
-BATCH = 3
+#: The batch of every fake call: a prime, so that no window's or mask's length divides its rows by chance.
+BATCH = 31
 _LOCK = threading.RLock()  # for what a fake copy has to put back: a logger's state and the random numbers'
 _VALUE_FREE = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like"}
 _VALUE_FREE |= {"full_like", "empty_like", "rand_like", "randn_like"}

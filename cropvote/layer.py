@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .errors import InputTypeError
+from .layouts import Layout, check_layout
 from .options import Output, Settings, conclude
-from .splitting import Layout, check_layout, split_views
+from .splitting import split_views
 from .views import Views
 from .voting import How
 
@@ -20,12 +23,13 @@ class CropVote(nn.Module):
     sample, the vote. Both are settings, see :func:`settings`.
 
     Args:
-        tail: the network behind the split; its input is a map, its output one row of K predictions per map.
+        tail: the network behind the split; its input is a map, its output one row of K predictions per map (or a
+            tuple, dict or dataclass that holds such rows, named "logits" where it holds other 2-D tensors too).
         views: the views, :func:`ten_crop` by default.
         vote: the rule, see :func:`vote`.
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
-        layout: where the channels of the map are, ``"NCHW"`` or ``"NHWC"``.
+        layout: where the map's height and width are: ``"NCHW"``, ``"NHWC"`` or :class:`Tokens`.
 
     Shape:
         n c H W -> (n v) k in training, n k in eval
@@ -68,7 +72,7 @@ class CropVote(nn.Module):
         self.layout = layout
         self.settings = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if not self.settings.enabled:
             return self.tail(x)
         rows = self.tail(split_views(x, self.settings.views, layout=self.layout))

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from .errors import InputTypeError, OptionError, RowsError
+from .outputs import map_tensors, prediction_names
 from .views import Views, ten_crop
 from .voting import How, check_rule, vote
 
@@ -100,13 +101,25 @@ def _check(fields: dict[str, Any]) -> None:
         )
 
 
-def conclude(rows: Tensor, samples: int, settings: Settings, training: bool) -> Tensor:
-    """The output for the tail's rows: themselves or their vote, after checking that they are one row per view."""
-    count = len(settings.views)
-    if not isinstance(rows, Tensor):
-        raise InputTypeError(
-            f"the network returned {type(rows).__name__}; cropvote votes over one tensor of predictions, (N, K)."
-        )
+def conclude(output: Any, samples: int, settings: Settings, training: bool) -> Any:
+    """The network's output with the vote in place of its predictions, after checking that they are one row per view.
+
+    An output that stays one row per sample beside the main one (an auxiliary head in front of the site) is left alone,
+    as is all that is no prediction.
+    """
+    names = [""] if isinstance(output, Tensor) else prediction_names(output)
+    voted = (settings.train_output if training else settings.eval_output) == "vote"
+
+    def finish(name: str, rows: Tensor) -> Tensor:
+        if name not in names or (name != names[0] and rows.shape[0] == samples and len(settings.views) > 1):
+            return rows
+        _check_rows(rows, samples, len(settings.views))
+        return vote(rows, len(settings.views), settings.vote) if voted else rows
+
+    return map_tensors(finish, output)
+
+
+def _check_rows(rows: Tensor, samples: int, count: int) -> None:
     if rows.dim() != 2:
         raise RowsError(
             f"the network returned shape {tuple(rows.shape)} for {samples} samples of {count} views; "
@@ -118,5 +131,3 @@ def conclude(rows: Tensor, samples: int, settings: Settings, training: bool) -> 
             f"{samples * count}, a sample's views adjacent. The split did not run exactly once in this call: was the "
             f"site replaced, skipped or called again since the model was checked?"
         )
-    output = settings.train_output if training else settings.eval_output
-    return rows if output == "views" else vote(rows, count, settings.vote)

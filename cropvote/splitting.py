@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from .errors import InputTypeError, OptionError, RowsError, ViewsError
+from .errors import InputTypeError, RowsError, ViewsError
+from .layouts import Layout, Tokens, check_layout
 from .views import Views
 
 __all__ = ["split_views"]
-
-Layout = Literal["NCHW", "NHWC"]
-LAYOUTS = get_args(Layout)
 
 
 def join_views(x: Tensor) -> Tensor:
@@ -41,17 +37,19 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
     Args:
         x: the maps, any dtype.
         views: the views and their order.
-        layout: where the channels are: ``"NCHW"`` or ``"NHWC"``. (A channels_last *memory format* is still "NCHW".)
+        layout: where height and width are: ``"NCHW"``, ``"NHWC"``, or :class:`Tokens` for a transformer's tokens. (A
+            channels_last *memory format* is still "NCHW".)
 
     Shape:
-        n c H W -> (n v) c h w, or n H W c -> (n v) h w c; h and w from :meth:`Views.crop_size`.
+        n c H W -> (n v) c h w, or n H W c -> (n v) h w c, or n (p + H W) c -> (n v) (p + h w) c; h and w from
+        :meth:`Views.crop_size`.
 
     Returns:
         The views, n · len(views) of them.
 
     Raises:
         InputTypeError: ``x`` is no tensor, or ``views`` no :class:`Views`.
-        ViewsError: ``x`` is not 4-D, or too small for these views.
+        ViewsError: ``x`` has not the layout's shape, or is too small for these views.
         OptionError: an unknown layout.
 
     Example:
@@ -68,19 +66,35 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
     if not isinstance(views, Views):
         raise InputTypeError(f"views must be a Views, such as ten_crop(), got {views!r}.")
     check_layout(layout)
+    if isinstance(layout, Tokens):
+        return _split_tokens(x, views, layout)
     if x.dim() != 4:
         raise ViewsError(f"split_views takes a 4-D map, (N, C, H, W) or (N, H, W, C), got shape {tuple(x.shape)}.")
-    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if x.requires_grad and torch.is_grad_enabled() and not _is_recorded():
         return _Split.apply(x, views, layout)
     x, first, permuted = _in_memory_order(x, layout)
     y = join_views(torch.stack(_crops(x, views, first), dim=1))
     return y.permute(0, 3, 1, 2) if permuted else y
 
 
-def check_layout(layout: object) -> None:
-    """Raise OptionError unless ``layout`` is one of the two."""
-    if layout not in LAYOUTS:
-        raise OptionError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
+def _split_tokens(x: Tensor, views: Views, tokens: Tokens) -> Tensor:
+    """The views of the grid, each behind a copy of the prefix tokens."""
+    height, width, prefix = tokens
+    if x.dim() != 3 or x.shape[1] != prefix + height * width:
+        raise ViewsError(
+            f"{tokens} stands for the shape (N, {prefix + height * width}, C), got {tuple(x.shape)}: the grid of the "
+            f"tokens is another one for this size of image."
+        )
+    grid = split_views(x[:, prefix:].unflatten(1, (height, width)), views, layout="NHWC").flatten(1, 2)
+    if not prefix:
+        return grid
+    kept = x[:, :prefix].unsqueeze(1).expand(-1, len(views), -1, -1)
+    return torch.cat([join_views(kept), grid], dim=1)
+
+
+def _is_recorded() -> bool:
+    """Whether the operations are being recorded: the graph must be the same with and without gradients."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _in_memory_order(x: Tensor, layout: Layout) -> tuple[Tensor, int, bool]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
 from .fakes import example_from_call, example_of, map_first_tensor
 from .layer import CropVote
+from .layouts import Layout, check_layout
 from .options import Output, Settings, conclude
 from .probe import check_site
-from .splitting import Layout, check_layout, split_views
+from .splitting import split_views
 from .swapping import check_restorable, own_forward, restore_forward, swap_forward
 from .trials import INPUT, holder_of
 from .views import Views

@@ -8,6 +8,7 @@ the module clears its own bit in what it returns; a bit still set in the model's
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import PlainModelError, ViewsError
+from .errors import PlainModelError, RowsError, ViewsError
 from .fakes import (
     BATCH,
     Example,
@@ -24,13 +25,18 @@ from .fakes import (
     first_line,
     map_first_tensor,
 )
-from .splitting import LAYOUTS, Layout, split_views
+from .layouts import LAYOUTS, Layout, Tokens, resized, sides, stated_layout, stated_tokens
+from .outputs import describe, named_tensors, prediction_names
+from .splitting import split_views
 from .swapping import restore_forward, swap_forward
 from .views import Views
 
 __all__ = ["Site"]
 
 INPUT = "input"
+SPATIAL: dict[tuple[int, ...], Layout] = {(1, 2): "NCHW", (0, 1): "NHWC"}
+#: What cut points were given while a site was tried: a tensor's shape, strides and type.
+Looks = list[tuple[nn.Module, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]]
 
 
 class Site(NamedTuple):
@@ -38,8 +44,8 @@ class Site(NamedTuple):
 
     Fields:
         name: its name in ``model.named_modules()``, or ``"input"``.
-        shape: its output's (C, H, W), or (H, W, C) where the layout is "NHWC"; empty where it is no map.
-        layout: "NCHW" or "NHWC".
+        shape: its output's (C, H, W), (H, W, C) or (L, C), as the layout says; empty where it returns no tensor.
+        layout: "NCHW", "NHWC" or :class:`Tokens`.
         distinct: how many of the views differ there.
         reason: why it is no valid site; empty where it is one.
     """
@@ -51,24 +57,24 @@ class Site(NamedTuple):
     reason: str = ""
 
 
-def layout_of(model: nn.Module) -> Layout | None:
-    """Where the channels are, as the model itself says it (timm's ``output_fmt``), or None."""
-    stated = getattr(model, "output_fmt", None)
-    stated = getattr(stated, "value", stated)
-    return stated if stated in LAYOUTS else None
-
-
 def holder_of(model: nn.Module, name: str) -> nn.Module:
     """The module that carries the split of a site.
 
     It is the site itself, or in an ``nn.Sequential`` its last child: gradient checkpointing may run the children and
     never the Sequential. A child that also stands elsewhere in the model cannot carry it.
     """
-    module = model.get_submodule(name)
-    standing = [id(m) for _, m in model.named_modules(remove_duplicate=False)]
+    return _carrier(model.get_submodule(name), _standings(model))
+
+
+def _standings(model: nn.Module) -> Counter[nn.Module]:
+    """In how many places of the model each module stands."""
+    return Counter(module for _, module in model.named_modules(remove_duplicate=False))
+
+
+def _carrier(module: nn.Module, standings: Counter[nn.Module]) -> nn.Module:
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
         last = module[-1]
-        if standing.count(id(last)) != standing.count(id(module)):
+        if standings[last] != standings[module]:
             break
         module = last
     return module
@@ -81,11 +87,6 @@ class _Seen(NamedTuple):
     group: int
 
 
-def _sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    """The (height, width) of a map's shape without the batch."""
-    return shape[1:] if layout == "NCHW" else shape[:2]
-
-
 class Probe:
     """One fake model in one mode: a walk that looks at every module at once, then a trial split per site."""
 
@@ -93,8 +94,12 @@ class Probe:
         self.model, self.example, self.views, self.layout = model, example, views, layout
         named = model.named_modules(remove_duplicate=False)
         self.modules = {name: m for name, m in named if name and not isinstance(m, torch.jit.ScriptModule)}
+        standings = _standings(model)
+        self.holders = {name: _carrier(module, standings) for name, module in self.modules.items()}
         self.calls: dict[nn.Module, int] = {}
         self.seen: dict[nn.Module, _Seen] = {}
+        self.layouts: dict[nn.Module, Layout] = {}  # learnt while another site was tried
+        self.taken: set[tuple[nn.Module, Any]] = set()  # (cut point, map) that the network behind it took
         self._walk()
 
     def _inputs(self, paths: Paths, bits: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -143,8 +148,17 @@ class Probe:
         finally:
             for hook in hooks:
                 hook.remove()
-        around = paths.of(self.output)
+        self.found = dict(named_tensors(self.output))
+        self.numbers = [name for name, x in self.found.items() if x.dim() == 0 and paths.of(x)]
+        try:
+            self.predictions = prediction_names(self.output)
+            around = paths.of(self.found[self.predictions[0]])
+        except RowsError as error:
+            self.predictions = []
+            self.unclear = str(error)
+            around = paths.of(list(self.found.values()))
         self.around = {module for module in bit if around & bit[module]}
+        self.watched = {m: self._shape(name) for name, m in self.holders.items() if self.is_cut_point(name)}
 
     def _asked(self) -> str:
         shapes = [(BATCH, *leaf.shape[1:]) for leaf in tree_leaves(tuple(self.example)) if isinstance(leaf, Spec)]
@@ -154,8 +168,9 @@ class Probe:
     def site(self, name: str) -> Site:
         layout, reason = self._judged(name)
         shape = self._shape(name)
+        is_map = len(shape) == (2 if isinstance(layout, Tokens) else 3)
         try:
-            distinct = self.views.distinct(*_sides(shape, layout)) if len(shape) == 3 else 0
+            distinct = self.views.distinct(*sides(shape, layout)) if is_map else 0
         except ViewsError:
             distinct = 0
         return Site(name, shape, layout, distinct, reason)
@@ -163,7 +178,7 @@ class Probe:
     def _shape(self, name: str) -> tuple[int, ...]:
         if name == INPUT:
             return next(leaf.shape[1:] for leaf in tree_leaves(tuple(self.example)) if isinstance(leaf, Spec))
-        seen = self.seen.get(holder_of(self.model, name))
+        seen = self.seen.get(self.holders[name])
         return tuple(seen.output.shape[1:]) if seen and isinstance(seen.output, Tensor) else ()
 
     def _judged(self, name: str) -> tuple[Layout, str]:
@@ -182,14 +197,41 @@ class Probe:
         if reason:
             return self.layout or "NCHW", reason
         layout, reason = self._find_layout(name)
-        return layout, reason or self._trial(name, self.views, layout)
+        if reason or self._is_taken(name, layout):
+            return layout, reason
+        # A window's or a mask's length may divide the rows of all views by chance, but not those of one view as well.
+        one = Views(self.views.entries[:1], scale=self.views.scale)
+        reason = self._trial(name, one, layout) or self._trial(name, self.views, layout)
+        if not reason:
+            self.taken.update(self.looks)
+            self._learn_layouts(self.looks)
+        return layout, reason
+
+    def _is_taken(self, name: str, layout: Layout) -> bool:
+        """Whether the network behind a cut point took just such views while an earlier site was tried.
+
+        Nothing but the map reaches the network behind a cut point, so that what it takes from one split it takes from
+        another.
+        """
+        if name == INPUT:
+            return False
+        holder = self.holders[name]
+        try:
+            views = split_views(self.seen[holder].output, self.views, layout=layout)
+        except ViewsError:
+            return False
+        return (holder, _look(views)) in self.taken
+
+    def is_cut_point(self, name: str) -> bool:
+        """Whether every path passes through it, once, whatever the network behind it takes."""
+        return not self._walked(name)
 
     def _images(self) -> str:
         shape = self._shape(INPUT)
         return "" if len(shape) == 3 else f"the first tensor of the call has {1 + len(shape)} axes; images have 4."
 
     def _walked(self, name: str) -> str:
-        holder = holder_of(self.model, name)
+        holder = self.holders[name]
         calls = self.calls.get(holder, 0)
         if calls == 0:
             return f"it is never called in the model's forward (on {self._asked()})."
@@ -198,8 +240,11 @@ class Probe:
         output = self.seen[holder].output
         if not isinstance(output, Tensor):
             return f"it returns {type(output).__name__}; a site returns one tensor, a map of features."
-        if output.dim() != 4:
-            return f"it returns shape {tuple(output.shape)}; a site returns a 4-D map, (N, C, H, W)."
+        if output.dim() not in (3, 4):
+            return (
+                f"it returns shape {tuple(output.shape)}; a site returns a map, (N, C, H, W), or the tokens of one, "
+                f"(N, L, C)."
+            )
         if output.shape[0] != BATCH:
             return (
                 f"its first axis has length {output.shape[0]} for {BATCH} samples; a site returns one map per sample."
@@ -212,31 +257,52 @@ class Probe:
         return ""
 
     def _output(self) -> str:
-        if not isinstance(self.output, Tensor):
-            return f"the model returns {type(self.output).__name__}; cropvote votes over one tensor, (N, K)."
-        if self.output.dim() != 2 or self.output.shape[0] != BATCH:
+        """Why there is nothing to vote over."""
+        if self.numbers:
+            asked = "labels" in self.example.kwargs
             return (
-                f"the model returns shape {tuple(self.output.shape)} for {BATCH} samples; cropvote votes over one "
-                f"row of K outputs per sample, (N, K)."
+                f"the model returns a number for the whole batch ({self.numbers[0] or 'its output'}), computed before "
+                f"the vote. "
+                + (
+                    "Call it without labels=, and compute the loss from its logits with CropVoteLoss (in Hugging "
+                    "Face's Trainer: compute_loss_func=)."
+                    if asked
+                    else "Let it return predictions, (N, K), and compute the rest from them."
+                )
             )
+        if not self.predictions and not isinstance(self.output, Tensor):
+            return self.unclear
+        for name in self.predictions or [""]:
+            shape = tuple(self.found[name].shape)
+            if len(shape) != 2 or shape[0] != BATCH:
+                return (
+                    f"the model returns shape {shape} for {BATCH} samples; cropvote votes over one row of K outputs "
+                    f"per sample, (N, K)."
+                )
         return ""
 
     def _find_layout(self, name: str) -> tuple[Layout, str]:
         """Where the channels are: height and width can shrink, channels cannot. The layout, or why it is unknown."""
-        able = [layout for layout in LAYOUTS if self._shrinks(name, layout)]
+        shape = self._shape(name)
+        if len(shape) == 2 or isinstance(self.layout, Tokens):
+            return self._tokens(name)
+        if name != INPUT and self.layout is None and self.holders[name] in self.layouts:
+            return self.layouts[self.holders[name]], ""
+        shrunk = {layout: looks for layout in LAYOUTS if (looks := self._shrinks(name, layout)) is not None}
+        able = list(shrunk)
         if self.layout and (self.layout in able or not able):
             return self.layout, ""
-        shape = self._shape(name)
         if len(able) == 2:  # a side of 1 cannot shrink, so it proves nothing
-            able = [layout for layout in able if 1 not in _sides(shape, layout)] or able
+            able = [layout for layout in able if 1 not in sides(shape, layout)] or able
         if self.layout:
             return (
                 self.layout,
                 f'its map of shape {shape} shrinks along the axes of "{able[0]}", not of "{self.layout}".',
             )
         if len(able) == 1:
+            self._learn_layouts(shrunk[able[0]])
             return able[0], ""
-        said = layout_of(self.model)
+        said = stated_layout(self.model)
         if able and said:
             return said, ""
         if name == INPUT:
@@ -249,23 +315,40 @@ class Probe:
             f"channels come last."
         )
 
+    def _tokens(self, name: str) -> tuple[Layout, str]:
+        """The grid of a site's tokens, which only the model or the user can tell."""
+        shape = self._shape(name)
+        found = self.layout
+        if found is None and len(shape) == 2:
+            found = stated_tokens(self.model, name, shape[0], self._shape(INPUT))
+        if isinstance(found, Tokens) and len(shape) == 2 and shape[0] == found.prefix + found.height * found.width:
+            return found, ""
+        if found is not None:
+            return found, f"its shape is {shape}, not that of layout={found!r}."
+        return "NCHW", (
+            f"it returns {shape[0]} tokens of {shape[1]} channels, and the model does not say of which grid: pass "
+            f"layout=cropvote.Tokens(height, width, prefix) if they are the prefix tokens and then the grid, row by "
+            f"row."
+        )
+
     def _crops(self, name: str) -> bool:
         """Whether the views are smaller than the map, in both axes, where the channels come first."""
-        size = self._shape(name)[1:]
+        size = sides(self._shape(name), "NCHW")
         return all(crop < side for crop, side in zip(self.views.crop_size(*size), size, strict=True))
 
-    def _shrinks(self, name: str, layout: Layout) -> bool:
-        """Whether the network behind the site takes a map of less height and width, in that layout."""
-        shape = self._shape(name)
-        sides = _sides(shape, layout)
-        for smaller in [(side + 1) // 2 for side in sides], [max(1, side - 1) for side in sides]:
-            scale = (Fraction(smaller[0], sides[0]), Fraction(smaller[1], sides[1]))
+    def _shrinks(self, name: str, layout: Layout) -> Looks | None:
+        """What the cut points see of a map of less height and width, where the network behind the site takes one."""
+        size = sides(self._shape(name), layout)
+        for smaller in [(side + 1) // 2 for side in size], [max(1, side - 1) for side in size]:
+            scale = (Fraction(smaller[0], size[0]), Fraction(smaller[1], size[1]))
             if not self._trial(name, Views([(0, 0)], scale=scale), layout):
-                return True
+                return self.looks
         try:
-            return layout == "NCHW" and self._crops(name) and not self._trial(name, self.views, layout)
+            if layout == "NCHW" and self._crops(name) and not self._trial(name, self.views, layout):
+                return self.looks
         except ViewsError:
-            return False
+            pass
+        return None
 
     def _trial(self, name: str, views: Views, layout: Layout) -> str:
         """Split for real, with the mechanism that the live model gets, and look at what comes out."""
@@ -283,7 +366,9 @@ class Probe:
             votes.append(module)
             return base.forward(module, *args, **kwargs)
 
-        holder = None if name == INPUT else holder_of(self.model, name)
+        holder = None if name == INPUT else self.holders[name]
+        looks: Looks = []
+        hooks = [m.register_forward_hook(lambda m, _, out: looks.append((m, _look(out)))) for m in self.watched]
         try:
             with paths:
                 args, kwargs = self._inputs(paths, 1)
@@ -299,53 +384,50 @@ class Probe:
         except ViewsError as error:
             raise ViewsError(f"after={name!r} on {self._asked()}: {error}") from error
         except Exception as error:
-            return (
-                f"the network behind it cannot take the views of its map, of shape {self._crop(name, views, layout)}: "
-                f"{first_line(error)}."
-            )
+            return self._cannot_take(name, views, layout, error)
         finally:
+            for hook in hooks:
+                hook.remove()
             if holder is not None:
                 restore_forward(holder)
         if len(votes) != 1:
             return f"the model's forward, where the vote would stand, ran {len(votes)} times in one call."
-        expected = BATCH * len(views)
-        if splits != [expected]:
+        if splits != [BATCH * len(views)]:
             return f"the split ran {len(splits)} times in one forward."
-        rows = (expected, self.output.shape[1])
-        if not isinstance(output, Tensor) or output.shape != rows:
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            return f"the model returns {found} after the split, not {rows}, one row per view."
-        if paths.of(output):
-            return "the model's output also depends on the images by a path around it."
+        reason = self._rows(dict(named_tensors(output)), output, splits[0], paths)
+        self.looks = [look for look in looks if look[0] is not holder]
+        return reason
+
+    def _rows(self, found: dict[str, Tensor], output: Any, expected: int, paths: Paths) -> str:
+        """Why the predictions after the split are not one row per view."""
+        for name in self.predictions:
+            rows = found.get(name)
+            shape = (expected, self.found[name].shape[1])
+            if name != self.predictions[0] and rows is not None and rows.shape == self.found[name].shape:
+                continue  # a head in front of the site
+            if rows is None or rows.shape != shape:
+                return f"the model returns {describe(output)} after the split, not {shape}, one row per view."
+            if paths.of(rows):
+                return "the model's output also depends on the images by a path around it."
         return ""
 
-    def _crop(self, name: str, views: Views, layout: Layout) -> tuple[int, ...]:
+    def _cannot_take(self, name: str, views: Views, layout: Layout, error: Exception) -> str:
         shape = self._shape(name)
-        if layout == "NHWC":
-            return (*views.crop_size(*shape[:2]), shape[2])
-        return (shape[0], *views.crop_size(*shape[1:]))
+        crop = resized(shape, layout, views.crop_size(*sides(shape, layout)))
+        return (
+            f"the network behind it cannot take the views of its map, of shape {crop} instead of {shape}: "
+            f"{first_line(error)}."
+            + (" A table of positions, or windows, may fix the grid." if isinstance(layout, Tokens) else "")
+        )
 
-    def candidates(self, every: bool = False) -> list[str]:
-        """The names worth a trial, in forward order: maps on every path, each tensor under its outermost name."""
-        order = {module: i for i, module in enumerate(self.seen)}
-        names: dict[Any, str] = {}
-        for name in sorted(self.modules, key=lambda n: (n.count("."), order.get(self.modules[n], 0))):
-            holder = holder_of(self.model, name)
-            if every:
-                names[name] = name
-            elif holder in self.seen and not self._walked(name):
-                names.setdefault(self.seen[holder].group, name)
-        last = len(order)
-        return sorted(names.values(), key=lambda n: order.get(holder_of(self.model, n), last))
+    def _learn_layouts(self, looks: Looks) -> None:
+        """Remember along which axes the maps behind a trial's site shrank with the site's own."""
+        for module, (shape, *_) in looks:
+            before = self.watched[module]
+            shrunk = tuple(i for i, (m, n) in enumerate(zip(before, shape[1:], strict=False)) if m != n)
+            if len(before) == 3 and shrunk in SPATIAL:
+                self.layouts.setdefault(module, SPATIAL[shrunk])
 
-    def advice(self, most: int = 8) -> str:
-        """The outermost valid sites, for an error's end."""
-        names = self.candidates()
-        valid: list[str] = []
-        for name in [INPUT, *sorted(names, key=lambda n: n.count("."))]:
-            if len(valid) < most and not self._judged(name)[1]:
-                valid.append(name)
-        if not valid:
-            return f"No site of this {type(self.model).__name__} is valid for these views."
-        valid.sort(key=[INPUT, *names].index)
-        return f"Valid sites: {', '.join(valid)} (all of them: cropvote.sites(model, input_size))."
+
+def _look(output: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tuple(output.shape), output.stride(), output.dtype

@@ -23,8 +23,10 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules(cropvote.__path_
 ORDER = [
     "errors",
     "views",
+    "layouts",
     "splitting",
     "voting",
+    "outputs",
     "options",
     "layer",
     "swapping",

@@ -338,9 +338,9 @@ def test_a_forward_on_the_instance_is_refused():
         ({"after": "layer1", "input_size": (48,)}, r"input_size must be a side, \(H, W\), or \(C, H, W\).*got \(48,\)"),
         (
             {"after": "layer1", "input_size": (1, 48, 48)},
-            r"without any split, failed on an input of shape \(3, 1, 48, 48\)",
+            r"without any split, failed on an input of shape \(31, 1, 48, 48\)",
         ),
-        ({"after": "layer1", "layout": "CHW"}, r"layout must be one of \('NCHW', 'NHWC'\), got 'CHW'"),
+        ({"after": "layer1", "layout": "CHW"}, r"layout must be one of .*, got 'CHW'"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments, message):

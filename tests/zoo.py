@@ -192,9 +192,20 @@ class Squeezed(Net):
         return super().forward(x)[:, 0]
 
 
-class Dictionary(Net):
+class Features(Net):
+    """A dict in which only its author knows the predictions."""
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": super().forward(x)}
+        x = self.act(self.site(self.front(x))).mean((2, 3))
+        return {"features": x, "scores": self.fc(x)}
+
+
+class OwnLoss(Net):
+    """Computes a loss of its own on the views' rows."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = super().forward(x)
+        return {"logits": x, "loss": x.square().mean()}
 
 
 class FixedTail(Net):

@@ -1,0 +1,166 @@
+"""Models that return more than one tensor: which are voted over, and which are left alone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torchvision
+import zoo
+from test_surgery import IMAGES
+from torch import Tensor, nn
+
+from cropvote import CropVote, CropVoteError, CropVoteLoss, hflip, inject_crop_vote, settings, ten_crop
+
+Pair = namedtuple("Pair", ["logits", "aux_logits"])
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    maps: Tensor
+    note: str = "a note"
+
+
+class Several(zoo.Net):
+    """Two heads behind the site, one in front of it, the maps of both sides, and something else."""
+
+    def __init__(self, pack) -> None:
+        super().__init__()
+        self.pack = pack
+
+    def forward(self, x):
+        front = self.front(x)
+        early = self.fc(front.mean((2, 3)))
+        x = self.act(self.site(front))
+        rows = self.fc(x.mean((2, 3)))
+        return self.pack(rows, 2 * rows, early, front, x)
+
+
+PACKS = {
+    "tensor": lambda rows, twice, early, front, behind: rows,
+    "tuple": lambda rows, twice, early, front, behind: (rows, twice, early, front),
+    "list": lambda rows, twice, early, front, behind: [rows, behind, None],
+    "namedtuple": lambda rows, twice, early, front, behind: Pair(rows, twice),
+    "dict": lambda rows, twice, early, front, behind: {"features": behind.mean((2, 3)), "logits": rows, "n": 3},
+    "nested": lambda rows, twice, early, front, behind: OrderedDict(
+        scores=rows, more={"other": twice, "maps": [front]}
+    ),
+    "dataclass": lambda rows, twice, early, front, behind: Answer(rows, front),
+    "early head": lambda rows, twice, early, front, behind: Pair(rows, early),
+}
+
+
+def leaves(output):
+    """The tensors of an output, in order, by means of their own."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Answer):
+        return [output.logits, output.maps]
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [leaf for item in output for leaf in leaves(item)] if isinstance(output, (tuple, list)) else []
+
+
+#: Per pack, which leaves are voted over.
+VOTED = {
+    "tensor": [True],
+    "tuple": [True, True, False, False],
+    "list": [True, False],
+    "namedtuple": [True, True],
+    "dict": [False, True],
+    "nested": [True, True, False],
+    "dataclass": [True, False],
+    "early head": [True, False],
+}
+
+
+@pytest.mark.parametrize("kind", PACKS)
+def test_the_predictions_are_voted_over_and_the_rest_is_left_alone(kind):
+    torch.manual_seed(0)
+    model = Several(PACKS[kind]).eval()
+    plain = model(IMAGES)
+    hook = model.site.register_forward_hook(lambda m, args, out: out.flip(3))
+    mirrored_late = model(IMAGES)
+    hook.remove()
+    inject_crop_vote(model, after="site", views=hflip(), input_size=48)
+    found = model(IMAGES)
+    assert type(found) is type(plain)
+    for ours, whole, mirrored, voted in zip(
+        leaves(found), leaves(plain), leaves(mirrored_late), VOTED[kind], strict=True
+    ):
+        if voted:
+            assert torch.allclose(ours, (whole + mirrored) / 2, atol=1e-6)
+        elif ours.shape[0] == len(IMAGES):
+            assert torch.equal(ours, whole)  # from in front of the site
+        else:
+            assert torch.allclose(
+                ours, torch.stack([whole, mirrored], 1).flatten(0, 1), atol=1e-6
+            )  # behind it: per view
+    for row, voted in zip(leaves(model.train()(IMAGES)), VOTED[kind], strict=True):
+        assert not voted or len(row) == 2 * len(IMAGES)
+
+
+def test_what_is_no_tensor_stays():
+    model = inject_crop_vote(Several(PACKS["dataclass"]).eval(), after="site", input_size=48)
+    assert model(IMAGES).note == "a note"
+    model = inject_crop_vote(Several(PACKS["dict"]).eval(), after="site", input_size=48)
+    assert model(IMAGES)["n"] == 3
+
+
+def test_a_second_head_that_mixes_both_sides_is_refused():
+    model = Several(lambda rows, twice, early, front, behind: Pair(rows, twice + early.mean(0)))
+    with pytest.raises(CropVoteError, match="a path around it"):
+        inject_crop_vote(model.eval(), after="site", input_size=48)
+
+
+def test_a_main_head_in_front_of_the_site_is_refused():
+    with pytest.raises(CropVoteError, match="a path around it"):
+        inject_crop_vote(Several(lambda r, t, early, f, b: Pair(early, r)).eval(), after="site", input_size=48)
+
+
+def test_an_output_of_an_unknown_class_is_refused():
+    class Box:
+        def __init__(self, rows):
+            self.rows = rows
+
+    with pytest.raises(CropVoteError, match="the model returns Box; cropvote votes over rows of K outputs"):
+        inject_crop_vote(Several(lambda rows, *_: Box(rows)).eval(), after="site", input_size=48)
+
+
+def test_a_layer_whose_tail_returns_several():
+    class Tail(nn.Module):
+        def forward(self, x):
+            return {"logits": x.mean((2, 3)), "features": x.amax((2, 3))}
+
+    x = torch.randn(2, 8, 12, 12)
+    layer = CropVote(Tail()).eval()
+    found = layer(x)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {"logits": (2, 8), "features": (20, 8)}
+    settings(layer).eval_output = "views"
+    assert torch.allclose(found["logits"], layer(x)["logits"].unflatten(0, (2, 10)).mean(1), atol=1e-6)
+
+
+HEADS = [
+    ("googlenet", 96, ten_crop(), "inception3a", {"logits": 20, "aux_logits2": 20, "aux_logits1": 20}),
+    ("googlenet", 96, ten_crop(), "inception4b", {"logits": 20, "aux_logits2": 20, "aux_logits1": 2}),
+    ("inception_v3", 299, hflip(), "Mixed_5d", {"logits": 4, "aux_logits": 4}),
+    ("inception_v3", 299, hflip(), "Mixed_7a", {"logits": 4, "aux_logits": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "size", "views", "site", "rows"), HEADS)
+def test_auxiliary_heads_in_training(kind, size, views, site, rows):
+    """Each head behind the site gives a row per view; a head in front of it stays as it is; the loss takes both."""
+    images, targets = torch.randn(2, 3, size, size), torch.tensor([1, 3])
+    model = getattr(torchvision.models, kind)(num_classes=7, init_weights=False).train()
+    layout = "NCHW" if kind == "inception_v3" else None  # its head's kernel takes no smaller map, so it must be told
+    inject_crop_vote(model, after=site, views=views, input_size=size, layout=layout)
+    output = model(images)
+    assert {head: len(getattr(output, head)) for head in rows} == rows
+    criterion = CropVoteLoss(nn.CrossEntropyLoss(), views=views)
+    sum(criterion(getattr(output, head), targets) for head in rows).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.eval()(images).shape == (2, 7)
