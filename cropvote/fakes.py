@@ -145,12 +145,14 @@ def _copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _putting_back() -> Iterator[None]:
-    """Put back the random numbers, and silence the traceback that PyTorch logs for every trial that fails."""
+    """Put back the random numbers, and keep autocast's cache and PyTorch's log of failed calls out of it."""
     states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
     states.append((torch.set_rng_state, torch.get_rng_state()))
     if "numpy" in sys.modules:
         numpy_random = sys.modules["numpy"].random
         states.append((numpy_random.set_state, numpy_random.get_state()))
+    states.append((torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()))
+    torch.set_autocast_cache_enabled(False)  # it would keep the fake weights, cast
     log = logging.getLogger("torch._subclasses.fake_tensor")
     silent, log.disabled = log.disabled, True
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import OptionError
 
@@ -35,6 +35,7 @@ class Tokens(NamedTuple):
 
 
 Layout = Literal["NCHW", "NHWC"] | Tokens
+PREFIXES = ("class_token", "cls_token", "distillation_token", "register_tokens")
 LAYOUTS: tuple[Literal["NCHW"], Literal["NHWC"]] = ("NCHW", "NHWC")
 
 
@@ -71,8 +72,9 @@ def stated_layout(model: nn.Module) -> Layout | None:
 def stated_tokens(model: nn.Module, site: str, length: int, image: tuple[int, ...]) -> Tokens | None:
     """The tokens' grid, as the innermost part of the model around the site says it, or None.
 
-    timm's transformers have a ``patch_embed`` that knows its grid, and ``num_prefix_tokens``; torchvision's have an
-    ``image_size``, a ``patch_size`` and a ``class_token``. A grid that does not give the length found is no answer.
+    timm's transformers have a ``patch_embed`` that knows its grid, and ``num_prefix_tokens``; torchvision's a
+    ``patch_size`` and a ``class_token``; Hugging Face's ``embeddings`` hold the patches' and the prefix tokens. A grid
+    that does not give the length found is no answer.
     """
     while site:
         site = site.rpartition(".")[0]
@@ -85,17 +87,21 @@ def stated_tokens(model: nn.Module, site: str, length: int, image: tuple[int, ..
 
 
 def _grid(part: nn.Module, image: tuple[int, ...]) -> tuple[tuple[int, int] | None, int]:
+    """The grid that a part of a model states for such an image, if any, and its number of prefix tokens."""
     embed = getattr(part, "patch_embed", None)
-    grid = getattr(embed, "grid_size", None)
-    prefix = getattr(part, "num_prefix_tokens", 0)
-    if callable(getattr(embed, "dynamic_feat_size", None)):
-        grid = embed.dynamic_feat_size(image[-2:])  # type: ignore[union-attr]
-    elif all(hasattr(part, name) for name in ("image_size", "patch_size", "class_token")):
-        sides = _ints(part.image_size), _ints(part.patch_size)
-        if all(sides):
-            grid = [size // patch for size, patch in zip(*sides, strict=True)]  # type: ignore[arg-type]
-        prefix = 1
-    return _ints(grid), prefix if type(prefix) is int else 0
+    if hasattr(embed, "grid_size"):  # timm
+        dynamic = getattr(embed, "dynamic_feat_size", None)
+        grid = dynamic(image[-2:]) if callable(dynamic) else embed.grid_size  # type: ignore[union-attr]
+        prefix = getattr(part, "num_prefix_tokens", 0)
+        return _ints(grid), prefix if type(prefix) is int else 0
+    holder: Any = getattr(part, "embeddings", part)  # Hugging Face's, or torchvision's
+    patches = getattr(holder, "patch_embeddings", holder)
+    patch = _ints(getattr(patches, "patch_size", None))
+    named = [getattr(holder, name, None) for name in PREFIXES]
+    prefix = sum(tokens.shape[1] for tokens in named if isinstance(tokens, Tensor) and tokens.dim() == 3)
+    if patch is None or not prefix:
+        return None, 0
+    return (image[-2] // patch[0], image[-1] // patch[1]), prefix
 
 
 def _ints(value: Any) -> tuple[int, int] | None:

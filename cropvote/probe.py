@@ -80,7 +80,7 @@ def check_site(
         probe = Probe(fake, example, views, layout)
         found, reason = probe.verdict(name)
         if reason:
-            return [], found, f"{reason} {_advice(probe)}"
+            return [], found, reason if probe.unvotable() else f"{reason} {_advice(probe)}"
         modes = [model.training]
         try:
             fake.train(not model.training)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
 from .fakes import example_from_call, example_of, map_first_tensor
 from .layer import CropVote
-from .layouts import Layout, check_layout
+from .layouts import Layout, Tokens, check_layout
 from .options import Output, Settings, conclude
 from .probe import check_site
 from .splitting import split_views
@@ -40,6 +40,7 @@ class _Injection:
 
     def __init__(self, site: str, layout: Layout | None, settings: Settings, parameters: tuple[str, ...] = ()) -> None:
         self.site = site
+        self.stated = layout  # by the user, or None
         self.layout = layout  # None: found by the check
         self.settings = settings
         self.parameters = parameters  # the names of the forward's positional arguments
@@ -65,7 +66,10 @@ def inject_crop_vote(
     In training mode it returns a row per view, (N·V, K), for :class:`CropVoteLoss`; in eval mode the vote, (N, K).
     Methods that run a part of it (timm's ``forward_features``) return a row per view, in either mode, and a forward
     hook of the site sees the views. A batch is taken for independent samples: layers that mix them beyond BatchNorm
-    (a mean over the batch, say) mix the views too.
+    (a mean over the batch, say) mix the views too. A model may return several tensors, in a tuple, a dict or a
+    dataclass: the predictions are voted over (those with "logits" in their names, or else all 2-D tensors), and the
+    rest is left as it is, per view where it was computed behind the site. For transformers, the views are cut from the
+    grid of tokens, and the prefix tokens stand in every view; behind the last attention they would all be alike.
 
     Whether the site is valid (every path from the input to the output passes through it, once, and the network behind
     it takes the smaller maps) is checked on a fake copy before anything is changed, where an input size is known: timm
@@ -79,7 +83,8 @@ def inject_crop_vote(
         input_size: the images' size: a side, (H, W), or (C, H, W).
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
-        layout: where the channels of the site's map are, "NCHW" or "NHWC"; by default what the check finds.
+        layout: where the height and width of the site's map are, "NCHW", "NHWC" or :class:`Tokens`; by default what
+            the check finds, or for tokens what the model says of them.
 
     Returns:
         The model.
@@ -259,9 +264,14 @@ def _is_checked(model: nn.Module, injection: _Injection, args: tuple[Any, ...], 
     call = (model.training, _tensor_names(injection, args, kwargs))
     if call not in injection.checked:
         return False
+    first = _first_tensor(args, kwargs)
+    if isinstance(
+        injection.layout, Tokens
+    ):  # as many tokens may be another grid; one by one, since sizes may be symbols
+        known = [shape for kind, shape in injection.sizes if kind == call]
+        return any(all(m == n for m, n in zip(shape, first.shape[1:], strict=True)) for shape in known)
     if _is_traced():
         return True
-    first = _first_tensor(args, kwargs)
     return first.shape[0] != 1 or (call, tuple(first.shape[1:])) in injection.sizes
 
 
@@ -300,11 +310,18 @@ def _check_first_call(
     names = _tensor_names(injection, args, kwargs)
     try:
         example = example_from_call(args, kwargs, samples)
-        modes, injection.layout = check_site(model, injection.site, injection.settings.views, injection.layout, example)
+        known = injection.stated if isinstance(injection.layout, Tokens) else injection.layout
+        modes, layout = check_site(model, injection.site, injection.settings.views, known, example)
     except SiteError as error:
         if len(names) == 1:  # else another argument's first axis may have the batch's length by chance
             injection.failure = str(error)
         raise
+    if injection.layout not in (None, layout):
+        raise SurgeryError(
+            f"the map at {injection.site!r} is {layout} for these images, but was {injection.layout} when it was "
+            f"checked: remove_crop_vote, and inject again with input_size= for this size."
+        )
+    injection.layout = layout
     if len(names) == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
         _mark(injection, modes, names, _first_tensor(args, kwargs).shape[1:])
 

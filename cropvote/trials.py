@@ -193,7 +193,7 @@ class Probe:
         Raises:
             ViewsError: only the map's size is at fault.
         """
-        reason = (self._images() if name == INPUT else self._walked(name)) or self._output()
+        reason = (self._images() if name == INPUT else self._walked(name)) or self.unvotable()
         if reason:
             return self.layout or "NCHW", reason
         layout, reason = self._find_layout(name)
@@ -256,7 +256,7 @@ class Probe:
             )
         return ""
 
-    def _output(self) -> str:
+    def unvotable(self) -> str:
         """Why there is nothing to vote over."""
         if self.numbers:
             asked = "labels" in self.example.kwargs

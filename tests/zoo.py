@@ -33,6 +33,24 @@ def timm_resnet() -> nn.Module:
     return randomise_norms(timm.create_model("resnet18", num_classes=7)).eval()
 
 
+def tokens() -> nn.Module:
+    """A vision transformer on a grid of 6 x 6 patches, with a class token and two registers."""
+    torch.manual_seed(0)
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=48, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7, reg_tokens=2
+    ).eval()
+
+
+def hf_resnet() -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16], depths=[1, 1, 1], layer_type="basic", num_labels=7
+    )
+    return randomise_norms(transformers.ResNetForImageClassification(config)).eval()
+
+
 def fer() -> nn.Module:
     torch.manual_seed(0)
     return randomise_norms(fer_resnet18(width=8)).eval()
