@@ -199,13 +199,15 @@ class Probe:
         layout, reason = self._find_layout(name)
         if reason or self._is_taken(name, layout):
             return layout, reason
-        # A window's or a mask's length may divide the rows of all views by chance, but not those of one view as well.
-        one = Views(self.views.entries[:1], scale=self.views.scale)
-        reason = self._trial(name, one, layout) or self._trial(name, self.views, layout)
+        reason = self._trial(name, self._one_view(), layout) or self._trial(name, self.views, layout)
         if not reason:
             self.taken.update(self.looks)
             self._learn_layouts(self.looks)
         return layout, reason
+
+    def _one_view(self) -> Views:
+        """The first view alone: a number of windows may divide the rows of all views by chance, but not these too."""
+        return Views(self.views.entries[:1], scale=self.views.scale)
 
     def _is_taken(self, name: str, layout: Layout) -> bool:
         """Whether the network behind a cut point took just such views while an earlier site was tried.

@@ -33,11 +33,11 @@ def timm_resnet() -> nn.Module:
     return randomise_norms(timm.create_model("resnet18", num_classes=7)).eval()
 
 
-def tokens() -> nn.Module:
+def tokens(**options: bool) -> nn.Module:
     """A vision transformer on a grid of 6 x 6 patches, with a class token and two registers."""
     torch.manual_seed(0)
     return timm.models.vision_transformer.VisionTransformer(
-        img_size=48, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7, reg_tokens=2
+        img_size=48, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7, reg_tokens=2, **options
     ).eval()
 
 
@@ -246,6 +246,17 @@ class ChannelsLast(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.site(self.front(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+class Slanted(ChannelsLast):
+    """The same, and what is left and what is right makes a difference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(self.front(x).permute(0, 2, 3, 1))
+        x = nn.functional.conv2d(
+            x.permute(0, 3, 1, 2), self.other.weight.expand(-1, -1, 1, 2) * torch.tensor([1.0, 3.0])
+        )
+        return self.fc(x.relu().mean((2, 3)))
 
 
 class Skipping(Net):

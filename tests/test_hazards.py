@@ -1,0 +1,427 @@
+"""The ways to get a wrong number without an error, each with its guard, and the proof that the guard is what helps.
+
+Every hazard is a check that passes on the library as it is. ``without`` takes the guard out: the check must then fail.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
+
+import oracle
+import pytest
+import toolchain
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cropvote import (
+    CropVoteError,
+    CropVoteLoss,
+    Views,
+    fakes,
+    hflip,
+    inject_crop_vote,
+    layouts,
+    options,
+    settings,
+    splitting,
+    surgery,
+    swapping,
+    trials,
+)
+
+IMAGES = toolchain.images(10)  # ten images and ten views: the worst numbers for a check of divisibility
+
+
+class Hazard(NamedTuple):
+    name: str
+    guard: str
+    check: Callable[[], None]
+    without: Callable[[pytest.MonkeyPatch], None]
+
+
+HAZARDS: list[Hazard] = []
+
+
+def hazard(name: str, guard: str, *without: Callable[[pytest.MonkeyPatch], None]) -> Callable:
+    def enter(check: Callable[[], None]) -> Callable[[], None]:
+        HAZARDS.append(Hazard(name, guard, check, lambda patch: [take(patch) for take in without]))
+        return check
+
+    return enter
+
+
+def refused(model: nn.Module, site: str, images: Tensor = IMAGES, **options: object) -> None:
+    """Refused with a size, and at the first call."""
+    with pytest.raises(CropVoteError):
+        inject_crop_vote(model, after=site, input_size=tuple(images.shape[1:]), **options)
+    inject_crop_vote(model, after=site, **options)
+    with pytest.raises(CropVoteError):
+        model(images)
+
+
+def right(
+    model: nn.Module, site: str, images: Tensor = IMAGES, cut: oracle.Cutter = oracle.ten_views, **options
+) -> None:
+    """The oracle's vote."""
+    with torch.no_grad():
+        wanted = oracle.vote(oracle.tail_rows(copy.deepcopy(model), site, images, cut), "soft")
+    inject_crop_vote(model, after=site, input_size=tuple(images.shape[1:]), **options)
+    toolchain.agree(model(images), wanted)
+
+
+# ---- what takes a guard out ------------------------------------------------------------------------------------------
+
+
+def no_probe(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials.Probe, "verdict", lambda probe, name: (probe.layout or "NCHW", ""))
+
+
+def no_paths(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fakes.Paths, "of", lambda paths, tree: 0)
+
+
+def batch_of_one(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fakes, "BATCH", 1)
+    patch.setattr(trials, "BATCH", 1)
+
+
+def no_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(options, "_check_rows", lambda *_: None)
+
+
+def no_carrier(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials, "_carrier", lambda module, standings: module)
+
+
+def views_outermost(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(splitting, "join_views", lambda x: x.transpose(0, 1).flatten(0, 1))
+    patch.setattr(splitting, "part_views", lambda x, count: x.unflatten(0, (count, -1)).transpose(0, 1))
+
+
+def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials.Probe, "_one_view", lambda probe: probe.views)
+
+
+def channels_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials.Probe, "_find_layout", lambda probe, name: ("NCHW", ""))
+
+
+def guessed_grid(patch: pytest.MonkeyPatch) -> None:
+    """Square, with whatever is left over in front."""
+
+    def guess(model: nn.Module, site: str, length: int, image: tuple[int, ...]) -> layouts.Tokens:
+        side = int(length**0.5)
+        return layouts.Tokens(side, side, length - side * side)
+
+    patch.setattr(trials, "stated_tokens", guess)
+
+
+def by_length(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(surgery, "_is_checked", lambda model, injection, args, kwargs: True)
+
+
+def by_hooks(patch: pytest.MonkeyPatch) -> None:
+    """Forward hooks in place of the classes."""
+
+    def hook(module: nn.Module, forward: Callable) -> None:
+        class Base:
+            forward = staticmethod(lambda module, *args: args[-1])
+
+        def run(module: nn.Module, args: tuple, output: object) -> object:
+            if forward is surgery._split_forward:
+                return forward(module, Base, output)
+            injection = module._cropvote
+            return options.conclude(output, args[0].shape[0], injection.settings, module.training)
+
+        module.register_forward_hook(run)
+
+    patch.setattr(surgery, "swap_forward", hook)
+
+
+def plain_wraps(patch: pytest.MonkeyPatch) -> None:
+    """No look at what torch.fx passes."""
+    patch.setattr(torch.fx, "Proxy", type("Proxy", (), {}))
+
+
+def shared_settings(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(options.Settings, "__deepcopy__", lambda self, memo: self, raising=False)
+
+
+def rows_in_an_attribute(patch: pytest.MonkeyPatch) -> None:
+    """The number of samples kept in the model instead of in the call."""
+    conclude = options.conclude
+
+    def forward(module: nn.Module, base: type, *args: object, **kwargs: object) -> object:
+        injection = module._cropvote
+        injection.samples = args[0].shape[0]
+        output = base.forward(module, *args, **kwargs)
+        return conclude(output, injection.samples, injection.settings, module.training)
+
+    patch.setattr(surgery, "_vote_forward", forward)
+
+
+# ---- the hazards -----------------------------------------------------------------------------------------------------
+
+
+@hazard("one image, whose gate broadcasts over the views", "paths of data; fake batch above 1", no_paths, batch_of_one)
+def _() -> None:
+    refused(zoo.Gate().eval(), "site", IMAGES[:1])
+
+
+@hazard("a path around the site that joins at the logits", "paths of data", no_paths)
+def _() -> None:
+    refused(zoo.LogitSkip().eval(), "site")
+
+
+@hazard("a module that is called twice splits twice", "the walk's count; the rows", no_probe, no_rows)
+def _() -> None:
+    refused(zoo.Twice().eval(), "site")
+
+
+@hazard("a site that is never called, and as many images as views", "the walk; the rows", no_probe, no_rows)
+def _() -> None:
+    refused(zoo.Unused().eval(), "site")
+
+
+@hazard("a split that checkpointing skips", "the Sequential's last child carries the split", no_carrier, no_rows)
+def _() -> None:
+    model = zoo.timm_resnet()
+    with torch.no_grad():
+        wanted = oracle.vote(oracle.tail_rows(zoo.timm_resnet(), "layer2", IMAGES), "soft")
+    inject_crop_vote(model, after="layer2", input_size=48)
+    for stage in (model.layer1, model.layer2):  # children one by one, the way timm's checkpoint_seq runs them
+        children = list(stage)
+        stage.forward = lambda x, run=children: [x := checkpoint(child, x, use_reentrant=False) for child in run][-1]
+    if swapping.own_forward(model.layer2):
+        model.layer2.__class__ = nn.Sequential
+    toolchain.agree(model(IMAGES), wanted)
+
+
+@hazard("a graph compiled before the injection", "classes, which guards of the graph see, not hooks", by_hooks, no_rows)
+def _() -> None:
+    model = zoo.fer()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(IMAGES)
+    inject_crop_vote(model, after="layer2", input_size=48)
+    toolchain.agree(compiled(IMAGES), toolchain.expected(10))
+
+
+@hazard("torch.fx, which records the plain forward", "a proxy is refused", plain_wraps, by_hooks)
+def _() -> None:
+    with pytest.raises(CropVoteError, match=r"torch\.fx cannot trace"):
+        torch.fx.symbolic_trace(toolchain.voting())
+
+
+@hazard("rows in another order than the vote's", "one order for split and vote", views_outermost)
+def _() -> None:
+    right(zoo.fer(), "layer2")
+
+
+@hazard("a hook that drops the split, and as many images as views", "the rows", no_rows)
+def _() -> None:
+    model = toolchain.voting()
+    model.layer2.register_forward_hook(lambda module, args, output: output[::10])
+    with pytest.raises(CropVoteError, match="rows"):
+        model(IMAGES)
+
+
+class StoredMask(zoo.Net):
+    """Windows of 5 x 5 pixels and a mask for each that was stored for a whole map of 10 x 25: two rows of five."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.randn(10, 1, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(self.front(x))
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, h // 5, 5, w // 5, 5).permute(0, 2, 4, 1, 3, 5).reshape(-1, 10, c, 5, 5) + self.mask
+        return self.fc(self.act(x).reshape(n, -1, c, 5, 5).mean((1, 3, 4)))
+
+
+@hazard("masks stored for the whole map's windows", "a trial of one view, with a prime batch", all_views_at_once)
+def _() -> None:
+    """Three windows per view are thirty per image, which ten masks divide."""
+    views = Views([(0, Fraction(i, 9)) for i in range(10)], scale=(Fraction(1, 2), Fraction(3, 5)))
+    refused(StoredMask().eval(), "site", torch.randn(4, 3, 10, 25), views=views)
+
+
+class Cached(zoo.Net):
+    """A table of positions that is made once, for the first map."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(self.front(x))
+        if self.table is None:
+            self.table = torch.linspace(0, 1, x.shape[3])
+        return self.head(self.act(x + self.table))
+
+
+@hazard("a table of positions cached for the whole map", "the trial comes after a plain call", no_probe)
+def _() -> None:
+    for called_before in (False, True):
+        model = Cached().eval()
+        if called_before:
+            model(IMAGES)
+        with pytest.raises(CropVoteError):
+            inject_crop_vote(model, after="site", input_size=48)
+
+
+class Square(nn.Module):
+    """A transformer of 4 x 16 patches and no prefix, as many as 8 x 8: only the model knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 8, 4, 4)
+        self.patch_embed.grid_size = (4, 16)
+        self.site = nn.Linear(8, 8)
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(self.patch_embed(x).flatten(2).transpose(1, 2))
+        return self.fc(self.mix(x, x, x)[0].tanh().mean(1))
+
+
+def wide_views(x: Tensor) -> list[Tensor]:
+    maps = x.transpose(1, 2).reshape(len(x), 8, 4, 16)
+    return [view.flatten(2).transpose(1, 2) for view in oracle.ten_views(maps)]
+
+
+@hazard("tokens cut from the wrong grid", "the model is asked for its grid", guessed_grid)
+def _() -> None:
+    torch.manual_seed(0)
+    right(Square().eval(), "site", torch.randn(3, 3, 16, 64), cut=wide_views)
+
+
+@hazard("as many tokens, from another shape of image", "checked at each size", by_length)
+def _() -> None:
+    model = zoo.tokens(dynamic_img_size=True)
+    inject_crop_vote(model, after="blocks.0", input_size=48)
+    model(torch.randn(2, 3, 48, 48))
+    with pytest.raises(CropVoteError):
+        model(torch.randn(2, 3, 24, 96))
+
+
+@hazard("channels taken for columns", "the layout is found, not assumed", channels_first)
+def _() -> None:
+    def cut(x: Tensor) -> list[Tensor]:
+        return [x, x.flip(2)]
+
+    torch.manual_seed(0)
+    right(zoo.Slanted().eval(), "site", cut=cut, views=hflip())
+
+
+@hazard("an auxiliary head in front of the site, mixed into one behind it", "paths of data", no_paths)
+def _() -> None:
+    class Mixed(zoo.Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            front = self.front(x)
+            rows = self.head(self.site(front))
+            return rows, rows + self.head(front).mean(0)
+
+    refused(Mixed().eval(), "site")
+
+
+@hazard("replicas of one model in threads", "state of a call is in the call", rows_in_an_attribute)
+def _() -> None:
+    slow = threading.Barrier(2, timeout=20)
+
+    class Meeting(zoo.Net):
+        meet = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            if Meeting.meet:
+                slow.wait()
+            return x
+
+    model = inject_crop_vote(Meeting().eval(), after="site", input_size=48)
+    batches = [IMAGES[:2], IMAGES[:5]]
+    wanted = [model(batch) for batch in batches]
+    Meeting.meet, found = True, {}
+
+    def wired() -> nn.Module:  # as torch.nn.parallel.replicate does it
+        replica = model._replicate_for_data_parallel()
+        for name, child in model.named_children():
+            setattr(replica, name, child)
+        return replica
+
+    replicas = [wired(), wired()]
+    threads = [threading.Thread(target=lambda i=i: found.update({i: guarded(replicas[i], batches[i])})) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in (0, 1):
+        toolchain.agree(found[i], wanted[i])
+
+
+def guarded(model: nn.Module, batch: Tensor) -> Tensor:
+    try:
+        return model(batch)
+    except CropVoteError:
+        return torch.zeros(0)
+
+
+@hazard("a vote in the middle of a training step", "state of a call is in the call", rows_in_an_attribute)
+def _() -> None:
+    """The model is called for a vote while its own forward runs."""
+
+    class Asking(zoo.Net):
+        asked = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.asked:
+                self.asked = True
+                self(x[:2])
+                self.asked = False
+            return super().forward(x)
+
+    model = Asking().eval()
+    inject_crop_vote(model, after="input", views=hflip())
+    model._cropvote.checked = frozenset({(True, ("x",)), (False, ("x",))})
+    model._cropvote.layout = "NCHW"
+    found = guarded(model, IMAGES[:5])
+    model.asked = True
+    toolchain.agree(found, (zoo.Net.forward(model, IMAGES[:5]) + zoo.Net.forward(model, IMAGES[:5].flip(3))) / 2)
+
+
+@hazard("settings shared by copies", "a copy has its own", shared_settings)
+def _() -> None:
+    model = toolchain.voting()
+    twin = copy.deepcopy(model)
+    settings(twin).enabled = False
+    toolchain.agree(model(IMAGES), toolchain.expected(10))
+
+
+@hazard("labels that do not match the rows", "the loss repeats them in the rows' order", lambda patch: patch.setattr(
+    "cropvote.voting.repeat_targets", lambda targets, views: targets.repeat(views)))  # fmt: skip
+def _() -> None:
+    model = toolchain.still(toolchain.voting())
+    loss = CropVoteLoss(nn.CrossEntropyLoss())(model(IMAGES[:4]), toolchain.TARGETS)
+    rows = oracle.tail_rows(toolchain.still(zoo.fer()), "layer2", IMAGES[:4])
+    toolchain.agree(loss, oracle.loss_on_views(rows, toolchain.TARGETS))
+
+
+@pytest.mark.parametrize("case", HAZARDS, ids=lambda case: case.name)
+def test_it_is_right_or_it_raises(case):
+    case.check()
+
+
+@pytest.mark.parametrize("case", HAZARDS, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which dynamo reads
+def test_without_its_guard_the_check_fails(case, monkeypatch):
+    """Else the check would prove nothing."""
+    case.without(monkeypatch)
+    swapping._classes.clear()
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        case.check()
+    swapping._classes.clear()
