@@ -33,12 +33,11 @@ def timm_resnet() -> nn.Module:
     return randomise_norms(timm.create_model("resnet18", num_classes=7)).eval()
 
 
-def tokens(**options: bool) -> nn.Module:
+def tokens(**options: object) -> nn.Module:
     """A vision transformer on a grid of 6 x 6 patches, with a class token and two registers."""
     torch.manual_seed(0)
-    return timm.models.vision_transformer.VisionTransformer(
-        img_size=48, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7, reg_tokens=2, **options
-    ).eval()
+    options = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "reg_tokens": 2, **options}
+    return timm.models.vision_transformer.VisionTransformer(num_classes=7, **options).eval()
 
 
 def hf_resnet() -> nn.Module:
