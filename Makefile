@@ -27,7 +27,7 @@ test: check
 	$(BIN)/python -m pytest -n auto
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto
 
 test-all: test test-slow
 

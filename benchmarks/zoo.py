@@ -1,7 +1,7 @@
 """Every family of timm and torchvision (and some of transformers): which sites work, and is every verdict right?
 
     python benchmarks/zoo.py                       all families, an hour or so on two cores
-    python benchmarks/zoo.py timm/resnet timm/dla  some of them, printed only
+    python benchmarks/zoo.py timm/resnet timm/dla  some of them again, the others' results kept
     python benchmarks/zoo.py --table               docs/compatibility.md again, from the stored results
 
 For each family, ``inject_crop_vote`` is tried at every entry of ``feature_info`` of two models, on fake tensors. The
@@ -43,10 +43,8 @@ PAGE = ROOT / "docs" / "compatibility.md"
 SIDE = 128
 ORACLE_SITES = 12
 BIGGEST = 50_000_000  # parameters
-BUDGET = 40  # seconds for a model's modules against noise, and for its sites against the oracle
+BUDGET = 30  # seconds for a model's modules against noise, and for its sites against the oracle
 SMALL = {"embed_dim": 96, "depth": 4, "num_heads": 3}
-
-Model = tuple[str, Callable[[], nn.Module]]
 
 # ---- which models ----------------------------------------------------------------------------------------------------
 
@@ -63,30 +61,38 @@ def builder(name: str) -> Callable[..., nn.Module]:
     return torchvision.models.get_model_builder(name)
 
 
-def models(family: str) -> list[Model]:
-    """The family's models that are tried, the smallest first: two of timm's, all of the others."""
-    library, _, name = family.partition("/")
+def make(family: str, name: str, small: bool = False) -> nn.Module:
+    """One model with seven classes and random weights."""
+    library, _, module = family.partition("/")
     if library == "transformers":
-        return [(name, lambda: transformer(name))]
+        return transformer(name)
     if library == "torchvision":
-        chosen = [n for n in torchvision.models.list_models(torchvision.models) if builder(n).__module__.endswith(name)]
-        options = {"init_weights": False} if name in ("googlenet", "inception") else {}
-        makers = [(n, lambda n=n: builder(n)(weights=None, num_classes=7, **options)) for n in chosen]
-        return sorted(makers, key=lambda maker: size_of(maker[1]))
-    makers = [(n, lambda n=n: timm.create_model(n, num_classes=7)) for n in timm.list_models(module=name)]
-    sized = sorted((size_of(make), n, make) for n, make in makers)
-    able = [(n, make) for size, n, make in sized if size < BIGGEST] or [sized[0][1:]]
-    if sized[0][0] >= BIGGEST:  # a transformer with fewer and smaller blocks is of the same kind
-        n = able[0][0]
-        small = (n, lambda: timm.create_model(n, num_classes=7, **SMALL))
-        able = [small] if size_of(small[1]) < BIGGEST else able
+        options = {"init_weights": False} if module in ("googlenet", "inception") else {}
+        return builder(name)(weights=None, num_classes=7, **options)
+    return timm.create_model(name, num_classes=7, **(SMALL if small else {}))
+
+
+def models(family: str) -> list[tuple[str, bool]]:
+    """The family's models that are tried, the smallest first: two of timm's, all of the others; and if cut down."""
+    library, _, module = family.partition("/")
+    if library == "transformers":
+        return [(module, False)]
+    if library == "torchvision":
+        names = torchvision.models.list_models(torchvision.models)
+        chosen = [name for name in names if builder(name).__module__ == f"torchvision.models.{module}"]
+        return [(name, False) for name in sorted(chosen, key=lambda name: size_of(family, name))]
+    sized = sorted((size_of(family, name), name) for name in timm.list_models(module=module))
+    able = [(name, False) for size, name in sized if size < BIGGEST]
+    if not able:  # a transformer with fewer and smaller blocks is of the same kind
+        name = sized[0][1]
+        able = [(name, size_of(family, name, small=True) < BIGGEST)]
     return able[:1] + able[len(able) // 2 : len(able) // 2 + 1] * (len(able) > 1)
 
 
-def size_of(make: Callable[[], nn.Module]) -> int:
+def size_of(family: str, name: str, small: bool = False) -> int:
     try:
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in make().parameters())
+            return sum(parameter.numel() for parameter in make(family, name, small).parameters())
     except Exception:  # some constructors compute with numbers that the meta device does not have
         return BIGGEST
 
@@ -108,20 +114,19 @@ def transformer(name: str) -> nn.Module:
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
-def image_of(model: nn.Module, side: int | None = None) -> tuple[int, int, int]:
+def image_of(model: nn.Module) -> tuple[int, int, int]:
     """The image's (C, H, W): a small one where the model takes it, else its own."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *own = config.get("input_size", (3, 224, 224))
     if config.get("fixed_input_size"):
         return (channels, *own)
-    for tried in (side, SIDE, own[0], 299):
-        if tried:
-            try:
-                with torch.no_grad():
-                    model(torch.zeros(2, channels, tried, tried))
-            except Exception:  # noqa: S112
-                continue
-            return (channels, tried, tried)
+    for tried in (SIDE, own[0], 299):
+        try:
+            with torch.no_grad():
+                model(torch.zeros(2, channels, tried, tried))
+        except Exception:  # noqa: S112
+            continue
+        return (channels, tried, tried)
     return (channels, *own)
 
 
@@ -145,14 +150,15 @@ def sweep(family: str) -> dict[str, Any]:
     torch.manual_seed(0)
     start, found = time.time(), {"family": family, "models": []}
     try:
-        for i, (name, make) in enumerate(models(family)):
-            found["models"].append(look_at(name, make(), real=i == 0))
+        for i, (name, small) in enumerate(models(family)):
+            model = look_at(make(family, name, small), real=i == 0)
+            found["models"].append({"model": name, "small": small, **model})
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {str(error)[:300]}"
     return {**found, "seconds": round(time.time() - start)}
 
 
-def look_at(name: str, model: nn.Module, real: bool) -> dict[str, Any]:
+def look_at(model: nn.Module, real: bool) -> dict[str, Any]:
     model = randomise_norms(model).eval()
     size = image_of(model)
     rows = {site.name: site for site in sites(model, size, all=True)}
@@ -161,7 +167,7 @@ def look_at(name: str, model: nn.Module, real: bool) -> dict[str, Any]:
     for site, verdict in tried.items():
         if site in rows and (verdict["verdict"] == "works") != (not rows[site].reason):
             verdict.update(verdict="wrong", reason=f"sites() says {rows[site].reason or 'valid'}: {verdict['reason']}")
-    found = {"model": name, "size": size, "listed": listed, "tried": tried}
+    found: dict[str, Any] = {"size": size, "listed": listed, "tried": tried}
     found["layouts"] = sorted({kind_of(rows[site].layout) for site in listed if site != "input"})
     if real:
         with torch.no_grad():
@@ -213,11 +219,16 @@ def cutter(layout: object) -> Callable[[Tensor], list[Tensor]]:
 
 
 def against_oracle(
-    model: nn.Module, size: tuple[int, ...], rows: dict[str, Site], listed: list[str], first: list[str]
+    model: nn.Module,
+    size: tuple[int, ...],
+    rows: dict[str, Site],
+    listed: list[str],
+    first: list[str],
+    most: int = ORACLE_SITES,
 ) -> dict[str, float]:
     """The largest error of the vote, relative to the largest output, at the feature sites and some others."""
     valid = [site for site in listed if site != "input"]
-    some = valid[:: max(1, len(valid) // ORACLE_SITES)]
+    some = valid[:: max(1, len(valid) // most)]
     images = torch.randn(2, *size)
     found, start = {}, time.time()
     for site in dict.fromkeys([site for site in first if site in rows and not rows[site].reason] + some):
@@ -233,7 +244,9 @@ def against_oracle(
     return found
 
 
-def against_noise(model: nn.Module, size: tuple[int, ...], rows: dict[str, Site]) -> dict[str, Any]:
+def against_noise(
+    model: nn.Module, size: tuple[int, ...], rows: dict[str, Site], budget: float = BUDGET
+) -> dict[str, Any]:
     """Every module that is called once and returns a map or tokens, judged by noise and by the library."""
     network = Logits(model)
     images, start = torch.randn(2, *size), time.time()
@@ -253,7 +266,7 @@ def against_noise(model: nn.Module, size: tuple[int, ...], rows: dict[str, Site]
         x = called[0]
         if x.shape[0] != 2:
             continue
-        if time.time() - start > BUDGET:
+        if time.time() - start > budget:
             break
         y = replaced(network, module, torch.randn(x[:1].shape).expand_as(x), images)
         is_cut = bool((y[0] - y[1]).abs().max() <= 1e-5 * y.abs().max())
@@ -428,17 +441,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="write the page again, without a sweep")
     arguments = parser.parse_args()
+    results = {}
+    if arguments.table or arguments.families:
+        results = {result["family"]: result for result in json.loads(RESULTS.read_text())["families"]}
     if not arguments.table:
-        chosen, results = arguments.families or families(), []
+        chosen = arguments.families or families()
         with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
-            for future in as_completed([pool.submit(sweep, family) for family in chosen]):
-                results.append(future.result())
-                print(f"[{len(results)}/{len(chosen)}]", short(results[-1]), flush=True)
-        results.sort(key=lambda result: chosen.index(result["family"]))
-        if arguments.families:
-            print(*summary(results), *table(results), sep="\n")
-            return
-        RESULTS.write_text(json.dumps({"versions": versions(), "families": results}, indent=1) + "\n")
+            for i, future in enumerate(as_completed([pool.submit(sweep, family) for family in chosen]), 1):
+                result = future.result()
+                results[result["family"]] = result
+                print(f"[{i}/{len(chosen)}]", short(result), flush=True)
+        ordered = [results[family] for family in families() if family in results]
+        RESULTS.write_text(json.dumps({"versions": versions(), "families": ordered}, indent=1) + "\n")
     PAGE.write_text(page(json.loads(RESULTS.read_text())["families"], tools()))
 
 

@@ -1,0 +1,100 @@
+"""Every family of timm and torchvision, some of transformers: the verdicts of benchmarks/zoo.py, and its two witnesses.
+
+The stored results say which sites work; the sweep that wrote them compared each with an oracle and with noise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cropvote import sites
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the models' own code
+
+
+def sweep() -> ModuleType:
+    """benchmarks/zoo.py, which has the name of tests/zoo.py."""
+    spec = importlib.util.spec_from_file_location("benchmarks_zoo", ROOT / "benchmarks" / "zoo.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmarks_zoo"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SWEEP = sweep()
+STORED = json.loads(SWEEP.RESULTS.read_text())
+FAMILIES = {result["family"]: result["models"][0] for result in STORED["families"]}
+DOZEN = [
+    "timm/convnext", "timm/densenet", "timm/efficientnet", "timm/ghostnet", "timm/metaformer", "timm/mobilenetv3",
+    "timm/regnet", "timm/resnetv2", "timm/swin_transformer", "timm/vision_transformer", "timm/vovnet",
+    "torchvision/googlenet", "torchvision/vgg", "transformers/ConvNext", "transformers/ViT",
+]  # fmt: skip
+
+
+def build(family: str, fake: bool) -> nn.Module:
+    known = FAMILIES[family]
+    torch.manual_seed(0)
+    if fake:
+        try:
+            with torch.device("meta"):
+                return SWEEP.make(family, known["model"], known["small"]).eval()
+        except Exception:  # some constructors compute with numbers that the meta device does not have
+            torch.manual_seed(0)
+    return SWEEP.make(family, known["model"], known["small"]).eval()
+
+
+def works(known: dict[str, Any]) -> set[str]:
+    return {site for site, verdict in known["tried"].items() if verdict["verdict"] == "works"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verdicts_on_fake_tensors(family):
+    """At every entry of feature_info the verdict is the stored one, and every refusal has its reason."""
+    known = FAMILIES[family]
+    rows = {site.name: site for site in sites(build(family, fake=True), tuple(known["size"]), all=True)}
+    found = {site for site in known["tried"] if site in rows and not rows[site].reason}
+    assert found == works(known)
+    assert [name for name in rows if not rows[name].reason and name in known["listed"]] == known["listed"]
+
+
+def judged(family: str, most: int, budget: float) -> None:
+    known, size = FAMILIES[family], tuple(FAMILIES[family]["size"])
+    model = SWEEP.randomise_norms(build(family, fake=False)).eval()
+    rows = {site.name: site for site in sites(model, size, all=True)}
+    with torch.no_grad():
+        errors = SWEEP.against_oracle(model, size, rows, known["listed"], sorted(works(known))[:most], most)
+        noise = SWEEP.against_noise(model, size, rows, budget)
+    assert max(errors.values(), default=0) < SWEEP.TOLERANCE, errors
+    assert not noise["invented"]
+
+
+@pytest.mark.parametrize("family", DOZEN)
+def test_a_dozen_against_the_oracle_and_noise(family):
+    judged(family, most=1, budget=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in DOZEN])
+def test_all_others_against_the_oracle_and_noise(family):
+    judged(family, most=2, budget=4)
+
+
+def test_nothing_crashed_and_nothing_is_wrong():
+    """As stored, on the page, and for every module of the timm that the sweep saw."""
+    page = SWEEP.PAGE.read_text()
+    for row in ("| crashed | 0 |", "| wrong | 0 |", "| accepted, but no true site by noise | 0 |"):
+        assert row in page
+    assert page == SWEEP.page(STORED["families"], SWEEP.tools()), "run: python benchmarks/zoo.py --table"
+    if timm.__version__ == STORED["versions"]["timm"]:
+        assert set(SWEEP.families()) == set(FAMILIES)
