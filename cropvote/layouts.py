@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ class Tokens(NamedTuple):
 
 
 Layout = Literal["NCHW", "NHWC"] | Tokens
-PREFIXES = ("class_token", "cls_token", "distillation_token", "register_tokens")
+PREFIXES = ("cls_token", "distillation_token", "register_tokens")
 LAYOUTS: tuple[Literal["NCHW"], Literal["NHWC"]] = ("NCHW", "NHWC")
 
 
@@ -69,42 +69,20 @@ def stated_layout(model: nn.Module) -> Layout | None:
     return stated if isinstance(stated, str) and stated in LAYOUTS else None
 
 
-def stated_tokens(model: nn.Module, site: str, length: int, image: tuple[int, ...]) -> Tokens | None:
-    """The tokens' grid, as the innermost part of the model around the site says it, or None.
+def stated_tokens(part: nn.Module) -> tuple[int, str] | None:
+    """What a transformer of a known library says of its tokens, or None.
 
-    timm's transformers have a ``patch_embed`` that knows its grid, and ``num_prefix_tokens``; torchvision's a
-    ``patch_size`` and a ``class_token``; Hugging Face's ``embeddings`` hold the patches' and the prefix tokens. A grid
-    that does not give the length found is no answer.
+    Returns:
+        The number of prefix tokens, and the name of the module inside whose convolution makes the grid of patches. In
+        these libraries the prefix tokens stand first, and the grid follows row by row; elsewhere they need not.
     """
-    while site:
-        site = site.rpartition(".")[0]
-        part = model.get_submodule(site)
-        grid, prefix = _grid(part, image)
-        if grid is not None:
-            extra = length - grid[0] * grid[1]
-            return Tokens(*grid, prefix=extra) if extra in (0, prefix) else None
-    return None
-
-
-def _grid(part: nn.Module, image: tuple[int, ...]) -> tuple[tuple[int, int] | None, int]:
-    """The grid that a part of a model states for such an image, if any, and its number of prefix tokens."""
-    embed = getattr(part, "patch_embed", None)
-    if hasattr(embed, "grid_size"):  # timm
-        dynamic = getattr(embed, "dynamic_feat_size", None)
-        grid = dynamic(image[-2:]) if callable(dynamic) else embed.grid_size  # type: ignore[union-attr]
+    library = type(part).__module__.partition(".")[0]
+    if library == "timm" and hasattr(getattr(part, "patch_embed", None), "grid_size"):
         prefix = getattr(part, "num_prefix_tokens", 0)
-        return _ints(grid), prefix if type(prefix) is int else 0
-    holder: Any = getattr(part, "embeddings", part)  # Hugging Face's, or torchvision's
-    patches = getattr(holder, "patch_embeddings", holder)
-    patch = _ints(getattr(patches, "patch_size", None))
-    named = [getattr(holder, name, None) for name in PREFIXES]
-    prefix = sum(tokens.shape[1] for tokens in named if isinstance(tokens, Tensor) and tokens.dim() == 3)
-    if patch is None or not prefix:
-        return None, 0
-    return (image[-2] // patch[0], image[-1] // patch[1]), prefix
-
-
-def _ints(value: Any) -> tuple[int, int] | None:
-    """A (height, width) pair, from a pair or from one number."""
-    pair = (value, value) if type(value) is int else tuple(value) if isinstance(value, (tuple, list)) else ()
-    return pair if len(pair) == 2 and all(type(n) is int and n > 0 for n in pair) else None
+        return (prefix if type(prefix) is int else 0), "patch_embed"
+    if library == "torchvision" and hasattr(part, "class_token") and hasattr(part, "conv_proj"):
+        return 1, "conv_proj"
+    if library == "transformers" and hasattr(getattr(part, "embeddings", None), "patch_embeddings"):
+        named = [getattr(part.embeddings, name, None) for name in PREFIXES]
+        return sum(x.shape[1] for x in named if isinstance(x, Tensor) and x.dim() == 3), "embeddings.patch_embeddings"
+    return None

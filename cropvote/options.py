@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from .errors import InputTypeError, OptionError, RowsError
-from .outputs import map_tensors, prediction_names
+from .outputs import Place, map_tensors, prediction_places
 from .views import Views, ten_crop
 from .voting import How, check_rule, vote
 
@@ -107,11 +107,11 @@ def conclude(output: Any, samples: int, settings: Settings, training: bool) -> A
     An output that stays one row per sample beside the main one (an auxiliary head in front of the site) is left alone,
     as is all that is no prediction.
     """
-    names = [""] if isinstance(output, Tensor) else prediction_names(output)
+    places = prediction_places(output)
     voted = (settings.train_output if training else settings.eval_output) == "vote"
 
-    def finish(name: str, rows: Tensor) -> Tensor:
-        if name not in names or (name != names[0] and rows.shape[0] == samples and len(settings.views) > 1):
+    def finish(place: Place, rows: Tensor) -> Tensor:
+        if place not in places or (place != places[0] and rows.shape[0] == samples and len(settings.views) > 1):
             return rows
         _check_rows(rows, samples, len(settings.views))
         return vote(rows, len(settings.views), settings.vote) if voted else rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,71 +14,109 @@ from .errors import RowsError
 __all__: list[str] = []
 
 PREDICTION = "logits"
+#: Where a tensor is in an output: () for the output itself, ("logits",), ("hidden_states", 0), ...
+Place = tuple[Any, ...]
 
 
-def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an output with its name there: "" for the output itself, "logits", "hidden_states.0", ..."""
+def tensors_of(output: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
+    """Every tensor of an output, with its place."""
     if isinstance(output, Tensor):
-        yield name, output
+        yield place, output
     for key, value in _items(output):
-        yield from named_tensors(value, f"{name}.{key}" if name else key)
+        yield from tensors_of(value, (*place, key))
 
 
-def map_tensors(function: Callable[[str, Tensor], Tensor], output: Any, name: str = "") -> Any:
-    """The same output with ``function(name, tensor)`` in place of every tensor."""
+def map_tensors(function: Callable[[Place, Tensor], Tensor], output: Any, place: Place = ()) -> Any:
+    """A copy of an output with ``function(place, tensor)`` in place of every tensor.
+
+    Raises:
+        RowsError: a container that cannot be copied with other values.
+    """
     if isinstance(output, Tensor):
-        return function(name, output)
+        return function(place, output)
     items = _items(output)
-    if not items:
+    values = {key: map_tensors(function, value, (*place, key)) for key, value in items}
+    if all(values[key] is value for key, value in items):
         return output
-    values = {key: map_tensors(function, value, f"{name}.{key}" if name else key) for key, value in items}
-    kind: Any = type(output)
-    if dataclasses.is_dataclass(output):
-        return kind(**values)
-    if isinstance(output, Mapping):
-        return kind(zip(output, values.values(), strict=True))
-    return kind(*values.values()) if hasattr(output, "_fields") else kind(values.values())
+    kind = type(output)
+    if kind in (tuple, list):
+        return kind(values.values())
+    if kind is dict:
+        return values
+    try:
+        return _replaced(output, {key: values[key] for key, value in items if values[key] is not value})
+    except Exception as error:
+        raise RowsError(
+            f"the model returns its predictions in a {kind.__name__}, which cannot be copied with other values "
+            f"({type(error).__name__}: {error}): return a tuple, a dict or a dataclass."
+        ) from error
 
 
-def _items(output: Any) -> list[tuple[str, Any]]:
+def _replaced(output: Any, changed: dict[Any, Any]) -> Any:
+    """A copy of a container with some of its values replaced, made without its constructor, which may compute."""
+    if isinstance(output, tuple):
+        return output._replace(**changed)  # type: ignore[attr-defined]
+    twin = copy.copy(output)
+    for key, value in changed.items():
+        if isinstance(output, (Mapping, list)):
+            twin[key] = value
+        else:
+            object.__setattr__(twin, key, value)
+    return twin
+
+
+def _items(output: Any) -> list[tuple[Any, Any]]:
     """What a container holds; nothing for all else."""
+    if isinstance(output, Mapping):
+        return list(output.items())
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
-    if isinstance(output, Mapping):
-        return [(str(key), value) for key, value in output.items()]
-    if isinstance(output, (tuple, list)):
-        return list(zip(getattr(output, "_fields", map(str, range(len(output)))), output, strict=True))
-    return []
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return list(zip(output._fields, output, strict=True))
+    return list(enumerate(output)) if isinstance(output, (tuple, list)) else []
 
 
-def prediction_names(output: Any) -> list[str]:
-    """The names of the predictions in an output, the main one first.
+def prediction_places(output: Any) -> list[Place]:
+    """The places of the predictions in an output, the main one first.
 
-    They are the 2-D tensors, (N, K). Where a tensor is named "logits", it is the main one, and the others are those
-    with "logits" in their names (GoogLeNet's ``aux_logits1``). Where none is, all 2-D tensors must have the same K,
-    since features cannot be told from predictions otherwise.
+    They are floating-point tensors, (N, K). Where a tensor is named "logits", it is the main one, and the others are
+    those with "logits" in their names (GoogLeNet's ``aux_logits1``). Where none is, all 2-D tensors must have the same
+    K, since features cannot be told from predictions otherwise.
 
     Raises:
         RowsError: which tensors are the predictions cannot be told, or there are none.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(output) if tensor.dim() == 2}
-    named = [name for name in shapes if PREDICTION in name.rpartition(".")[2]]
-    if PREDICTION in shapes:
-        return [PREDICTION, *(name for name in named if name != PREDICTION)]
-    if not shapes:
+    if isinstance(output, Tensor):
+        return [()]
+    found = dict(tensors_of(output))
+    rows = {place: x for place, x in found.items() if x.dim() == 2 and x.is_floating_point()}
+    main = [place for place in found if place[-1:] == (PREDICTION,)]
+    for place in main:
+        if place not in rows:
+            raise RowsError(
+                f"the model returns {describe(output)}; cropvote votes over {PREDICTION} of one row of K outputs per "
+                f"sample, (N, K)."
+            )
+    if main:
+        return main + [place for place in rows if PREDICTION in str(place[-1]) and place not in main]
+    if not rows:
         raise RowsError(f"the model returns {describe(output)}; cropvote votes over rows of K outputs, (N, K).")
-    if len({shape[1] for shape in shapes.values()}) > 1:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    if len({int(x.shape[1]) for x in rows.values()}) > 1:
         raise RowsError(
-            f"the model returns {type(output).__name__} with {found}, and which of them are predictions cannot be "
-            f'told: return the predictions alone, or in a dict under "{PREDICTION}".'
+            f"the model returns {describe(output)}, and which of them are predictions cannot be told: return the "
+            f'predictions alone, or in a dict under "{PREDICTION}".'
         )
-    return list(shapes)
+    return list(rows)
+
+
+def named(place: Place) -> str:
+    """A place as a person writes it."""
+    return ".".join(map(str, place))
 
 
 def describe(output: Any) -> str:
     """An output in words: its shape, or its type and the shapes inside."""
     if isinstance(output, Tensor):
         return f"shape {tuple(output.shape)}"
-    found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named_tensors(output))
+    found = ", ".join(f"{named(place)} {tuple(tensor.shape)}" for place, tensor in tensors_of(output))
     return f"{type(output).__name__} with {found}" if found else type(output).__name__

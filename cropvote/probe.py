@@ -7,8 +7,9 @@ from torch import nn
 from .errors import InputTypeError, OptionError, SiteError
 from .fakes import Example, example_of, on_fake_copy
 from .layouts import Layout
-from .trials import INPUT, Probe, Site
+from .trials import Probe, Site
 from .views import Views, ten_crop
+from .walk import INPUT
 
 __all__ = ["sites"]
 
@@ -56,7 +57,7 @@ def sites(
 
     def look(fake: nn.Module) -> list[Site]:
         probe = Probe(fake, example, views, None)
-        return [probe.site(name) for name in (INPUT, *_candidates(probe, every=all))]
+        return [probe.site(name) for name in _candidates(probe, every=all)]
 
     return [row for row in on_fake_copy(model, look) if all or not row.reason]
 
@@ -80,7 +81,7 @@ def check_site(
         probe = Probe(fake, example, views, layout)
         found, reason = probe.verdict(name)
         if reason:
-            return [], found, reason if probe.unvotable() else f"{reason} {_advice(probe)}"
+            return [], found, reason if probe.why_not_votable() else f"{reason} {_advice(probe)}"
         modes = [model.training]
         try:
             fake.train(not model.training)
@@ -97,27 +98,28 @@ def check_site(
 
 
 def _candidates(probe: Probe, every: bool = False) -> list[str]:
-    """The names worth a trial, in forward order: cut points, each tensor under its outermost name."""
+    """The names worth a trial, in forward order: the input, and cut points, each tensor under its outermost name."""
     order = {module: i for i, module in enumerate(probe.seen)}
     names: dict[object, str] = {}
     for name in sorted(probe.modules, key=lambda n: (n.count("."), order.get(probe.modules[n], 0))):
         holder = probe.holders[name]
         if every:
             names[name] = name
-        elif holder in probe.seen and probe.is_cut_point(name):
+        elif holder in probe.seen and not probe.why_not_cut(name):
             names.setdefault(probe.seen[holder].group, name)
     last = len(order)
-    return sorted(names.values(), key=lambda n: order.get(probe.holders[n], last))
+    first = [] if INPUT in probe.modules else [INPUT]
+    return first + sorted(names.values(), key=lambda n: order.get(probe.holders[n], last))
 
 
 def _advice(probe: Probe, most: int = 8) -> str:
     """The outermost valid sites, for an error's end."""
     names = _candidates(probe)
     valid: list[str] = []
-    for name in [INPUT, *sorted(names, key=lambda n: n.count("."))]:
+    for name in sorted(names, key=lambda n: n.count(".")):
         if len(valid) < most and not probe.site(name).reason:
             valid.append(name)
     if not valid:
         return f"No site of this {type(probe.model).__name__} is valid for these views."
-    valid.sort(key=[INPUT, *names].index)
+    valid.sort(key=names.index)
     return f"Valid sites: {', '.join(valid)} (all of them: cropvote.sites(model, input_size))."

@@ -17,18 +17,22 @@ from .options import Output, Settings, conclude
 from .probe import check_site
 from .splitting import split_views
 from .swapping import check_restorable, own_forward, restore_forward, swap_forward
-from .trials import INPUT, holder_of
 from .views import Views
 from .voting import How
+from .walk import INPUT, holder_of
 
 __all__ = ["inject_crop_vote", "remove_crop_vote", "settings"]
 
 Model = TypeVar("Model", bound=nn.Module)
 MARKS = ("_cropvote", "_cropvote_split")
-#: A kind of call: training or not, and the names of the arguments that are tensors.
-Call = tuple[bool, tuple[str, ...]]
+TENSOR = "a tensor"
+#: A kind of call: training or not, and the arguments, with what opens a path through the model: that one is a tensor,
+#: or the value of a flag.
+Arguments = tuple[tuple[str, Any], ...]
+Call = tuple[bool, Arguments]
 #: A kind of call, and the image's shape.
 Size = tuple[Call, tuple[int, ...]]
+FLAGS = (bool, int, float, str, type(None))
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -38,12 +42,12 @@ class _Injection:
     It is ``_cropvote`` in the model, and ``_cropvote_split`` in the module that carries the split.
     """
 
-    def __init__(self, site: str, layout: Layout | None, settings: Settings, parameters: tuple[str, ...] = ()) -> None:
+    def __init__(self, site: str, layout: Layout | None, settings: Settings, parameters: dict[str, Any]) -> None:
         self.site = site
         self.stated = layout  # by the user, or None
         self.layout = layout  # None: found by the check
         self.settings = settings
-        self.parameters = parameters  # the names of the forward's positional arguments
+        self.parameters = parameters  # the names of the forward's arguments, with the defaults of flags
         self.checked: frozenset[Call] = frozenset()  # the kinds of call for which the site is known to be valid
         self.sizes: frozenset[Size] = frozenset()  # and with which sizes of image
         self.failure = ""
@@ -114,12 +118,13 @@ def inject_crop_vote(
     options = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
     if layout is not None:
         check_layout(layout)
-    injection = _Injection(after, layout, options, _positional(model))
+    injection = _Injection(after, layout, options, _parameters(model))
     example = example_of(model, input_size)
     if example is not None:
         try:
             modes, injection.layout = check_site(model, after, options.views, layout, example)
-            _mark(injection, modes, injection.parameters[:1], example.args[0].shape[1:])
+            first = next(iter(injection.parameters), "*0")
+            _mark(injection, modes, ((first, TENSOR),), example.args[0].shape[1:])
         except PlainModelError:
             if input_size is not None:
                 raise  # the size that a timm model carries may be another than the one it was built for: check later
@@ -242,6 +247,8 @@ def _split(x: Tensor, injection: _Injection) -> Tensor:
             f"the site {injection.site!r} was not yet checked, so where its channels are is not known: call the model "
             f"itself once, or pass input_size= to inject_crop_vote."
         )
+    if isinstance(injection.layout, Tokens) and torch._C._get_tracing_state() is not None:
+        raise SurgeryError("torch.jit.trace would freeze the grid of the tokens for any image: use torch.export.")
     return split_views(x, injection.settings.views, layout=injection.layout)
 
 
@@ -262,7 +269,7 @@ def _is_traced() -> bool:
 
 def _is_checked(model: nn.Module, injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether such a call was checked; for a single image, which broadcasts, also at this size."""
-    call = (model.training, _tensor_names(injection, args, kwargs))
+    call = (model.training, _arguments(injection, args, kwargs))
     if call not in injection.checked:
         return False
     first = _first_tensor(args, kwargs)
@@ -276,23 +283,31 @@ def _is_checked(model: nn.Module, injection: _Injection, args: tuple[Any, ...], 
     return first.shape[0] != 1 or (call, tuple(first.shape[1:])) in injection.sizes
 
 
-def _mark(injection: _Injection, modes: frozenset[bool], names: tuple[str, ...], size: tuple[int, ...]) -> None:
-    calls = frozenset((mode, names) for mode in modes)
+def _mark(injection: _Injection, modes: frozenset[bool], arguments: Arguments, size: tuple[int, ...]) -> None:
+    calls = frozenset((mode, arguments) for mode in modes)
     injection.checked |= calls
     injection.sizes |= {(call, tuple(size)) for call in calls}
 
 
-def _positional(model: nn.Module) -> tuple[str, ...]:
-    """The names of the forward's arguments, in order."""
+def _parameters(model: nn.Module) -> dict[str, Any]:
+    """The names of the forward's arguments, in order, with the defaults of those that are flags or numbers."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds)
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
+    return {p.name: p.default if isinstance(p.default, FLAGS) else TENSOR for p in parameters}
 
 
-def _tensor_names(injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """Which arguments of a call are tensors: another set of them may open another path through the model."""
-    names = injection.parameters + tuple(f"*{i}" for i in range(len(injection.parameters), len(args)))
-    called = {**dict(zip(names, args, strict=False)), **kwargs}
-    return tuple(name for name, value in called.items() if isinstance(value, Tensor))
+def _arguments(injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """What of a call's arguments may open another path through the model; a default is as good as nothing."""
+    names = (*injection.parameters, *(f"*{i}" for i in range(len(injection.parameters), len(args))))
+    found: list[tuple[str, Any]] = []
+    for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+        if isinstance(value, Tensor):
+            found.append((name, TENSOR))
+        elif not isinstance(value, FLAGS):
+            found.append((name, type(value).__name__))
+        elif value != injection.parameters.get(name, TENSOR):
+            found.append((name, bool(value) if isinstance(value, float) else value))
+    return tuple(found)
 
 
 def _check_first_call(
@@ -308,13 +323,20 @@ def _check_first_call(
             f"the model is compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it "
             f"once as it is."
         )
-    names = _tensor_names(injection, args, kwargs)
+    arguments = _arguments(injection, args, kwargs)
+    shape = tuple(_first_tensor(args, kwargs).shape)
+    sizes = {size for _, size in injection.sizes}
+    if isinstance(injection.stated, Tokens) and sizes and shape[1:] not in sizes:
+        raise SurgeryError(
+            f"{injection.stated} was stated for images of another shape than {shape}: remove_crop_vote, and inject "
+            f"again with the tokens of these."
+        )
     try:
         example = example_from_call(args, kwargs, samples)
         known = injection.stated if isinstance(injection.layout, Tokens) else injection.layout
         modes, layout = check_site(model, injection.site, injection.settings.views, known, example)
     except SiteError as error:
-        if len(names) == 1:  # else another argument's first axis may have the batch's length by chance
+        if len(arguments) == 1:  # else another argument's first axis may have the batch's length by chance
             injection.failure = str(error)
         raise
     if injection.layout not in (None, layout):
@@ -323,8 +345,9 @@ def _check_first_call(
             f"checked: remove_crop_vote, and inject again with input_size= for this size."
         )
     injection.layout = layout
-    if len(names) == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
-        _mark(injection, modes, names, _first_tensor(args, kwargs).shape[1:])
+    tensors = sum(kind == TENSOR for _, kind in arguments)
+    if tensors == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
+        _mark(injection, modes, arguments, shape[1:])
 
 
 def _check_model(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ Every hazard is a check that passes on the library as it is. ``without`` takes t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Callable
 from fractions import Fraction
@@ -28,11 +29,13 @@ from cropvote import (
     inject_crop_vote,
     layouts,
     options,
+    outputs,
     settings,
     splitting,
     surgery,
     swapping,
     trials,
+    walk,
 )
 
 IMAGES = toolchain.images(10)  # ten images and ten views: the worst numbers for a check of divisibility
@@ -87,8 +90,8 @@ def no_paths(patch: pytest.MonkeyPatch) -> None:
 
 
 def batch_of_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fakes, "BATCH", 1)
-    patch.setattr(trials, "BATCH", 1)
+    for module in (fakes, walk, trials):
+        patch.setattr(module, "BATCH", 1)
 
 
 def no_rows(patch: pytest.MonkeyPatch) -> None:
@@ -96,7 +99,7 @@ def no_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_carrier(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials, "_carrier", lambda module, standings: module)
+    patch.setattr(walk, "_carrier", lambda module, standings: module)
 
 
 def views_outermost(patch: pytest.MonkeyPatch) -> None:
@@ -105,7 +108,7 @@ def views_outermost(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "_one_view", lambda probe: probe.views)
+    patch.setattr(trials.Probe, "_many_views", lambda probe: probe.views)
 
 
 def channels_first(patch: pytest.MonkeyPatch) -> None:
@@ -115,11 +118,11 @@ def channels_first(patch: pytest.MonkeyPatch) -> None:
 def guessed_grid(patch: pytest.MonkeyPatch) -> None:
     """Square, with whatever is left over in front."""
 
-    def guess(model: nn.Module, site: str, length: int, image: tuple[int, ...]) -> layouts.Tokens:
+    def guess(probe: trials.Probe, name: str, length: int) -> layouts.Tokens:
         side = int(length**0.5)
         return layouts.Tokens(side, side, length - side * side)
 
-    patch.setattr(trials, "stated_tokens", guess)
+    patch.setattr(trials.Probe, "_stated_tokens", guess)
 
 
 def by_length(patch: pytest.MonkeyPatch) -> None:
@@ -245,7 +248,11 @@ class StoredMask(zoo.Net):
         return self.fc(self.act(x).reshape(n, -1, c, 5, 5).mean((1, 3, 4)))
 
 
-@hazard("masks stored for the whole map's windows", "a trial of one view, with a prime batch", all_views_at_once)
+@hazard(
+    "masks stored for the whole map's windows",
+    "a trial with a prime batch and a prime number of views",
+    all_views_at_once,
+)
 def _() -> None:
     """Three windows per view are thirty per image, which ten masks divide."""
     views = Views([(0, Fraction(i, 9)) for i in range(10)], scale=(Fraction(1, 2), Fraction(3, 5)))
@@ -274,31 +281,146 @@ def _() -> None:
             inject_crop_vote(model, after="site", input_size=48)
 
 
-class Square(nn.Module):
-    """A transformer of 4 x 16 patches and no prefix, as many as 8 x 8: only the model knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, 8, 4, 4)
-        self.patch_embed.grid_size = (4, 16)
-        self.site = nn.Linear(8, 8)
-        self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.fc = nn.Linear(8, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.site(self.patch_embed(x).flatten(2).transpose(1, 2))
-        return self.fc(self.mix(x, x, x)[0].tanh().mean(1))
-
-
 def wide_views(x: Tensor) -> list[Tensor]:
-    maps = x.transpose(1, 2).reshape(len(x), 8, 4, 16)
+    maps = x.transpose(1, 2).reshape(len(x), 24, 4, 16)
     return [view.flatten(2).transpose(1, 2) for view in oracle.ten_views(maps)]
 
 
-@hazard("tokens cut from the wrong grid", "the model is asked for its grid", guessed_grid)
+@hazard("tokens cut from the wrong grid", "the grid of patches is seen, not guessed", guessed_grid)
 def _() -> None:
+    """4 x 16 patches and no prefix, as many as 8 x 8."""
+    model = zoo.tokens(img_size=(16, 64), patch_size=4, reg_tokens=0, class_token=False, global_pool="avg")
+    right(model, "blocks.0", torch.randn(3, 3, 16, 64), cut=wide_views)
+
+
+class Resizing(nn.Module):
+    """Sees every image as a square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = zoo.tokens()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vit(nn.functional.interpolate(x, (48, 48)))
+
+
+def grid_of_the_images(patch: pytest.MonkeyPatch) -> None:
+    def guess(probe: trials.Probe, name: str, length: int) -> layouts.Tokens:
+        height, width = (side // 8 for side in probe.shape("input")[1:])
+        return layouts.Tokens(height, width, length - height * width)
+
+    patch.setattr(trials.Probe, "_stated_tokens", guess)
+
+
+@hazard("a grid of tokens that is not that of the images", "the grid of patches is seen", grid_of_the_images)
+def _() -> None:
+    def cut(x: Tensor) -> list[Tensor]:
+        maps = x[:, 3:].transpose(1, 2).reshape(len(x), 24, 6, 6)
+        return [torch.cat([x[:, :3], v.flatten(2).transpose(1, 2)], 1) for v in oracle.ten_views(maps)]
+
+    right(Resizing().eval(), "vit.blocks.0", torch.randn(3, 3, 32, 72), cut=cut)
+
+
+class ClassTokenLast(nn.Module):
+    """Another library's transformer, with the names of a known one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch_size, self.image_size = 8, 48
+        self.conv_proj = nn.Conv2d(3, 8, 8, 8)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.site, self.mix = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_proj(x).flatten(2).transpose(1, 2)
+        x = self.site(torch.cat([x, self.class_token.expand(len(x), -1, -1)], 1))
+        return self.fc(self.mix(x, x, x)[0][:, -1])
+
+
+def any_library(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials, "stated_tokens", lambda part: (1, "conv_proj"))
+
+
+@hazard("a class token taken for the first of the grid", "only known libraries are believed", any_library)
+def _() -> None:
+    refused(ClassTokenLast().eval(), "site", torch.randn(3, 3, 48, 48))
+
+
+@hazard("a stated grid kept for images of another shape", "one shape of image where the user states tokens", by_length)
+def _() -> None:
+    model = zoo.tokens(dynamic_img_size=True)
+    inject_crop_vote(model, after="blocks.0", layout=layouts.Tokens(6, 6, 3), input_size=48)
+    with pytest.raises(CropVoteError, match="was stated for images of another shape"):
+        model(torch.randn(2, 3, 24, 96))
+
+
+class Flagged(zoo.Net):
+    """A flag opens a gate, which broadcasts over the views of one image."""
+
+    def forward(self, x: Tensor, gate: bool = False) -> Tensor:
+        x = self.front(x)
+        return self.head(self.site(x) * x.mean((2, 3), keepdim=True)) if gate else self.head(self.site(x))
+
+
+@hazard("a flag that opens a path, with one image", "flags are part of what was checked", by_length)
+def _() -> None:
+    model = inject_crop_vote(Flagged().eval(), after="site", input_size=48)
+    assert model(IMAGES[:1], gate=False).shape == (1, 7)
+    for arguments in ({"args": (True,)}, {"kwargs": {"gate": True}}):
+        with pytest.raises(CropVoteError, match="a path around it"):
+            model(IMAGES[:1], *arguments.get("args", ()), **arguments.get("kwargs", {}))
+
+
+class SqueezedLogits(zoo.Net):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.site(self.front(x)).mean((2, 3))
+        return {"logits": self.fc(x)[:, 0], "features": x}
+
+
+def first_rows(patch: pytest.MonkeyPatch) -> None:
+    """The predictions taken for the first rows that there are."""
+
+    def guess(output: object) -> list:
+        rows = [place for place, x in outputs.tensors_of(output) if x.dim() == 2]
+        return rows[:1]
+
+    patch.setattr(options, "prediction_places", guess)
+    patch.setattr(walk, "prediction_places", guess)
+
+
+@hazard("features voted over in place of logits", "what is named logits must be rows", first_rows)
+def _() -> None:
+    refused(SqueezedLogits().eval(), "site")
+
+
+@dataclasses.dataclass
+class Doubling:
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        self.logits = 2 * self.logits
+
+
+def by_constructor(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(outputs, "_replaced", lambda output, changed: type(output)(**changed))
+
+
+@hazard("an output whose constructor computes", "outputs are copied, not constructed again", by_constructor)
+def _() -> None:
+    class Answering(zoo.Net):
+        def forward(self, x: Tensor) -> Doubling:
+            return Doubling(super().forward(x))
+
     torch.manual_seed(0)
-    right(Square().eval(), "site", torch.randn(3, 3, 16, 64), cut=wide_views)
+    model = Answering().eval()
+    plain = [model(IMAGES).logits]
+    hook = model.site.register_forward_hook(lambda module, args, output: output.flip(3))
+    plain.append(model(IMAGES).logits)
+    hook.remove()
+    inject_crop_vote(model, after="site", views=hflip(), input_size=48)
+    toolchain.agree(model(IMAGES).logits, (plain[0] + plain[1]) / 2)
 
 
 @hazard("as many tokens, from another shape of image", "checked at each size", by_length)
@@ -387,7 +509,7 @@ def _() -> None:
 
     model = Asking().eval()
     inject_crop_vote(model, after="input", views=hflip())
-    model._cropvote.checked = frozenset({(True, ("x",)), (False, ("x",))})
+    model._cropvote.checked = frozenset({(False, (("x", surgery.TENSOR),))})
     model._cropvote.layout = "NCHW"
     found = guarded(model, IMAGES[:5])
     model.asked = True

@@ -31,6 +31,7 @@ ORDER = [
     "layer",
     "swapping",
     "fakes",
+    "walk",
     "trials",
     "probe",
     "surgery",

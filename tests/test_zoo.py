@@ -17,7 +17,7 @@ import timm
 import torch
 from torch import nn
 
-from cropvote import sites
+from cropvote import CropVoteError, inject_crop_vote, sites
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the models' own code
@@ -40,6 +40,32 @@ DOZEN = [
     "timm/regnet", "timm/resnetv2", "timm/swin_transformer", "timm/vision_transformer", "timm/vovnet",
     "torchvision/googlenet", "torchvision/vgg", "transformers/ConvNext", "transformers/ViT",
 ]  # fmt: skip
+
+
+#: Entries of feature_info that are no sites: (model, module, why).
+REFUSED = [
+    ("coat_tiny", "serial_blocks1", "returns shape|path around|called|cannot take"),
+    ("coat_tiny", "parallel_blocks", "never called"),
+    ("hrnet_w18_small", "stage2", "returns list"),
+    ("selecsls42", "features.1", "returns list"),
+    ("dla34", "level2", "cannot take the views of its map, of shape .* instead of"),
+    ("xception65", "blocks.1.stack.act3", "path around"),
+    ("nasnetalarge", "reduction_cell_0.conv_1x1.act", "path around"),
+    ("gcvit_xxtiny", "stages.1", "cannot take"),
+    ("visformer_tiny", "stage1", "cannot take"),
+    ("coatnet_nano_rw_224", "stages.1", "cannot take"),
+    ("maxvit_rmlp_pico_rw_256", "stages.1", "cannot take"),
+    ("efficientformer_l1", "stages.1", "cannot take"),
+]
+
+
+@pytest.mark.parametrize(("name", "site", "reason"), REFUSED, ids=[f"{name}-{site}" for name, site, _ in REFUSED])
+def test_what_is_no_site_is_refused_with_the_reason_and_the_valid_ones(name, site, reason):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=7).eval()
+    with pytest.raises(CropVoteError, match=reason) as caught:
+        inject_crop_vote(model, after=site)
+    assert "Valid sites: " in str(caught.value) or "No site of this" in str(caught.value)
 
 
 def build(family: str, fake: bool) -> nn.Module:

@@ -236,6 +236,15 @@ class FixedTail(Net):
         return self.fc(x.flatten(1))
 
 
+class FixedBothEnds(FixedTail):
+    """And a front made for one size of images, as Swin's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != (12, 12):
+            raise ValueError("images of 12 x 12, please")
+        return super().forward(x)
+
+
 class ChannelsLast(Net):
     """(N, H, W, C) behind the front, which nothing but the weights tells."""
 

@@ -1,0 +1,225 @@
+"""The walk: one plain call of a fake model that sees every module at once, and finds the cut points.
+
+A site is valid only where every path from the input to the output passes through it: the network is then front, site
+and tail, and nothing of a sample reaches its prediction around the views. The walk follows the data through every
+operation. Each tensor carries one bit per module, set while a path from the input leads to it that avoids that module;
+the module clears its own bit in what it returns; a bit still set in the model's output is a path around that module.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import PlainModelError, RowsError
+from .fakes import BATCH, Example, Paths, Spec, first_line, map_first_tensor
+from .outputs import named, prediction_places, tensors_of
+
+__all__: list[str] = []
+
+INPUT = "input"
+
+
+def holder_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that carries the split of a site.
+
+    It is the site itself, or in an ``nn.Sequential`` its last child: gradient checkpointing may run the children and
+    never the Sequential. A child that also stands elsewhere in the model cannot carry it.
+    """
+    return _carrier(model.get_submodule(name), _standings(model))
+
+
+def _standings(model: nn.Module) -> Counter[nn.Module]:
+    """In how many places of the model each module stands."""
+    return Counter(module for _, module in model.named_modules(remove_duplicate=False))
+
+
+def _carrier(module: nn.Module, standings: Counter[nn.Module]) -> nn.Module:
+    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
+        last = module[-1]
+        if standings[last] != standings[module]:
+            break
+        module = last
+    return module
+
+
+class _Seen(NamedTuple):
+    """What the walk saw of a module's last call."""
+
+    output: Any
+    group: int
+
+
+class Walk:
+    """What one plain call of a fake model, in its present mode, shows of every module."""
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        self.model, self.example = model, example
+        named = model.named_modules(remove_duplicate=False)
+        self.modules = {name: m for name, m in named if name and not isinstance(m, torch.jit.ScriptModule)}
+        standings = _standings(model)
+        self.holders = {name: _carrier(module, standings) for name, module in self.modules.items()}
+        self.calls: dict[nn.Module, int] = {}
+        self.seen: dict[nn.Module, _Seen] = {}
+        self._grown: tuple[dict[nn.Module, tuple[int, ...]], ...] | None = None
+        self._walk()
+
+    def inputs(self, paths: Paths, bits: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call; what belongs to samples carries ``bits``."""
+
+        def fake(leaf: Any) -> Any:
+            if not isinstance(leaf, Spec):
+                return leaf
+            tensor = leaf.fake()
+            if leaf.shape[:1] == (-1,):
+                paths.set(tensor, bits)
+            return tensor
+
+        return tree_map(fake, tuple(self.example))
+
+    def _walk(self) -> None:
+        """Run once, every module's output replaced by a clone that clears the module's bit."""
+        bit = {module: 1 << i for i, module in enumerate(dict.fromkeys(self.modules.values()))}
+        groups: dict[tuple[int, int], int] = {}
+        keep: list[Tensor] = []
+        paths = Paths()
+
+        def look(module: nn.Module, args: Any, output: Any) -> Any:
+            self.calls[module] = self.calls.get(module, 0) + 1
+            self.seen[module] = _Seen(output, len(keep))
+            if not isinstance(output, Tensor):
+                return None
+            group = groups.get((id(output), output._version), len(keep))
+            clone = output.clone()
+            paths.set(clone, paths.of(output) & ~bit[module])
+            keep.append(clone)
+            groups[id(clone), clone._version] = group
+            self.seen[module] = _Seen(output, group)
+            return clone
+
+        hooks = []
+        try:
+            hooks = [module.register_forward_hook(look) for module in bit]
+            with paths:
+                args, kwargs = self.inputs(paths, (2 << len(bit)) - 1)  # one bit more, which no module clears
+                self.output = self.model(*args, **kwargs)
+        except Exception as error:
+            raise PlainModelError(
+                f"{type(self.model).__name__} itself, without any split, failed on {self.asked()}: {first_line(error)}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.found = dict(tensors_of(self.output))
+        self.numbers = [named(place) for place, x in self.found.items() if x.numel() == 1 and paths.of(x)]
+        try:
+            self.predictions = prediction_places(self.output)
+            around = paths.of(self.found[self.predictions[0]])
+        except RowsError as error:
+            self.predictions = []
+            self.unclear = str(error)
+            around = paths.of(list(self.found.values()))
+        self.around = {module for module in bit if around & bit[module]}
+
+    def axes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The axes of a module's output that grow with the image's height, and with its width, where that shows."""
+        if self._grown is None:
+            self._grown = (self._grow(2), self._grow(3))
+        base, found = self.shape(name), []
+        for shapes in self._grown:
+            shape = shapes.get(self.holders[name], ())
+            found.append(tuple(i for i, (m, n) in enumerate(zip(base, shape, strict=False)) if m != n))
+            if len(shape) != len(base) or not found[-1]:
+                return None
+        return found[0], found[1]
+
+    def _grow(self, axis: int) -> dict[nn.Module, tuple[int, ...]]:
+        """What the modules return for images of twice the length along an axis, as far as the model takes them."""
+        shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                shapes[module] = tuple(output.shape[1:])
+
+        hooks = [module.register_forward_hook(look) for module in dict.fromkeys(self.holders.values())]
+        try:
+            args, kwargs = map_first_tensor(lambda x: torch.cat([x, x], axis), *self.inputs(Paths(), 0))
+            self.model(*args, **kwargs)
+        except Exception:  # the network behind some module is made for one size: those before it were seen
+            return shapes
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return shapes
+
+    def asked(self) -> str:
+        shapes = [(BATCH, *leaf.shape[1:]) for leaf in tree_leaves(tuple(self.example)) if isinstance(leaf, Spec)]
+        mode = "training" if self.model.training else "eval"
+        return f"an input of shape {', '.join(map(str, shapes))} in {mode} mode"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name == INPUT:
+            return next(leaf.shape[1:] for leaf in tree_leaves(tuple(self.example)) if isinstance(leaf, Spec))
+        seen = self.seen.get(self.holders[name])
+        return tuple(seen.output.shape[1:]) if seen and isinstance(seen.output, Tensor) else ()
+
+    def why_not_images(self) -> str:
+        """Why the model's input is no batch of images, or nothing."""
+        shape = self.shape(INPUT)
+        return "" if len(shape) == 3 else f"the first tensor of the call has {1 + len(shape)} axes; images have 4."
+
+    def why_not_cut(self, name: str) -> str:
+        """Why a module is no cut point, on every path once, or nothing."""
+        holder = self.holders[name]
+        calls = self.calls.get(holder, 0)
+        if calls == 0:
+            return f"it is never called in the model's forward (on {self.asked()})."
+        if calls > 1:
+            return f"it is called {calls} times in one forward, so each call would split again."
+        output = self.seen[holder].output
+        if not isinstance(output, Tensor):
+            return f"it returns {type(output).__name__}; a site returns one tensor, a map of features."
+        if output.dim() not in (3, 4):
+            return (
+                f"it returns shape {tuple(output.shape)}; a site returns a map, (N, C, H, W), or the tokens of one, "
+                f"(N, L, C)."
+            )
+        if output.shape[0] != BATCH:
+            return (
+                f"its first axis has length {output.shape[0]} for {BATCH} samples; a site returns one map per sample."
+            )
+        if holder in self.around:
+            return (
+                "the model's output also depends on the images by a path around it (a skip connection, a parallel "
+                "branch or a gate), so a sample would reach its prediction past the views."
+            )
+        return ""
+
+    def why_not_votable(self) -> str:
+        """Why there is nothing to vote over, or nothing."""
+        if self.numbers:
+            asked = "labels" in self.example.kwargs
+            return (
+                f"the model returns a number for the whole batch ({self.numbers[0] or 'its output'}), computed before "
+                f"the vote. "
+                + (
+                    "Call it without labels=, and compute the loss from its logits with CropVoteLoss (in Hugging "
+                    "Face's Trainer: compute_loss_func=)."
+                    if asked
+                    else "Let it return predictions, (N, K), and compute the rest from them."
+                )
+            )
+        if not self.predictions:
+            return self.unclear
+        for place in self.predictions:
+            shape = tuple(self.found[place].shape)
+            if len(shape) != 2 or shape[0] != BATCH:
+                return (
+                    f"the model returns shape {shape} for {BATCH} samples; cropvote votes over one row of K outputs "
+                    f"per sample, (N, K)."
+                )
+        return ""
