@@ -14,6 +14,7 @@ from .errors import RowsError
 __all__: list[str] = []
 
 PREDICTION = "logits"
+HUGGING_FACE = "transformers.modeling_outputs"
 #: Where a tensor is in an output: () for the output itself, ("logits",), ("hidden_states", 0), ...
 Place = tuple[Any, ...]
 
@@ -43,6 +44,10 @@ def map_tensors(function: Callable[[Place, Tensor], Tensor], output: Any, place:
         return kind(values.values())
     if kind is dict:
         return values
+    if kind.__module__ == HUGGING_FACE and dataclasses.is_dataclass(output):
+        fields = {field.name for field in dataclasses.fields(output)}
+        if fields.issuperset(values):  # Dynamo traces the constructor, not the copy
+            return kind(**values)
     try:
         return _replaced(output, {key: values[key] for key, value in items if values[key] is not value})
     except Exception as error:

@@ -73,6 +73,7 @@ def _subclass(base: type, forward: Forward) -> type:
         return forward(self, base, *args, **kwargs)
 
     swapped.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]  # which trainers read
+    cast(Any, swapped).__code__ = swapped.__code__.replace()  # type: ignore[attr-defined]  # its own, or all classes would share torch.compile's recompile limit
     del swapped.__wrapped__  # torch.jit.script would compile the plain forward behind it
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:

@@ -89,6 +89,14 @@ def test_a_module_that_carries_a_split_is_no_root():
         inject_crop_vote(outer.layer1[0], after="conv1")
 
 
+def test_many_classes_do_not_share_a_recompile_limit():
+    torch._dynamo.reset()
+    for i in range(torch._dynamo.config.recompile_limit + 2):
+        kind = type(f"Net{i}", (zoo.Net,), {})
+        model = inject_crop_vote(kind().eval(), after="site", input_size=48)
+        assert torch.compile(model, fullgraph=True, backend="eager")(IMAGES).shape == (3, 7)
+
+
 class Keyed(nn.Module):
     """Takes no subclass without a key."""
 

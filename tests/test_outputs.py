@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -101,6 +102,55 @@ def test_the_predictions_are_voted_over_and_the_rest_is_left_alone(kind):
             )  # behind it: per view
     for row, voted in zip(leaves(model.train()(IMAGES)), VOTED[kind], strict=True):
         assert not voted or len(row) == 2 * len(IMAGES)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PACKS if kind != "nested"])  # dynamo cannot copy an OrderedDict
+def test_compiled(kind):
+    torch._dynamo.reset()
+    model = inject_crop_vote(Several(PACKS[kind]).eval(), after="site", input_size=48)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(IMAGES)
+    assert type(compiled) is type(model(IMAGES))
+    for ours, theirs in zip(leaves(compiled), leaves(model(IMAGES)), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_compiled_hugging_face():
+    torch._dynamo.reset()
+    model = inject_crop_vote(zoo.hf_resnet(), after="resnet.encoder.stages.0", input_size=48)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for count in (3, 2):
+        assert torch.allclose(compiled(IMAGES[:count]).logits, model(IMAGES[:count]).logits, atol=1e-6)
+
+
+def test_a_container_that_cannot_be_copied_is_refused():
+    model = Several(lambda rows, *_: types.MappingProxyType({"logits": rows})).eval()
+    with pytest.raises(CropVoteError, match="in a mappingproxy, which cannot be copied with other values"):
+        inject_crop_vote(model, after="site", input_size=48)
+
+
+def test_names_are_told_apart():
+    """Two tensors whose dotted names would be the same."""
+
+    def pack(rows, twice, early, front, behind):
+        return {"a": {"b": rows + early.mean(0)}, "a.b": rows}
+
+    with pytest.raises(CropVoteError, match="a path around it"):
+        inject_crop_vote(Several(pack).eval(), after="site", input_size=48)
+
+
+def test_only_floating_point_rows_are_predictions():
+    model = inject_crop_vote(Several(lambda rows, *_: (rows, rows > 0)).eval(), after="site", input_size=48)
+    assert [len(rows) for rows in model(IMAGES)] == [3, 30]
+
+
+def test_a_number_of_a_chain_is_refused():
+    class Chain(nn.Sequential):
+        def forward(self, x):
+            rows = super().forward(x)
+            return {"logits": rows, "loss": rows.square().mean().view(1)}
+
+    with pytest.raises(CropVoteError, match=r"a number for the whole batch \(loss\)"):
+        inject_crop_vote(Chain(*zoo.plain()).eval(), after="0", input_size=48)
 
 
 def test_what_is_no_tensor_stays():

@@ -465,6 +465,55 @@ def test_axes_that_cannot_be_told_have_to_be_said():
         assert torch.allclose(model(IMAGES), expected, atol=1e-6)
 
 
+class HeldNumbers(zoo.Net):
+    """Numbers of the images or of the whole map reach the tail without any tensor."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.pool = kind, nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        n = x.shape[0]
+        x = self.front(x)
+        h, w = x.shape[2:]
+        x = self.site(self.act(x))
+        x = x.reshape(n, 8, -1) if self.kind == "batch" else x.reshape(-1, 8, h, w).flatten(2)
+        return self.fc(x.mean(2))
+
+
+@pytest.mark.parametrize("kind", ["batch", "sides"])
+def test_numbers_held_from_in_front_of_a_site(kind):
+    model = HeldNumbers(kind).eval()
+    assert [site.name for site in sites(model, 48)] == ["input"]
+    for name in ("front", "act", "site"):
+        with pytest.raises(CropVoteError, match="cannot take the views"):
+            inject_crop_vote(model, after=name, input_size=48)
+
+
+class Transposed(zoo.Net):
+    def forward(self, x):
+        return self.head(self.site(self.front(x).transpose(2, 3)))
+
+
+class Windowed(zoo.Net):
+    """4-D, and no map: (N, windows, C, pixels)."""
+
+    def forward(self, x):
+        x = self.front(x)
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, h // 6, 6, w // 6, 6).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c, 36)
+        return self.fc(self.act(x).mean((1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "site", "axes"),
+    [(Transposed, "site", "axis 3 grows .* axis 2 with"), (Windowed, "act", "axis 1 grows .* axis 1 with")],
+)
+def test_what_looks_like_a_map_and_is_none(make, site, axes):
+    with pytest.raises(CropVoteError, match=f"its shape is .*, whose {axes} their width: that is no map"):
+        inject_crop_vote(make().eval(), after=site, views=hflip(), input_size=48)
+
+
 class SmallGate(zoo.Gate):
     """A gate that exists for small images only."""
 
