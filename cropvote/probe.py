@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .errors import InputTypeError, OptionError, SiteError
+from .errors import InputTypeError, OptionError, SiteError, ViewsError
 from .fakes import Example, example_of, on_fake_copy
 from .layouts import Layout
 from .trials import Probe, Site
@@ -79,7 +79,10 @@ def check_site(
 
     def check(fake: nn.Module) -> tuple[list[bool], Layout, str]:
         probe = Probe(fake, example, views, layout)
-        found, reason = probe.verdict(name)
+        try:
+            found, reason = probe.verdict(name)
+        except ViewsError as error:
+            raise ViewsError(f"after={name!r} on {probe.asked()}: {error}") from error
         if reason:
             return [], found, reason if probe.why_not_votable() else f"{reason} {_advice(probe)}"
         modes = [model.training]

@@ -48,9 +48,13 @@ class Probe(Walk):
     def __init__(self, model: nn.Module, example: Example, views: Views, layout: Layout | None) -> None:
         super().__init__(model, example)
         self.views, self.layout = views, layout
+        self.judged: dict[nn.Module | None, tuple[Layout, str]] = {}
 
     def site(self, name: str) -> Site:
-        layout, reason = self._judged(name)
+        key = self.holders.get(name)
+        if key not in self.judged:
+            self.judged[key] = self._judged(name)
+        layout, reason = self.judged[key]
         shape = self.shape(name)
         is_map = len(shape) == (2 if isinstance(layout, Tokens) else 3)
         try:
@@ -215,8 +219,8 @@ class Probe(Walk):
                     output = self.model(*args, **kwargs)
                 finally:
                     restore_forward(self.model)
-        except ViewsError as error:
-            raise ViewsError(f"after={name!r} on {self.asked()}: {error}") from error
+        except ViewsError:
+            raise
         except Exception as error:
             return self._cannot_take(name, views, layout, error)
         finally:
