@@ -255,7 +255,7 @@ def against_oracle(
     """The vote's largest error, relative to the largest output, per site; and the sites whose views say the same."""
     valid = [site for site in listed if site != "input"]
     some = valid[:: max(1, len(valid) // most)]
-    images = torch.randn(2, *size)
+    images = torch.randn(2, *size, dtype=next(model.parameters()).dtype)
     found: dict[str, float] = {}
     alike, start = [], time.time()
     for site in dict.fromkeys([site for site in first if site in rows and not rows[site].reason] + some):
@@ -369,17 +369,24 @@ def kind(reason: str) -> str:
     return next((name for pattern, name in KINDS.items() if re.search(pattern, reason)), reason[:80])
 
 
-def page(results: list[dict[str, Any]], toolchain: str) -> str:
+def page(stored: dict[str, Any], toolchain: str) -> str:
     """docs/compatibility.md."""
-    return "\n".join([*HEADER, *summary(results), "", *table(results), "", *TOOLS_HEADER, toolchain, ""])
+    seen = ", ".join(f"{library} {version}" for library, version in stored["versions"].items())
+    results = stored["families"]
+    return "\n".join(
+        [*HEADER, f"Versions: {seen}.", "", *summary(results), "", *table(results), "", *TOOLS_HEADER, toolchain, ""]
+    )
 
 
 HEADER = [
     "# Compatibility",
     "",
     "Made by `python benchmarks/zoo.py`. `inject_crop_vote` was tried at every entry of `feature_info` of one or two",
-    "models of every timm module, at every outer module of every torchvision classifier, and on some of transformers,",
-    "with ten views. A site that does not work is refused with an error that says why and names the valid ones.",
+    "models of every timm module, at the outer modules of every torchvision classifier, and on some of transformers,",
+    "with ten views and random weights. A site that does not work is refused with an error that says why and names the",
+    "valid ones. A family's first model was also run on images: its votes were compared with the tests' oracle, and a",
+    "random sample of its modules was judged by noise (in place of a module's output, does it hide the image? do views",
+    "of noise pass?), neither of which shares code with the library.",
     "",
 ]
 TOOLS_HEADER = [
@@ -488,7 +495,7 @@ def main() -> None:
                 print(f"[{i}/{len(chosen)}]", short(result), flush=True)
                 ordered = [results[family] for family in families() if family in results]
                 RESULTS.write_text(json.dumps({"versions": versions(), "families": ordered}, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(RESULTS.read_text())["families"], tools()))
+    PAGE.write_text(page(json.loads(RESULTS.read_text()), tools()))
 
 
 def short(result: dict[str, Any]) -> str:

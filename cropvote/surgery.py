@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .checks import Injection, first_tensor, parameters_of
 from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
-from .fakes import example_from_call, example_of, map_first_tensor
+from .fakes import example_of, map_first_tensor
 from .layer import CropVote
 from .layouts import Layout, Tokens, check_layout
 from .options import Output, Settings, conclude
@@ -25,32 +25,7 @@ __all__ = ["inject_crop_vote", "remove_crop_vote", "settings"]
 
 Model = TypeVar("Model", bound=nn.Module)
 MARKS = ("_cropvote", "_cropvote_split")
-TENSOR = "a tensor"
-#: A kind of call: training or not, and the arguments, with what opens a path through the model: that one is a tensor,
-#: or the value of a flag.
-Arguments = tuple[tuple[str, Any], ...]
-Call = tuple[bool, Arguments]
-#: A kind of call, and the image's shape.
-Size = tuple[Call, tuple[int, ...]]
-FLAGS = (bool, int, float, str, type(None))
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-
-class _Injection:
-    """What an injected model and its site share, and copies of them keep: a plain attribute of both.
-
-    It is ``_cropvote`` in the model, and ``_cropvote_split`` in the module that carries the split.
-    """
-
-    def __init__(self, site: str, layout: Layout | None, settings: Settings, parameters: dict[str, Any]) -> None:
-        self.site = site
-        self.stated = layout  # by the user, or None
-        self.layout = layout  # None: found by the check
-        self.settings = settings
-        self.parameters = parameters  # the names of the forward's arguments, with the defaults of flags
-        self.checked: frozenset[Call] = frozenset()  # the kinds of call for which the site is known to be valid
-        self.sizes: frozenset[Size] = frozenset()  # and with which sizes of image
-        self.failure = ""
 
 
 def inject_crop_vote(
@@ -118,13 +93,12 @@ def inject_crop_vote(
     options = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
     if layout is not None:
         check_layout(layout)
-    injection = _Injection(after, layout, options, _parameters(model))
+    injection = Injection(after, layout, options, parameters_of(model))
     example = example_of(model, input_size)
     if example is not None:
         try:
             modes, injection.layout = check_site(model, after, options.views, layout, example)
-            first = next(iter(injection.parameters), "*0")
-            _mark(injection, modes, ((first, TENSOR),), example.args[0].shape[1:])
+            injection.mark(modes, injection.arguments((torch.empty(0),), {}), example.args[0].shape[1:])
         except PlainModelError:
             if input_size is not None:
                 raise  # the size that a timm model carries may be another than the one it was built for: check later
@@ -220,14 +194,14 @@ def settings(model: nn.Module) -> Settings:
 
 def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """The injected model's forward."""
-    injection: _Injection | None = getattr(module, "_cropvote", None)
+    injection: Injection | None = getattr(module, "_cropvote", None)
     if injection is None or not injection.settings.enabled:  # None: a new instance of the swapped class
         return base.forward(module, *args, **kwargs)
     if len(kwargs) > 1:  # in the forward's order, whatever the caller's
         kwargs = {**{name: kwargs[name] for name in injection.parameters if name in kwargs}, **kwargs}
-    samples = _first_tensor(args, kwargs).shape[0]
-    if injection.failure or not _is_checked(module, injection, args, kwargs):
-        _check_first_call(module, injection, args, kwargs, samples)
+    samples = first_tensor(args, kwargs).shape[0]
+    if injection.failure or not injection.is_checked(module.training, args, kwargs):
+        injection.check_call(module, args, kwargs)
     if injection.site == INPUT:
         args, kwargs = map_first_tensor(lambda x: _split(x, injection), args, kwargs)
     rows = base.forward(module, *args, **kwargs)
@@ -237,11 +211,11 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
 def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of the module that carries the split."""
     x = base.forward(module, *args, **kwargs)
-    injection: _Injection | None = getattr(module, "_cropvote_split", None)
+    injection: Injection | None = getattr(module, "_cropvote_split", None)
     return x if injection is None or not injection.settings.enabled else _split(x, injection)
 
 
-def _split(x: Tensor, injection: _Injection) -> Tensor:
+def _split(x: Tensor, injection: Injection) -> Tensor:
     if injection.layout is None:
         raise SurgeryError(
             f"the site {injection.site!r} was not yet checked, so where its channels are is not known: call the model "
@@ -250,104 +224,6 @@ def _split(x: Tensor, injection: _Injection) -> Tensor:
     if isinstance(injection.layout, Tokens) and torch._C._get_tracing_state() is not None:
         raise SurgeryError("torch.jit.trace would freeze the grid of the tokens for any image: use torch.export.")
     return split_views(x, injection.settings.views, layout=injection.layout)
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value
-    raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
-
-
-def _is_traced() -> bool:
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._functorch.maybe_current_level() is not None
-    )
-
-
-def _is_checked(model: nn.Module, injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether such a call was checked; for a single image, which broadcasts, also at this size."""
-    call = (model.training, _arguments(injection, args, kwargs))
-    if call not in injection.checked:
-        return False
-    first = _first_tensor(args, kwargs)
-    if isinstance(
-        injection.layout, Tokens
-    ):  # as many tokens may be another grid; one by one, since sizes may be symbols
-        known = [shape for kind, shape in injection.sizes if kind == call]
-        return any(all(m == n for m, n in zip(shape, first.shape[1:], strict=True)) for shape in known)
-    if _is_traced():
-        return True
-    return first.shape[0] != 1 or (call, tuple(first.shape[1:])) in injection.sizes
-
-
-def _mark(injection: _Injection, modes: frozenset[bool], arguments: Arguments, size: tuple[int, ...]) -> None:
-    calls = frozenset((mode, arguments) for mode in modes)
-    injection.checked |= calls
-    injection.sizes |= {(call, tuple(size)) for call in calls}
-
-
-def _parameters(model: nn.Module) -> dict[str, Any]:
-    """The names of the forward's arguments, in order, with the defaults of those that are flags or numbers."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
-    return {p.name: p.default if isinstance(p.default, FLAGS) else TENSOR for p in parameters}
-
-
-def _arguments(injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """What of a call's arguments may open another path through the model; a default is as good as nothing."""
-    names = (*injection.parameters, *(f"*{i}" for i in range(len(injection.parameters), len(args))))
-    found: list[tuple[str, Any]] = []
-    for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
-        if isinstance(value, Tensor):
-            found.append((name, TENSOR))
-        elif not isinstance(value, FLAGS):
-            found.append((name, type(value).__name__))
-        elif value != injection.parameters.get(name, TENSOR):
-            found.append((name, bool(value) if isinstance(value, float) else value))
-    return tuple(found)
-
-
-def _check_first_call(
-    model: nn.Module, injection: _Injection, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int
-) -> None:
-    """Check the site with the shapes of a real call; the mark is kept by copies."""
-    if injection.failure:
-        raise SiteError(injection.failure)
-    if _is_traced():
-        mode = "training" if model.training else "eval"
-        raise SurgeryError(
-            f"the site {injection.site!r} was not yet checked in {mode} mode with such arguments, and cannot be while "
-            f"the model is compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it "
-            f"once as it is."
-        )
-    arguments = _arguments(injection, args, kwargs)
-    shape = tuple(_first_tensor(args, kwargs).shape)
-    sizes = {size for _, size in injection.sizes}
-    if isinstance(injection.stated, Tokens) and sizes and shape[1:] not in sizes:
-        raise SurgeryError(
-            f"{injection.stated} was stated for images of another shape than {shape}: remove_crop_vote, and inject "
-            f"again with the tokens of these."
-        )
-    try:
-        example = example_from_call(args, kwargs, samples)
-        known = injection.stated if isinstance(injection.layout, Tokens) else injection.layout
-        modes, layout = check_site(model, injection.site, injection.settings.views, known, example)
-    except SiteError as error:
-        if len(arguments) == 1:  # else another argument's first axis may have the batch's length by chance
-            injection.failure = str(error)
-        raise
-    if injection.layout not in (None, layout):
-        raise SurgeryError(
-            f"the map at {injection.site!r} is {layout} for these images, but was {injection.layout} when it was "
-            f"checked: remove_crop_vote, and inject again with input_size= for this size."
-        )
-    injection.layout = layout
-    tensors = sum(kind == TENSOR for _, kind in arguments)
-    if tensors == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
-        _mark(injection, modes, arguments, shape[1:])
 
 
 def _check_model(model: nn.Module) -> None:
@@ -405,7 +281,7 @@ def _check_forward(module: nn.Module, what: str) -> None:
         )
 
 
-def _injection(module: nn.Module) -> _Injection | None:
+def _injection(module: nn.Module) -> Injection | None:
     return vars(module).get("_cropvote")
 
 

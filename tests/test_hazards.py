@@ -24,6 +24,7 @@ from cropvote import (
     CropVoteError,
     CropVoteLoss,
     Views,
+    checks,
     fakes,
     hflip,
     inject_crop_vote,
@@ -126,7 +127,7 @@ def guessed_grid(patch: pytest.MonkeyPatch) -> None:
 
 
 def by_length(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(surgery, "_is_checked", lambda model, injection, args, kwargs: True)
+    patch.setattr(checks.Injection, "is_checked", lambda *_: True)
 
 
 def by_hooks(patch: pytest.MonkeyPatch) -> None:
@@ -509,7 +510,7 @@ def _() -> None:
 
     model = Asking().eval()
     inject_crop_vote(model, after="input", views=hflip())
-    model._cropvote.checked = frozenset({(False, (("x", surgery.TENSOR),))})
+    model._cropvote.checked = frozenset({(False, (("x", checks.TENSOR),))})
     model._cropvote.layout = "NCHW"
     found = guarded(model, IMAGES[:5])
     model.asked = True

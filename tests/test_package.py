@@ -34,6 +34,7 @@ ORDER = [
     "walk",
     "trials",
     "probe",
+    "checks",
     "surgery",
 ]
 

@@ -1,0 +1,140 @@
+"""What an injected model remembers: its site, its settings, and for which calls the site was found to be valid."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputTypeError, SiteError, SurgeryError
+from .fakes import example_from_call
+from .layouts import Layout, Tokens
+from .options import Settings
+from .probe import check_site
+
+__all__: list[str] = []
+
+TENSOR = "a tensor"
+#: A kind of call: training or not, and the arguments, with what opens a path through the model: that one is a tensor,
+#: or the value of a flag.
+Arguments = tuple[tuple[str, Any], ...]
+Call = tuple[bool, Arguments]
+#: A kind of call, and the image's shape.
+Size = tuple[Call, tuple[int, ...]]
+FLAGS = (bool, int, float, str, type(None))
+
+
+class Injection:
+    """What an injected model and its site share, and copies of them keep: a plain attribute of both.
+
+    It is ``_cropvote`` in the model, and ``_cropvote_split`` in the module that carries the split.
+    """
+
+    def __init__(self, site: str, layout: Layout | None, settings: Settings, parameters: dict[str, Any]) -> None:
+        self.site = site
+        self.stated = layout  # by the user, or None
+        self.layout = layout  # None: found by the check
+        self.settings = settings
+        self.parameters = parameters  # the names of the forward's arguments, with the defaults of flags
+        self.checked: frozenset[Call] = frozenset()  # the kinds of call for which the site is known to be valid
+        self.sizes: frozenset[Size] = frozenset()  # and with which sizes of image
+        self.failure = ""
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """What of a call's arguments may open another path through the model; a default is as good as nothing."""
+        names = (*self.parameters, *(f"*{i}" for i in range(len(self.parameters), len(args))))
+        found: list[tuple[str, Any]] = []
+        for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+            if isinstance(value, Tensor):
+                found.append((name, TENSOR))
+            elif not isinstance(value, FLAGS):
+                found.append((name, type(value).__name__))
+            elif value != self.parameters.get(name, TENSOR):
+                found.append((name, bool(value) if isinstance(value, float) else value))
+        return tuple(found)
+
+    def mark(self, modes: frozenset[bool], arguments: Arguments, size: tuple[int, ...]) -> None:
+        """Remember that such calls were checked, with images of this size."""
+        calls = frozenset((mode, arguments) for mode in modes)
+        self.checked |= calls
+        self.sizes |= {(call, tuple(size)) for call in calls}
+
+    def is_checked(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether such a call was checked; for a single image, which broadcasts, also at this size."""
+        call = (training, self.arguments(args, kwargs))
+        if call not in self.checked:
+            return False
+        first = first_tensor(args, kwargs)
+        if isinstance(self.layout, Tokens):  # as many tokens may be another grid
+            known = [shape for kind, shape in self.sizes if kind == call]
+            # one by one, since a compiler's sizes are symbols
+            return any(all(m == n for m, n in zip(shape, first.shape[1:], strict=True)) for shape in known)
+        return is_traced() or first.shape[0] != 1 or (call, tuple(first.shape[1:])) in self.sizes
+
+    def check_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check the site with the shapes of a real call; the mark is kept by copies.
+
+        Raises:
+            SiteError: it is no valid site for such a call.
+            SurgeryError: the call runs under a compiler, or the map is another than the one checked before.
+        """
+        if self.failure:
+            raise SiteError(self.failure)
+        if is_traced():
+            mode = "training" if model.training else "eval"
+            raise SurgeryError(
+                f"the site {self.site!r} was not yet checked in {mode} mode with such arguments, and cannot be while "
+                f"the model is compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it "
+                f"once as it is."
+            )
+        arguments = self.arguments(args, kwargs)
+        samples, *image = first_tensor(args, kwargs).shape
+        sizes = {size for _, size in self.sizes}
+        if isinstance(self.stated, Tokens) and sizes and tuple(image) not in sizes:
+            raise SurgeryError(
+                f"{self.stated} was stated for images of another shape than {tuple(image)}: remove_crop_vote, and "
+                f"inject again with the tokens of these."
+            )
+        try:
+            example = example_from_call(args, kwargs, samples)
+            known = self.stated if isinstance(self.layout, Tokens) else self.layout
+            modes, layout = check_site(model, self.site, self.settings.views, known, example)
+        except SiteError as error:
+            if len(arguments) == 1:  # else another argument's first axis may have the batch's length by chance
+                self.failure = str(error)
+            raise
+        if self.layout not in (None, layout):
+            raise SurgeryError(
+                f"the map at {self.site!r} is {layout} for these images, but was {self.layout} when it was checked: "
+                f"remove_crop_vote, and inject again with input_size= for this size."
+            )
+        self.layout = layout
+        tensors = sum(kind == TENSOR for _, kind in arguments)
+        if tensors == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
+            self.mark(modes, arguments, tuple(image))
+
+
+def parameters_of(model: nn.Module) -> dict[str, Any]:
+    """The names of the forward's arguments, in order, with the defaults of those that are flags or numbers."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
+    return {p.name: p.default if isinstance(p.default, FLAGS) else TENSOR for p in parameters}
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The batch of images."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value
+    raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
+
+
+def is_traced() -> bool:
+    """Whether the call is compiled, exported, traced or vmapped, so that no check can run."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
