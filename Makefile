@@ -1,12 +1,12 @@
 # make demo   set up .venv if needed, then train plain and voting networks on toy faces and compare them
 # make test   set up .venv if needed, then lint, types and the tests (under 10 minutes on 2 cores)
-# make test-all   the same and the slow tests
+# make test-all   the same, the slow tests, and every family of timm on real images (an hour)
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo check test test-slow test-all clean
+.PHONY: setup demo check test test-slow test-zoo test-all clean
 
 setup: $(STAMP)
 
@@ -29,7 +29,10 @@ test: check
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -n auto
 
-test-all: test test-slow
+test-zoo: setup
+	$(BIN)/python -m pytest -m zoo -n auto
+
+test-all: test test-slow test-zoo
 
 clean:
 	rm -rf .venv runs build dist

@@ -292,7 +292,7 @@ def against_noise(
     random.Random(0).shuffle(modules)  # noqa: S311  # so that those within the budget are a fair sample
     for name, module in modules:
         called = outputs.get(name, [])
-        if len(called) != 1 or not isinstance(called[0], Tensor) or called[0].dim() not in (3, 4):
+        if name not in rows or len(called) != 1 or not isinstance(called[0], Tensor) or called[0].dim() not in (3, 4):
             continue
         x = called[0]
         if x.shape[0] != 2:
