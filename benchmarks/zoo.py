@@ -186,7 +186,7 @@ def look_at(model: nn.Module, real: bool) -> dict[str, Any]:
     model = randomise(model).eval()
     size = image_of(model)
     if not real:
-        return {"size": size, "tried": {site: attempt(model, site, size) for site in feature_sites(model, [], most=16)}}
+        return {"size": size, "tried": {site: attempt(model, site, size) for site in feature_sites(model, [], most=4)}}
     calibrate(model, size)
     rows = {site.name: site for site in sites(model, size, all=True)}
     listed = [site.name for site in sites(model, size)]
@@ -196,7 +196,7 @@ def look_at(model: nn.Module, real: bool) -> dict[str, Any]:
             verdict.update(verdict="wrong", reason=f"sites() says {rows[site].reason or 'valid'}: {verdict['reason']}")
     found: dict[str, Any] = {"size": size, "listed": listed, "tried": tried}
     with torch.no_grad():
-        found["oracle"], found["alike"] = against_oracle(model, size, rows, listed, list(tried))
+        found["oracle"], found["alike"] = against_oracle(model.double(), size, rows, listed, list(tried))
         found["cut points"] = against_noise(model, size, rows)
     return found
 
@@ -301,7 +301,7 @@ def against_noise(
             break
         y = replaced(network, module, torch.randn_like(x[:1]).expand_as(x), images)
         is_cut = bool((y[0] - y[1]).abs().max() <= LEFT * difference)
-        takes = is_cut and any(takes_smaller(network, module, views, images[:1]) for views in smaller(model, x))
+        takes = is_cut and any(takes_smaller(network, module, views, images) for views in smaller(model, x))
         counts["modules"] += 1
         counts["cut points"] += is_cut
         counts["true sites"] += takes
@@ -333,18 +333,18 @@ def smaller(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
         grid = getattr(embed, "grid_size", None)
         if grid and x.shape[1] - grid[0] * grid[1] in (0, getattr(model, "num_prefix_tokens", 0)):
             length = x.shape[1] - grid[0] * grid[1] + side(grid[0]) * side(grid[1])
-            yield x.new_empty(10, length, x.shape[2]).normal_()
+            yield x.new_empty(20, length, x.shape[2]).normal_()
         return
     for first in (2, 1):
         shape = list(x.shape)
         shape[first], shape[first + 1] = side(shape[first]), side(shape[first + 1])
         if shape[first] < x.shape[first] and shape[first + 1] < x.shape[first + 1]:
-            yield x.new_empty(10, *shape[1:]).normal_()
+            yield x.new_empty(20, *shape[1:]).normal_()
 
 
 def takes_smaller(network: nn.Module, module: nn.Module, views: Tensor, images: Tensor) -> bool:
     try:
-        return replaced(network, module, views, images).shape == (10, 7)
+        return replaced(network, module, views, images).shape == (20, 7)
     except Exception:
         return False
 
