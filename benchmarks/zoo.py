@@ -329,9 +329,11 @@ def smaller(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
         return (5 * n + 3) // 6
 
     if x.dim() == 3:
-        embed = getattr(model, "patch_embed", None)
-        grid = getattr(embed, "grid_size", None)
-        if grid and x.shape[1] - grid[0] * grid[1] in (0, getattr(model, "num_prefix_tokens", 0)):
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        most = getattr(model, "num_prefix_tokens", 0)
+        if hasattr(getattr(model, "config", None), "patch_size"):  # transformers
+            grid, most = [model.config.image_size // model.config.patch_size] * 2, 2
+        if grid and 0 <= x.shape[1] - grid[0] * grid[1] <= most:
             length = x.shape[1] - grid[0] * grid[1] + side(grid[0]) * side(grid[1])
             yield x.new_empty(20, length, x.shape[2]).normal_()
         return
@@ -382,7 +384,7 @@ HEADER = [
     "# Compatibility",
     "",
     "Made by `python benchmarks/zoo.py`. `inject_crop_vote` was tried at every entry of `feature_info` of one or two",
-    "models of every timm module, at the outer modules of every torchvision classifier, and on some of transformers,",
+    "models of every timm module, and at modules of the torchvision and transformers classifiers that are listed below,",
     "with ten views and random weights. A site that does not work is refused with an error that says why and names the",
     "valid ones. A family's first model was also run on images: its votes were compared with the tests' oracle, and a",
     "random sample of its modules was judged by noise (in place of a module's output, does it hide the image? do views",
