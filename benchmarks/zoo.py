@@ -384,7 +384,7 @@ HEADER = [
     "# Compatibility",
     "",
     "Made by `python benchmarks/zoo.py`. `inject_crop_vote` was tried at every entry of `feature_info` of one or two",
-    "models of every timm module, and at modules of the torchvision and transformers classifiers that are listed below,",
+    "models of every timm module, and at modules of the torchvision and transformers classifiers listed below,",
     "with ten views and random weights. A site that does not work is refused with an error that says why and names the",
     "valid ones. A family's first model was also run on images: its votes were compared with the tests' oracle, and a",
     "random sample of its modules was judged by noise (in place of a module's output, does it hide the image? do views",
