@@ -12,7 +12,7 @@ from .checks import Injection, first_tensor, parameters_of
 from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
 from .fakes import example_of, map_first_tensor
 from .layer import CropVote
-from .layouts import Layout, Tokens, check_layout
+from .layouts import Layout, check_layout
 from .options import Output, Settings, conclude
 from .probe import check_site
 from .splitting import split_views
@@ -221,8 +221,6 @@ def _split(x: Tensor, injection: Injection) -> Tensor:
             f"the site {injection.site!r} was not yet checked, so where its channels are is not known: call the model "
             f"itself once, or pass input_size= to inject_crop_vote."
         )
-    if isinstance(injection.layout, Tokens) and torch._C._get_tracing_state() is not None:
-        raise SurgeryError("torch.jit.trace would freeze the grid of the tokens for any image: use torch.export.")
     return split_views(x, injection.settings.views, layout=injection.layout)
 
 

@@ -214,3 +214,11 @@ def test_auxiliary_heads_in_training(kind, size, views, site, rows):
     sum(criterion(getattr(output, head), targets) for head in rows).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.eval()(images).shape == (2, 7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_tuple_is_traced():
+    """While tracing, sizes are tensors, no two of which are one key."""
+    model = inject_crop_vote(Several(lambda rows, twice, *_: (rows, twice)).eval(), after="site", input_size=48)
+    for ours, theirs in zip(torch.jit.trace(model, IMAGES)(IMAGES[:2]), model(IMAGES[:2]), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)

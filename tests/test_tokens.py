@@ -199,3 +199,10 @@ def test_a_layer_on_tokens():
 def test_layouts_that_do_not_fit(shape, layout, message):
     with pytest.raises(CropVoteError, match=message):
         split_views(torch.zeros(shape), ten_crop(), layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.jit.trace itself
+def test_tracing_would_freeze_the_grid():
+    model = inject_crop_vote(zoo.tokens(), after="blocks.0", input_size=48)
+    with pytest.raises(CropVoteError, match="would freeze the grid of the tokens"):
+        torch.jit.trace(model, IMAGES)
