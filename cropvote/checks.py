@@ -69,9 +69,7 @@ class Injection:
         first = first_tensor(args, kwargs)
         if isinstance(self.layout, Tokens):  # as many tokens may be another grid
             if torch._C._get_tracing_state() is not None:
-                raise SurgeryError(
-                    "torch.jit.trace would freeze the grid of the tokens: use torch.export."
-                )
+                raise SurgeryError("torch.jit.trace would freeze the grid of the tokens: use torch.export.")
             known = [shape for kind, shape in self.sizes if kind == call]
             # one by one, since a compiler's sizes are symbols
             return any(all(m == n for m, n in zip(shape, first.shape[1:], strict=True)) for shape in known)
