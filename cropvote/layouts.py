@@ -77,12 +77,14 @@ def stated_tokens(part: nn.Module) -> tuple[int, str] | None:
         these libraries the prefix tokens stand first, and the grid follows row by row; elsewhere they need not.
     """
     library = type(part).__module__.partition(".")[0]
-    if library == "timm" and hasattr(getattr(part, "patch_embed", None), "grid_size"):
+    children = dict(part.named_children())  # not getattr, which may run a property
+    if library == "timm" and hasattr(children.get("patch_embed"), "grid_size"):
         prefix = getattr(part, "num_prefix_tokens", 0)
         return (prefix if type(prefix) is int else 0), "patch_embed"
-    if library == "torchvision" and hasattr(part, "class_token") and hasattr(part, "conv_proj"):
+    if library == "torchvision" and "conv_proj" in children and hasattr(part, "class_token"):
         return 1, "conv_proj"
-    if library == "transformers" and hasattr(getattr(part, "embeddings", None), "patch_embeddings"):
-        named = [getattr(part.embeddings, name, None) for name in PREFIXES]
+    embeddings = children.get("embeddings")
+    if library == "transformers" and hasattr(embeddings, "patch_embeddings"):
+        named = [getattr(embeddings, name, None) for name in PREFIXES]
         return sum(x.shape[1] for x in named if isinstance(x, Tensor) and x.dim() == 3), "embeddings.patch_embeddings"
     return None

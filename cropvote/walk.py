@@ -192,6 +192,8 @@ class Walk:
             return (
                 f"its first axis has length {output.shape[0]} for {BATCH} samples; a site returns one map per sample."
             )
+        if not output.numel():
+            return f"its shape is {tuple(output.shape)}, which holds no values."
         if holder in self.around:
             return (
                 "the model's output also depends on the images by a path around it (a skip connection, a parallel "

@@ -8,10 +8,11 @@ from fractions import Fraction
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from oracle import Position, Scale
 from torch import Tensor
 
 from cropvote import Views
+
+from oracle import Position, Scale
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 thorough = settings(quick, max_examples=300)

@@ -8,16 +8,17 @@ import warnings
 
 import pytest
 import torch
-import zoo
-from test_surgery import IMAGES, same, snapshot
+from test_surgery import IMAGES
 from torch import nn
 
 from cropvote import CropVoteError, inject_crop_vote, remove_crop_vote, settings
 
+import networks
+
 
 def test_scripting_a_voting_model_raises():
     """It would compile the plain forward, and the vote would be gone."""
-    model = inject_crop_vote(zoo.fer(), after="layer1", input_size=48)
+    model = inject_crop_vote(networks.fer(), after="layer1", input_size=48)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(Exception, match=r"forward|argument"):
@@ -27,19 +28,19 @@ def test_scripting_a_voting_model_raises():
 
 
 def test_a_failed_removal_removes_nothing():
-    model = inject_crop_vote(zoo.Net().eval(), after="front", input_size=48)
+    model = inject_crop_vote(networks.Net().eval(), after="front", input_size=48)
     expected = model(IMAGES)
     nn.utils.parametrizations.weight_norm(model.front)
     with pytest.raises(CropVoteError, match="undo that first, then remove_crop_vote"):
         remove_crop_vote(model)
     assert torch.allclose(model(IMAGES), expected, atol=1e-6)
     nn.utils.parametrize.remove_parametrizations(model.front, "weight")
-    assert type(remove_crop_vote(model)) is zoo.Net
+    assert type(remove_crop_vote(model)) is networks.Net
     assert type(model.front) is nn.Conv2d
 
 
 def test_a_forward_wrapped_later_stops_the_removal():
-    model = inject_crop_vote(zoo.fer(), after="layer1", input_size=48)
+    model = inject_crop_vote(networks.fer(), after="layer1", input_size=48)
     model.forward = model.forward
     with pytest.raises(CropVoteError, match="wrapped on the instance"):
         remove_crop_vote(model)
@@ -47,14 +48,14 @@ def test_a_forward_wrapped_later_stops_the_removal():
     remove_crop_vote(model)
 
 
-class OwnCopy(zoo.Net):
+class OwnCopy(networks.Net):
     def __deepcopy__(self, memo):
-        twin = zoo.Net.__new__(OwnCopy)
+        twin = networks.Net.__new__(OwnCopy)
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
 
-class OwnReduce(zoo.Net):
+class OwnReduce(networks.Net):
     def __reduce__(self):
         return (OwnReduce, ())
 
@@ -72,18 +73,18 @@ def test_copies_made_by_the_models_own_code_vote():
 
 
 def test_new_instances_of_the_swapped_class_are_plain():
-    model = inject_crop_vote(zoo.plain(), after="0", input_size=48)
+    model = inject_crop_vote(networks.plain(), after="0", input_size=48)
     assert type(model)(nn.Flatten())(IMAGES).shape == (3, 3 * 48 * 48)
     assert model[:2](IMAGES).shape == (30, 8, 40, 40)  # the views that the split makes
 
 
 def test_a_graph_module_is_refused():
     with pytest.raises(CropVoteError, match="GraphModule, whose forward is generated: inject before tracing"):
-        inject_crop_vote(torch.fx.symbolic_trace(zoo.plain()), after="0")
+        inject_crop_vote(torch.fx.symbolic_trace(networks.plain()), after="0")
 
 
 def test_a_module_that_carries_a_split_is_no_root():
-    outer = zoo.fer()
+    outer = networks.fer()
     inject_crop_vote(outer, after="layer1.0", input_size=48)
     with pytest.raises(CropVoteError, match="carries the split of another injected model"):
         inject_crop_vote(outer.layer1[0], after="conv1")
@@ -93,7 +94,7 @@ def test_many_classes_do_not_share_a_recompile_limit():
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=2):
         for i in range(4):
-            kind = type(f"Net{i}", (zoo.Net,), {})
+            kind = type(f"Net{i}", (networks.Net,), {})
             model = inject_crop_vote(kind().eval(), after="site", input_size=48)
             assert torch.compile(model, fullgraph=True, backend="eager")(IMAGES).shape == (3, 7)
 
@@ -111,15 +112,15 @@ class KeyedSite(Keyed, key=1):
 
 
 def test_a_class_that_takes_no_subclass_leaves_the_model_alone():
-    model = zoo.Net().eval()
+    model = networks.Net().eval()
     model.site = KeyedSite()
-    before = snapshot(model)
+    before = networks.snapshot(model)
     with pytest.raises(CropVoteError, match="KeyedSite takes no subclass"):
         inject_crop_vote(model, after="site")
-    assert same(snapshot(model), before)
+    assert networks.same(networks.snapshot(model), before)
 
 
-class Frozen(zoo.Net):
+class Frozen(networks.Net):
     def __setattr__(self, name, value):
         if name == "__class__":
             raise AttributeError("frozen")
@@ -133,11 +134,11 @@ def test_a_class_that_guards_its_attributes_votes():
 
 
 def test_a_part_called_before_the_check_says_so():
-    model = inject_crop_vote(zoo.fer(), after="layer1")
+    model = inject_crop_vote(networks.fer(), after="layer1")
     with pytest.raises(CropVoteError, match="not yet checked, so where its channels are is not known"):
         model.layer1(torch.zeros(1, 8, 12, 12))
 
 
 def test_settings_cannot_be_deleted():
     with pytest.raises(CropVoteError, match="cannot be deleted"):
-        del settings(inject_crop_vote(zoo.fer(), after="layer1")).vote
+        del settings(inject_crop_vote(networks.fer(), after="layer1")).vote

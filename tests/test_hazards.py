@@ -12,11 +12,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-import oracle
 import pytest
-import toolchain
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,21 +22,23 @@ from cropvote import (
     CropVoteLoss,
     Views,
     checks,
-    fakes,
     hflip,
     inject_crop_vote,
     layouts,
     options,
     outputs,
     settings,
-    splitting,
-    surgery,
     swapping,
     trials,
     walk,
 )
 
-IMAGES = toolchain.images(10)  # ten images and ten views: the worst numbers for a check of divisibility
+import guards
+import networks
+import oracle
+from toolchain import table
+
+IMAGES = table.images(10)  # ten images and ten views: the worst numbers for a check of divisibility
 
 
 class Hazard(NamedTuple):
@@ -76,166 +75,92 @@ def right(
     with torch.no_grad():
         wanted = oracle.vote(oracle.tail_rows(copy.deepcopy(model), site, images, cut), "soft")
     inject_crop_vote(model, after=site, input_size=tuple(images.shape[1:]), **options)
-    toolchain.agree(model(images), wanted)
-
-
-# ---- what takes a guard out ------------------------------------------------------------------------------------------
-
-
-def no_probe(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "verdict", lambda probe, name: (probe.layout or "NCHW", ""))
-
-
-def no_paths(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fakes.Paths, "of", lambda paths, tree: 0)
-
-
-def batch_of_one(patch: pytest.MonkeyPatch) -> None:
-    for module in (fakes, walk, trials):
-        patch.setattr(module, "BATCH", 1)
-
-
-def no_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(options, "_check_rows", lambda *_: None)
-
-
-def no_carrier(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(walk, "_carrier", lambda module, standings: module)
-
-
-def views_outermost(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(splitting, "join_views", lambda x: x.transpose(0, 1).flatten(0, 1))
-    patch.setattr(splitting, "part_views", lambda x, count: x.unflatten(0, (count, -1)).transpose(0, 1))
-
-
-def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "_many_views", lambda probe: probe.views)
-
-
-def channels_first(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "_find_layout", lambda probe, name: ("NCHW", ""))
-
-
-def guessed_grid(patch: pytest.MonkeyPatch) -> None:
-    """Square, with whatever is left over in front."""
-
-    def guess(probe: trials.Probe, name: str, length: int) -> layouts.Tokens:
-        side = int(length**0.5)
-        return layouts.Tokens(side, side, length - side * side)
-
-    patch.setattr(trials.Probe, "_stated_tokens", guess)
-
-
-def by_length(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checks.Injection, "is_checked", lambda *_: True)
-
-
-def by_hooks(patch: pytest.MonkeyPatch) -> None:
-    """Forward hooks in place of the classes."""
-
-    def hook(module: nn.Module, forward: Callable) -> None:
-        class Base:
-            forward = staticmethod(lambda module, *args: args[-1])
-
-        def run(module: nn.Module, args: tuple, output: object) -> object:
-            if forward is surgery._split_forward:
-                return forward(module, Base, output)
-            injection = module._cropvote
-            return options.conclude(output, args[0].shape[0], injection.settings, module.training)
-
-        module.register_forward_hook(run)
-
-    patch.setattr(surgery, "swap_forward", hook)
-
-
-def plain_wraps(patch: pytest.MonkeyPatch) -> None:
-    """No look at what torch.fx passes."""
-    patch.setattr(torch.fx, "Proxy", type("Proxy", (), {}))
-
-
-def shared_settings(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(options.Settings, "__deepcopy__", lambda self, memo: self, raising=False)
-
-
-def rows_in_an_attribute(patch: pytest.MonkeyPatch) -> None:
-    """The number of samples kept in the model instead of in the call."""
-    conclude = options.conclude
-
-    def forward(module: nn.Module, base: type, *args: object, **kwargs: object) -> object:
-        injection = module._cropvote
-        injection.samples = args[0].shape[0]
-        output = base.forward(module, *args, **kwargs)
-        return conclude(output, injection.samples, injection.settings, module.training)
-
-    patch.setattr(surgery, "_vote_forward", forward)
+    table.agree(model(images), wanted)
 
 
 # ---- the hazards -----------------------------------------------------------------------------------------------------
 
 
-@hazard("one image, whose gate broadcasts over the views", "paths of data; fake batch above 1", no_paths, batch_of_one)
+@hazard(
+    "one image, whose gate broadcasts over the views",
+    "paths of data; fake batch above 1",
+    guards.no_paths,
+    guards.batch_of_one,
+)
 def _() -> None:
-    refused(zoo.Gate().eval(), "site", IMAGES[:1])
+    refused(networks.Gate().eval(), "site", IMAGES[:1])
 
 
-@hazard("a path around the site that joins at the logits", "paths of data", no_paths)
+@hazard("a path around the site that joins at the logits", "paths of data", guards.no_paths)
 def _() -> None:
-    refused(zoo.LogitSkip().eval(), "site")
+    refused(networks.LogitSkip().eval(), "site")
 
 
-@hazard("a module that is called twice splits twice", "the walk's count; the rows", no_probe, no_rows)
+@hazard("a module that is called twice splits twice", "the walk's count; the rows", guards.no_probe, guards.no_rows)
 def _() -> None:
-    refused(zoo.Twice().eval(), "site")
+    refused(networks.Twice().eval(), "site")
 
 
-@hazard("a site that is never called, and as many images as views", "the walk; the rows", no_probe, no_rows)
+@hazard(
+    "a site that is never called, and as many images as views", "the walk; the rows", guards.no_probe, guards.no_rows
+)
 def _() -> None:
-    refused(zoo.Unused().eval(), "site")
+    refused(networks.Unused().eval(), "site")
 
 
-@hazard("a split that checkpointing skips", "the Sequential's last child carries the split", no_carrier, no_rows)
+@hazard(
+    "a split that checkpointing skips",
+    "the Sequential's last child carries the split",
+    guards.no_carrier,
+    guards.no_rows,
+)
 def _() -> None:
-    model = zoo.timm_resnet()
+    model = networks.timm_resnet()
     with torch.no_grad():
-        wanted = oracle.vote(oracle.tail_rows(zoo.timm_resnet(), "layer2", IMAGES), "soft")
+        wanted = oracle.vote(oracle.tail_rows(networks.timm_resnet(), "layer2", IMAGES), "soft")
     inject_crop_vote(model, after="layer2", input_size=48)
     for stage in (model.layer1, model.layer2):  # children one by one, the way timm's checkpoint_seq runs them
         children = list(stage)
         stage.forward = lambda x, run=children: [x := checkpoint(child, x, use_reentrant=False) for child in run][-1]
     if swapping.own_forward(model.layer2):
         model.layer2.__class__ = nn.Sequential
-    toolchain.agree(model(IMAGES), wanted)
+    table.agree(model(IMAGES), wanted)
 
 
-@hazard("a graph compiled before the injection", "classes, which guards of the graph see, not hooks", by_hooks, no_rows)
+@hazard(
+    "a graph compiled before the injection",
+    "classes, which guards of the graph see, not hooks",
+    guards.by_hooks,
+    guards.no_rows,
+)
 def _() -> None:
-    model = zoo.fer()
+    model = networks.fer()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(IMAGES)
     inject_crop_vote(model, after="layer2", input_size=48)
-    toolchain.agree(compiled(IMAGES), toolchain.expected(10))
+    table.agree(compiled(IMAGES), table.expected(10))
 
 
-@hazard("torch.fx, which records the plain forward", "a proxy is refused", plain_wraps, by_hooks)
+@hazard("torch.fx, which records the plain forward", "a proxy is refused", guards.plain_wraps, guards.by_hooks)
 def _() -> None:
     with pytest.raises(CropVoteError, match=r"torch\.fx cannot trace"):
-        torch.fx.symbolic_trace(toolchain.voting())
+        torch.fx.symbolic_trace(table.voting())
 
 
-@hazard("rows in another order than the vote's", "one order for split and vote", views_outermost)
+@hazard("rows in another order than the vote's", "one order for split and vote", guards.views_outermost)
 def _() -> None:
-    right(zoo.fer(), "layer2")
+    right(networks.fer(), "layer2")
 
 
-@hazard("a hook that drops the split, and as many images as views", "the rows", no_rows)
+@hazard("a hook that drops the split, and as many images as views", "the rows", guards.no_rows)
 def _() -> None:
-    model = toolchain.voting()
+    model = table.voting()
     model.layer2.register_forward_hook(lambda module, args, output: output[::10])
     with pytest.raises(CropVoteError, match="rows"):
         model(IMAGES)
 
 
-class StoredMask(zoo.Net):
+class StoredMask(networks.Net):
     """Windows of 5 x 5 pixels and a mask for each that was stored for a whole map of 10 x 25: two rows of five."""
 
     def __init__(self) -> None:
@@ -252,7 +177,7 @@ class StoredMask(zoo.Net):
 @hazard(
     "masks stored for the whole map's windows",
     "a trial with a prime batch and a prime number of views",
-    all_views_at_once,
+    guards.all_views_at_once,
 )
 def _() -> None:
     """Three windows per view are thirty per image, which ten masks divide."""
@@ -260,7 +185,7 @@ def _() -> None:
     refused(StoredMask().eval(), "site", torch.randn(4, 3, 10, 25), views=views)
 
 
-class Cached(zoo.Net):
+class Cached(networks.Net):
     """A table of positions that is made once, for the first map."""
 
     table: Tensor | None = None
@@ -272,7 +197,7 @@ class Cached(zoo.Net):
         return self.head(self.act(x + self.table))
 
 
-@hazard("a table of positions cached for the whole map", "the trial comes after a plain call", no_probe)
+@hazard("a table of positions cached for the whole map", "the trial comes after a plain call", guards.no_probe)
 def _() -> None:
     for called_before in (False, True):
         model = Cached().eval()
@@ -287,10 +212,10 @@ def wide_views(x: Tensor) -> list[Tensor]:
     return [view.flatten(2).transpose(1, 2) for view in oracle.ten_views(maps)]
 
 
-@hazard("tokens cut from the wrong grid", "the grid of patches is seen, not guessed", guessed_grid)
+@hazard("tokens cut from the wrong grid", "the grid of patches is seen, not guessed", guards.guessed_grid)
 def _() -> None:
     """4 x 16 patches and no prefix, as many as 8 x 8."""
-    model = zoo.tokens(img_size=(16, 64), patch_size=4, reg_tokens=0, class_token=False, global_pool="avg")
+    model = networks.tokens(img_size=(16, 64), patch_size=4, reg_tokens=0, class_token=False, global_pool="avg")
     right(model, "blocks.0", torch.randn(3, 3, 16, 64), cut=wide_views)
 
 
@@ -299,7 +224,7 @@ class Resizing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vit = zoo.tokens()
+        self.vit = networks.tokens()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vit(nn.functional.interpolate(x, (48, 48)))
@@ -349,15 +274,19 @@ def _() -> None:
     refused(ClassTokenLast().eval(), "site", torch.randn(3, 3, 48, 48))
 
 
-@hazard("a stated grid kept for images of another shape", "one shape of image where the user states tokens", by_length)
+@hazard(
+    "a stated grid kept for images of another shape",
+    "one shape of image where the user states tokens",
+    guards.by_length,
+)
 def _() -> None:
-    model = zoo.tokens(dynamic_img_size=True)
+    model = networks.tokens(dynamic_img_size=True)
     inject_crop_vote(model, after="blocks.0", layout=layouts.Tokens(6, 6, 3), input_size=48)
     with pytest.raises(CropVoteError, match="was stated for images of another shape"):
         model(torch.randn(2, 3, 24, 96))
 
 
-class Flagged(zoo.Net):
+class Flagged(networks.Net):
     """A flag opens a gate, which broadcasts over the views of one image."""
 
     def forward(self, x: Tensor, gate: bool = False) -> Tensor:
@@ -365,7 +294,7 @@ class Flagged(zoo.Net):
         return self.head(self.site(x) * x.mean((2, 3), keepdim=True)) if gate else self.head(self.site(x))
 
 
-@hazard("a flag that opens a path, with one image", "flags are part of what was checked", by_length)
+@hazard("a flag that opens a path, with one image", "flags are part of what was checked", guards.by_length)
 def _() -> None:
     model = inject_crop_vote(Flagged().eval(), after="site", input_size=48)
     assert model(IMAGES[:1], gate=False).shape == (1, 7)
@@ -374,7 +303,7 @@ def _() -> None:
             model(IMAGES[:1], *arguments.get("args", ()), **arguments.get("kwargs", {}))
 
 
-class SqueezedLogits(zoo.Net):
+class SqueezedLogits(networks.Net):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.site(self.front(x)).mean((2, 3))
         return {"logits": self.fc(x)[:, 0], "features": x}
@@ -410,7 +339,7 @@ def by_constructor(patch: pytest.MonkeyPatch) -> None:
 
 @hazard("an output whose constructor computes", "outputs are copied, not constructed again", by_constructor)
 def _() -> None:
-    class Answering(zoo.Net):
+    class Answering(networks.Net):
         def forward(self, x: Tensor) -> Doubling:
             return Doubling(super().forward(x))
 
@@ -421,30 +350,30 @@ def _() -> None:
     plain.append(model(IMAGES).logits)
     hook.remove()
     inject_crop_vote(model, after="site", views=hflip(), input_size=48)
-    toolchain.agree(model(IMAGES).logits, (plain[0] + plain[1]) / 2)
+    table.agree(model(IMAGES).logits, (plain[0] + plain[1]) / 2)
 
 
-@hazard("as many tokens, from another shape of image", "checked at each size", by_length)
+@hazard("as many tokens, from another shape of image", "checked at each size", guards.by_length)
 def _() -> None:
-    model = zoo.tokens(dynamic_img_size=True)
+    model = networks.tokens(dynamic_img_size=True)
     inject_crop_vote(model, after="blocks.0", input_size=48)
     model(torch.randn(2, 3, 48, 48))
     with pytest.raises(CropVoteError):
         model(torch.randn(2, 3, 24, 96))
 
 
-@hazard("channels taken for columns", "the layout is found, not assumed", channels_first)
+@hazard("channels taken for columns", "the layout is found, not assumed", guards.channels_first)
 def _() -> None:
     def cut(x: Tensor) -> list[Tensor]:
         return [x, x.flip(2)]
 
     torch.manual_seed(0)
-    right(zoo.Slanted().eval(), "site", cut=cut, views=hflip())
+    right(networks.Slanted().eval(), "site", cut=cut, views=hflip())
 
 
-@hazard("an auxiliary head in front of the site, mixed into one behind it", "paths of data", no_paths)
+@hazard("an auxiliary head in front of the site, mixed into one behind it", "paths of data", guards.no_paths)
 def _() -> None:
-    class Mixed(zoo.Net):
+    class Mixed(networks.Net):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             front = self.front(x)
             rows = self.head(self.site(front))
@@ -453,11 +382,11 @@ def _() -> None:
     refused(Mixed().eval(), "site")
 
 
-@hazard("replicas of one model in threads", "state of a call is in the call", rows_in_an_attribute)
+@hazard("replicas of one model in threads", "state of a call is in the call", guards.rows_in_an_attribute)
 def _() -> None:
     slow = threading.Barrier(2, timeout=20)
 
-    class Meeting(zoo.Net):
+    class Meeting(networks.Net):
         meet = False
 
         def forward(self, x: Tensor) -> Tensor:
@@ -484,7 +413,7 @@ def _() -> None:
     for thread in threads:
         thread.join()
     for i in (0, 1):
-        toolchain.agree(found[i], wanted[i])
+        table.agree(found[i], wanted[i])
 
 
 def guarded(model: nn.Module, batch: Tensor) -> Tensor:
@@ -494,11 +423,11 @@ def guarded(model: nn.Module, batch: Tensor) -> Tensor:
         return torch.zeros(0)
 
 
-@hazard("a vote in the middle of a training step", "state of a call is in the call", rows_in_an_attribute)
+@hazard("a vote in the middle of a training step", "state of a call is in the call", guards.rows_in_an_attribute)
 def _() -> None:
     """The model is called for a vote while its own forward runs."""
 
-    class Asking(zoo.Net):
+    class Asking(networks.Net):
         asked = False
 
         def forward(self, x: Tensor) -> Tensor:
@@ -514,24 +443,24 @@ def _() -> None:
     model._cropvote.layout = "NCHW"
     found = guarded(model, IMAGES[:5])
     model.asked = True
-    toolchain.agree(found, (zoo.Net.forward(model, IMAGES[:5]) + zoo.Net.forward(model, IMAGES[:5].flip(3))) / 2)
+    table.agree(found, (networks.Net.forward(model, IMAGES[:5]) + networks.Net.forward(model, IMAGES[:5].flip(3))) / 2)
 
 
-@hazard("settings shared by copies", "a copy has its own", shared_settings)
+@hazard("settings shared by copies", "a copy has its own", guards.shared_settings)
 def _() -> None:
-    model = toolchain.voting()
+    model = table.voting()
     twin = copy.deepcopy(model)
     settings(twin).enabled = False
-    toolchain.agree(model(IMAGES), toolchain.expected(10))
+    table.agree(model(IMAGES), table.expected(10))
 
 
 @hazard("labels that do not match the rows", "the loss repeats them in the rows' order", lambda patch: patch.setattr(
     "cropvote.voting.repeat_targets", lambda targets, views: targets.repeat(views)))  # fmt: skip
 def _() -> None:
-    model = toolchain.still(toolchain.voting())
-    loss = CropVoteLoss(nn.CrossEntropyLoss())(model(IMAGES[:4]), toolchain.TARGETS)
-    rows = oracle.tail_rows(toolchain.still(zoo.fer()), "layer2", IMAGES[:4])
-    toolchain.agree(loss, oracle.loss_on_views(rows, toolchain.TARGETS))
+    model = table.still(table.voting())
+    loss = CropVoteLoss(nn.CrossEntropyLoss())(model(IMAGES[:4]), table.TARGETS)
+    rows = oracle.tail_rows(table.still(networks.fer()), "layer2", IMAGES[:4])
+    table.agree(loss, oracle.loss_on_views(rows, table.TARGETS))
 
 
 @pytest.mark.parametrize("case", HAZARDS, ids=lambda case: case.name)

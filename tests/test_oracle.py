@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-import oracle
 import pytest
 import timm
 import torch
@@ -29,6 +28,8 @@ from cropvote import (
     remove_crop_vote,
     settings,
 )
+
+import oracle
 
 FER = Path(__file__).parents[1] / "examples" / "fer48" / "model.py"
 SIDES = {"torchvision": 64, "timm": 64, "fer": 48}

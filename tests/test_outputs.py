@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torchvision
-import zoo
 from test_surgery import IMAGES
 from torch import Tensor, nn
 
 from cropvote import CropVote, CropVoteError, CropVoteLoss, hflip, inject_crop_vote, settings, ten_crop
+
+import networks
 
 Pair = namedtuple("Pair", ["logits", "aux_logits"])
 
@@ -25,7 +26,7 @@ class Answer:
     note: str = "a note"
 
 
-class Several(zoo.Net):
+class Several(networks.Net):
     """Two heads behind the site, one in front of it, the maps of both sides, and something else."""
 
     def __init__(self, pack) -> None:
@@ -116,7 +117,7 @@ def test_compiled(kind):
 
 def test_compiled_hugging_face():
     torch._dynamo.reset()
-    model = inject_crop_vote(zoo.hf_resnet(), after="resnet.encoder.stages.0", input_size=48)
+    model = inject_crop_vote(networks.hf_resnet(), after="resnet.encoder.stages.0", input_size=48)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     for count in (3, 2):
         assert torch.allclose(compiled(IMAGES[:count]).logits, model(IMAGES[:count]).logits, atol=1e-6)
@@ -150,7 +151,7 @@ def test_a_number_of_a_chain_is_refused():
             return {"logits": rows, "loss": rows.square().mean().view(1)}
 
     with pytest.raises(CropVoteError, match=r"a number for the whole batch \(loss\)"):
-        inject_crop_vote(Chain(*zoo.plain()).eval(), after="0", input_size=48)
+        inject_crop_vote(Chain(*networks.plain()).eval(), after="0", input_size=48)
 
 
 def test_what_is_no_tensor_stays():

@@ -9,37 +9,42 @@ import pytest
 import timm
 import torch
 import torchvision
-import zoo
-from test_surgery import IMAGES, same, snapshot
+from test_surgery import IMAGES
 from torch import nn
 
 from cropvote import CropVoteError, hflip, inject_crop_vote, remove_crop_vote, sites, ten_crop
 
+import networks
+
 AROUND = r"depends on the images by a path around it"
 REFUSED = [
-    (zoo.fer, "layer1.0.conv1", AROUND),
-    (zoo.fer, "layer2.0.downsample", AROUND),
-    (zoo.fer, "layer1.0.relu", r"called 2 times in one forward"),
-    (zoo.fer, "fc", r"returns shape \(31, 7\); a site returns a map"),
-    (zoo.fer, "avgpool", r"map's height of 1 is 1, the whole side"),
-    (zoo.Gate, "site", AROUND),
-    (zoo.LogitSkip, "site", AROUND),
-    (zoo.Inplace, "act", AROUND),
-    (zoo.Alias, "site", AROUND),
-    (zoo.Buffered, "site", AROUND),
-    (zoo.LateAlias, "site", AROUND),
-    (zoo.Foreach, "site", AROUND),
-    (zoo.Branches, "site", AROUND),
-    (zoo.Branches, "other", AROUND),
-    (zoo.Twice, "site", r"called 2 times"),
-    (zoo.Unused, "site", r"never called"),
-    (zoo.TupleSite, "site", r"returns tuple; a site returns one tensor"),
-    (zoo.Dense, "front", r"model returns shape \(31, 8, 12, 12\) for 31 samples.*one row of K outputs"),
-    (zoo.Squeezed, "front", r"model returns shape \(31,\) for 31 samples.*one row of K outputs"),
-    (zoo.Features, "front", r"model returns dict with features \(31, 8\), scores \(31, 7\), and which of them"),
-    (zoo.OwnLoss, "front", r"returns a number for the whole batch \(loss\), computed before the vote.*Let it return"),
+    (networks.fer, "layer1.0.conv1", AROUND),
+    (networks.fer, "layer2.0.downsample", AROUND),
+    (networks.fer, "layer1.0.relu", r"called 2 times in one forward"),
+    (networks.fer, "fc", r"returns shape \(31, 7\); a site returns a map"),
+    (networks.fer, "avgpool", r"map's height of 1 is 1, the whole side"),
+    (networks.Gate, "site", AROUND),
+    (networks.LogitSkip, "site", AROUND),
+    (networks.Inplace, "act", AROUND),
+    (networks.Alias, "site", AROUND),
+    (networks.Buffered, "site", AROUND),
+    (networks.LateAlias, "site", AROUND),
+    (networks.Foreach, "site", AROUND),
+    (networks.Branches, "site", AROUND),
+    (networks.Branches, "other", AROUND),
+    (networks.Twice, "site", r"called 2 times"),
+    (networks.Unused, "site", r"never called"),
+    (networks.TupleSite, "site", r"returns tuple; a site returns one tensor"),
+    (networks.Dense, "front", r"model returns shape \(31, 8, 12, 12\) for 31 samples.*one row of K outputs"),
+    (networks.Squeezed, "front", r"model returns shape \(31,\) for 31 samples.*one row of K outputs"),
+    (networks.Features, "front", r"model returns dict with features \(31, 8\), scores \(31, 7\), and which of them"),
     (
-        zoo.FixedTail,
+        networks.OwnLoss,
+        "front",
+        r"returns a number for the whole batch \(loss\), computed before the vote.*Let it return",
+    ),
+    (
+        networks.FixedTail,
         "site",
         r"cannot take the views of its map, of shape \(8, 10, 10\) instead of \(8, 12, 12\): RuntimeError",
     ),
@@ -51,7 +56,7 @@ REFUSED = [
 def test_refused(make, site, reason, known):
     """With a known size the injection raises and changes nothing; else the first call does, and every later one."""
     model, images = make().eval(), IMAGES[:1, :, :12, :12]  # a batch of one, which hides a broadcast
-    before = snapshot(model)
+    before = networks.snapshot(model)
     if known:
         with pytest.raises(CropVoteError, match=reason) as caught:
             inject_crop_vote(model, after=site, input_size=12)
@@ -61,7 +66,7 @@ def test_refused(make, site, reason, known):
             with pytest.raises(CropVoteError, match=reason) as caught:
                 model(images)
         remove_crop_vote(model)
-    assert same(snapshot(model), before)
+    assert networks.same(networks.snapshot(model), before)
     message = str(caught.value)
     assert f"after={site!r}" in message
     if "the whole side" not in message and "the model returns" not in message:
@@ -70,7 +75,7 @@ def test_refused(make, site, reason, known):
 
 def test_a_site_that_is_never_called_is_refused_where_n_is_divisible_by_v():
     """Ten rows from ten images would pass for the ten views of one."""
-    model = inject_crop_vote(zoo.Unused().eval(), after="site")
+    model = inject_crop_vote(networks.Unused().eval(), after="site")
     with pytest.raises(CropVoteError, match="never called"):
         model(torch.randn(10, 3, 12, 12))
 
@@ -79,10 +84,10 @@ def test_the_reason_names_valid_sites():
     with pytest.raises(
         CropVoteError, match=r"Valid sites: input, conv1, bn1, relu, layer1\.0, layer1, layer2, layer3 \("
     ):
-        inject_crop_vote(zoo.fer(), after="layer1.0.conv1", input_size=24)
+        inject_crop_vote(networks.fer(), after="layer1.0.conv1", input_size=24)
 
 
-@pytest.mark.parametrize("make", [zoo.resnet, zoo.timm_resnet, zoo.fer, zoo.plain, zoo.Net])
+@pytest.mark.parametrize("make", [networks.resnet, networks.timm_resnet, networks.fer, networks.plain, networks.Net])
 def test_every_listed_site_is_a_cut_point(make):
     """By noise: with the site's output replaced by noise, the model's output does not depend on its input."""
     model = make().eval()
@@ -97,7 +102,9 @@ def test_every_listed_site_is_a_cut_point(make):
         remove_crop_vote(model)
 
 
-@pytest.mark.parametrize("make", [zoo.fer, zoo.plain, zoo.Gate, zoo.Branches, zoo.Alias, zoo.Inplace])
+@pytest.mark.parametrize(
+    "make", [networks.fer, networks.plain, networks.Gate, networks.Branches, networks.Alias, networks.Inplace]
+)
 def test_no_cut_point_is_missed_and_none_invented(make):
     """The noise test on every module that is called once and returns a map agrees with the probe."""
     model = make().eval()
@@ -110,13 +117,13 @@ def test_no_cut_point_is_missed_and_none_invented(make):
         hook = module.register_forward_hook(lambda module, args, output, n=noise: n.clone())
         independent = torch.equal(model(IMAGES), model(2 * IMAGES + 1))
         hook.remove()
-        if make in (zoo.Alias, zoo.Inplace) and rows[name].reason:
+        if make in (networks.Alias, networks.Inplace) and rows[name].reason:
             continue  # noise in fresh memory cannot show a second name for the site's memory; refusing is right
         assert independent == (not rows[name].reason), rows[name]
 
 
 def test_sites_are_listed_in_forward_order_once_per_tensor():
-    rows = sites(zoo.fer(), 48)
+    rows = sites(networks.fer(), 48)
     names = [row.name for row in rows]
     assert names[:6] == ["input", "conv1", "bn1", "relu", "layer1.0", "layer1"]
     assert names[6:] == ["layer2.0", "layer2", "layer3.0", "layer3", "layer4.0", "layer4"]
@@ -127,23 +134,23 @@ def test_sites_are_listed_in_forward_order_once_per_tensor():
     assert rows[-1].distinct == ten_crop().distinct(6, 6) == 8
 
 
-@pytest.mark.parametrize("make", [zoo.Noisy, zoo.Seeding])
+@pytest.mark.parametrize("make", [networks.Noisy, networks.Seeding])
 def test_sites_leaves_the_model_alone(make):
     torch.manual_seed(0)
     random.seed(0)
     model = make().train()
-    before, python = snapshot(model), random.getstate()
+    before, python = networks.snapshot(model), random.getstate()
     sites(model, 24)
     inject_crop_vote(model, after="site", input_size=24)
     remove_crop_vote(model)
-    assert same(snapshot(model), before)
+    assert networks.same(networks.snapshot(model), before)
     assert random.getstate() == python
 
 
 def test_the_first_call_leaves_no_trace_of_its_check():
     """RNG, buffers and attributes after a checked first call are those of a second model checked before."""
     torch.manual_seed(0)
-    early, late = (inject_crop_vote(zoo.Noisy().eval(), after="site", input_size=size) for size in (48, None))
+    early, late = (inject_crop_vote(networks.Noisy().eval(), after="site", input_size=size) for size in (48, None))
     late.load_state_dict(early.state_dict())
     torch.manual_seed(1)
     expected = early(IMAGES)
@@ -155,13 +162,13 @@ def test_the_first_call_leaves_no_trace_of_its_check():
 
 def test_sites_without_a_size():
     with pytest.raises(CropVoteError, match="no input size is known"):
-        sites(zoo.fer())
+        sites(networks.fer())
     assert sites(timm.create_model("resnet18"))
 
 
 def test_a_channels_last_map_is_found_to_be_one():
     """Mirroring its last axis would mirror the channels, and nothing would fail."""
-    model = zoo.ChannelsLast().eval()
+    model = networks.ChannelsLast().eval()
     expected = model.fc(torch.stack([x.mean((1, 2)) for x in whole_and_mirrored(model)]).mean(0))
     assert {site.name: site.layout for site in sites(model, 12)} == {"input": "NCHW", "front": "NCHW", "site": "NHWC"}
     for size, layout in ((12, None), (12, "NHWC"), (None, None)):
@@ -177,12 +184,12 @@ def whole_and_mirrored(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return map_, map_.flip(2)
 
 
-@pytest.mark.parametrize("make", [zoo.FixedTail, zoo.FixedBothEnds])
+@pytest.mark.parametrize("make", [networks.FixedTail, networks.FixedBothEnds])
 def test_a_fixed_tail_takes_whole_views_once_the_layout_is_known(make):
     """The front shows it, or it has to be stated."""
     model = make().eval()
     images = torch.randn(2, 3, 12, 12)
-    if make is zoo.FixedBothEnds:
+    if make is networks.FixedBothEnds:
         with pytest.raises(CropVoteError, match=r'can shrink along none of its axes.*pass layout="NCHW" if they are'):
             inject_crop_vote(model, after="site", views=hflip(), input_size=12)
         inject_crop_vote(model, after="site", views=hflip(), layout="NCHW", input_size=12)
@@ -196,13 +203,13 @@ def test_a_fixed_tail_takes_whole_views_once_the_layout_is_known(make):
 
 
 def test_a_path_that_opens_in_training_only_is_refused_there():
-    model = inject_crop_vote(zoo.LateGate().eval(), after="site", input_size=48)
+    model = inject_crop_vote(networks.LateGate().eval(), after="site", input_size=48)
     assert model(IMAGES).shape == (3, 7)
     for _ in range(2):
         with pytest.raises(CropVoteError, match=AROUND):
             model.train()(IMAGES[:1])
     with pytest.raises(CropVoteError, match=AROUND):
-        inject_crop_vote(zoo.LateGate().train(), after="site", input_size=48)
+        inject_crop_vote(networks.LateGate().train(), after="site", input_size=48)
 
 
 def test_an_inception_branch_is_refused_and_the_block_is_not():
@@ -215,7 +222,7 @@ def test_an_inception_branch_is_refused_and_the_block_is_not():
 @pytest.mark.parametrize("run", ["compile", "export", "trace", "vmap", "fx"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.jit.trace itself
 def test_an_unchecked_model_refuses_to_be_traced(run):
-    model = inject_crop_vote(zoo.plain(), after="2")
+    model = inject_crop_vote(networks.plain(), after="2")
     calls = {
         "compile": lambda: torch.compile(model, backend="eager", fullgraph=True)(IMAGES),
         "export": lambda: torch.export.export(model, (IMAGES,)),
@@ -234,7 +241,7 @@ def test_an_unchecked_model_refuses_to_be_traced(run):
 
 
 def test_a_first_call_with_a_wrong_image_does_not_spoil_the_model():
-    model = inject_crop_vote(zoo.fer(), after="layer1")
+    model = inject_crop_vote(networks.fer(), after="layer1")
     with pytest.raises(
         CropVoteError, match=r"itself, without any split, failed on an input of shape \(31, 1, 48, 48\)"
     ):
@@ -243,7 +250,7 @@ def test_a_first_call_with_a_wrong_image_does_not_spoil_the_model():
 
 
 def test_a_model_that_cannot_be_copied_says_so():
-    class Locked(zoo.Net):
+    class Locked(networks.Net):
         def __deepcopy__(self, memo):
             raise TypeError("no copies")
 
@@ -263,7 +270,7 @@ def test_a_child_that_stands_twice_does_not_carry_the_split():
     assert inject_crop_vote(model.eval(), after="0", input_size=24)(torch.randn(2, 3, 24, 24)).shape == (2, 7)
 
 
-class Heated(zoo.Net):
+class Heated(networks.Net):
     """Takes a second argument: a temperature for all, or a number per sample."""
 
     def forward(self, x, temperature):
@@ -305,7 +312,7 @@ def test_a_swin_has_maps_of_both_layouts(site, axis):
         assert torch.allclose(model(images), expected, atol=1e-5)
 
 
-class LastImages(zoo.Net):
+class LastImages(networks.Net):
     """Takes its images channels last."""
 
     def forward(self, x):
@@ -319,7 +326,7 @@ def test_images_may_have_their_channels_last():
     assert torch.allclose(model(images), expected, atol=1e-6)
 
 
-class Cached(zoo.Net):
+class Cached(networks.Net):
     """Keeps a tensor in its class."""
 
     cache: dict = {}  # noqa: RUF012
@@ -341,13 +348,13 @@ def test_a_cache_outside_the_model_never_holds_tensors_without_data_unnoticed():
 
 
 def test_a_hook_that_collects_is_noticed():
-    model, seen = zoo.Net().eval(), []
+    model, seen = networks.Net().eval(), []
     model.front.register_forward_hook(lambda module, args, output: seen.append(output))
     with pytest.raises(CropVoteError, match="its forward or a hook kept a tensor"):
         inject_crop_vote(model, after="site", input_size=12)
 
 
-class Teacher(zoo.Net):
+class Teacher(networks.Net):
     """Copied by reference, as some shared, frozen networks are."""
 
     def __deepcopy__(self, memo):
@@ -361,14 +368,14 @@ def test_a_module_that_deepcopy_shares_is_not_touched():
     assert not any(module.training for module in model.modules())
 
 
-class Direct(zoo.Net):
+class Direct(networks.Net):
     """Never uses forward."""
 
     def __call__(self, x):
         return self.head(self.site(self.front(x)))
 
 
-class Recursive(zoo.Net):
+class Recursive(networks.Net):
     def forward(self, x, norm=True):
         return self(x - 0.5, norm=False) if norm else super().forward(x)
 
@@ -380,7 +387,7 @@ def test_a_forward_that_does_not_run_once_is_refused(make, times, site):
         inject_crop_vote(make().eval(), after=site, input_size=12)
 
 
-class Optional(zoo.Net):
+class Optional(networks.Net):
     """A second argument opens a path around the site."""
 
     def forward(self, x, condition=None):
@@ -396,7 +403,7 @@ def test_an_argument_given_later_is_checked_then():
     assert model(IMAGES).shape == (3, 7)
 
 
-class Masked(zoo.Net):
+class Masked(networks.Net):
     def forward(self, x, mask):
         return super().forward(x * mask)
 
@@ -408,7 +415,7 @@ def test_the_order_of_keywords_does_not_matter():
 
 
 def test_scripted_children_are_no_sites_and_do_no_harm():
-    model = zoo.Net().eval()
+    model = networks.Net().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.act = torch.jit.script(nn.Sequential(nn.ReLU()))
@@ -416,7 +423,7 @@ def test_scripted_children_are_no_sites_and_do_no_harm():
     assert inject_crop_vote(model, after="site", input_size=48)(IMAGES).shape == (3, 7)
 
 
-@pytest.mark.parametrize("arguments", [(None, 24), ("x", 24), (zoo.Net(), 24, 10)])
+@pytest.mark.parametrize("arguments", [(None, 24), ("x", 24), (networks.Net(), 24, 10)])
 def test_sites_of_nonsense(arguments):
     with pytest.raises(CropVoteError, match="must be"):
         sites(*arguments[:2], **({"views": arguments[2]} if arguments[2:] else {}))
@@ -445,7 +452,7 @@ def test_a_tail_without_a_weight_tells_its_channels_by_its_outputs():
     assert [(site.name, site.layout) for site in sites(model, 24)] == [("input", "NCHW"), ("0", "NCHW")]
 
 
-class AnyChannels(zoo.Net):
+class AnyChannels(networks.Net):
     """A front that makes every image one size, and a tail that takes any number of channels."""
 
     def forward(self, x):
@@ -465,7 +472,7 @@ def test_axes_that_cannot_be_told_have_to_be_said():
         assert torch.allclose(model(IMAGES), expected, atol=1e-6)
 
 
-class HeldNumbers(zoo.Net):
+class HeldNumbers(networks.Net):
     """Numbers of the images or of the whole map reach the tail without any tensor."""
 
     def __init__(self, kind: str) -> None:
@@ -491,12 +498,12 @@ def test_numbers_held_from_in_front_of_a_site(kind):
             inject_crop_vote(model, after=name, input_size=48)
 
 
-class Transposed(zoo.Net):
+class Transposed(networks.Net):
     def forward(self, x):
         return self.head(self.site(self.front(x).transpose(2, 3)))
 
 
-class Windowed(zoo.Net):
+class Windowed(networks.Net):
     """4-D, and no map: (N, windows, C, pixels)."""
 
     def forward(self, x):
@@ -515,11 +522,11 @@ def test_what_looks_like_a_map_and_is_none(make, site, axes):
         inject_crop_vote(make().eval(), after=site, views=hflip(), input_size=48)
 
 
-class SmallGate(zoo.Gate):
+class SmallGate(networks.Gate):
     """A gate that exists for small images only."""
 
     def forward(self, x):
-        return super().forward(x) if x.shape[-1] < 40 else zoo.Net.forward(self, x)
+        return super().forward(x) if x.shape[-1] < 40 else networks.Net.forward(self, x)
 
 
 def test_a_path_that_opens_at_another_size_is_refused_for_one_image_too():
@@ -528,3 +535,23 @@ def test_a_path_that_opens_at_another_size_is_refused_for_one_image_too():
     assert model(IMAGES[:1]).shape == (1, 7)
     with pytest.raises(CropVoteError, match=AROUND):
         model(IMAGES[:1, :, :24, :24])
+
+
+class Emptied(networks.Net):
+    """Maps without a row, or no tokens at all."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.tokens, self.site = tokens, nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.front(x)
+        x = x.flatten(2).transpose(1, 2)[:, :0] if self.tokens else x[:, :, :0]
+        return self.fc(self.site(x).sum(1 if self.tokens else (2, 3)))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_map_without_values_is_no_site(tokens):
+    with pytest.raises(CropVoteError, match=r"which holds no values\. Valid sites: input, front"):
+        inject_crop_vote(Emptied(tokens).eval(), after="site", input_size=48)
+    assert [site.name for site in sites(Emptied(tokens).eval(), 48)] == ["input", "front"]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 
-import oracle
 import pytest
 import timm
 import torch
 import torchvision
-import zoo
 from torch import Tensor, nn
 
 from cropvote import CropVote, CropVoteError, Tokens, hflip, inject_crop_vote, sites, split_views, ten_crop
+
+import networks
+import oracle
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 7}
@@ -46,10 +47,10 @@ class HuggingFace(nn.Module):
 
 
 MODELS = {
-    "timm, class token and registers": (zoo.tokens, "blocks.0", 3),
-    "timm, in front of the blocks": (zoo.tokens, "pos_drop", 3),
+    "timm, class token and registers": (networks.tokens, "blocks.0", 3),
+    "timm, in front of the blocks": (networks.tokens, "pos_drop", 3),
     "timm, distilled": (deit, "blocks.1", 2),
-    "timm, no prefix": (lambda: zoo.tokens(class_token=False, reg_tokens=0, global_pool="avg"), "blocks.0", 0),
+    "timm, no prefix": (lambda: networks.tokens(class_token=False, reg_tokens=0, global_pool="avg"), "blocks.0", 0),
     "torchvision": (torchvision_vit, "encoder.layers.encoder_layer_0", 1),
     "Hugging Face, ViT": (lambda: HuggingFace("ViT"), "model.vit.layers.0", 1),
     "Hugging Face, DeiT": (lambda: HuggingFace("DeiT"), "model.deit.layers.0", 2),
@@ -109,6 +110,21 @@ class Unstated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.site(self.front(x).flatten(2).transpose(1, 2))
         return self.fc(self.mix(x, x, x)[0].tanh().mean(1))
+
+
+class Unbuilt(Unstated):
+    """Its patch embedding is a property that cannot be read yet."""
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        raise RuntimeError("not built")
+
+
+@pytest.mark.parametrize("library", ["timm.models.own", "own"])
+def test_no_property_of_the_model_is_run(library, monkeypatch):
+    monkeypatch.setattr(Unbuilt, "__module__", library)
+    with pytest.raises(CropVoteError, match="the model does not say of which grid"):
+        inject_crop_vote(Unbuilt().eval(), after="site", input_size=48)
 
 
 def test_an_unstated_grid_is_asked_for():
@@ -203,6 +219,6 @@ def test_layouts_that_do_not_fit(shape, layout, message):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.jit.trace itself
 def test_tracing_would_freeze_the_grid():
-    model = inject_crop_vote(zoo.tokens(), after="blocks.0", input_size=48)
+    model = inject_crop_vote(networks.tokens(), after="blocks.0", input_size=48)
     with pytest.raises(CropVoteError, match="would freeze the grid of the tokens"):
         torch.jit.trace(model, IMAGES)

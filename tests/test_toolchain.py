@@ -1,8 +1,9 @@
-"""The table of tests/toolchain.py, entry by entry."""
+"""The table of tests/toolchain, entry by entry."""
 
 from __future__ import annotations
 
 import pytest
+
 from toolchain import LIMITS, RAISES, TOOLS
 
 CASES = [

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import oracle
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from strategies import Spec, maps, quick, scale_pairs, scales, sides, specs, thorough
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -25,6 +23,9 @@ from cropvote import (
     ten_crop,
     vote,
 )
+
+import oracle
+from strategies import Spec, maps, quick, scale_pairs, scales, sides, specs, thorough
 
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SMALL = Spec([(Fraction(0), Fraction(0)), (Fraction(1), Fraction(1, 3))], (Fraction(1, 2), Fraction(3, 4)), True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import logits, quick
 from torch import Tensor, nn
 
 from cropvote import CropVoteError, CropVoteLoss, repeat_targets, ten_crop, vote
+
+import oracle
+from strategies import logits, quick
 
 RULES = ["soft", "probs", "hard", "mean", "median"]
 rules = pytest.mark.parametrize("how", RULES)

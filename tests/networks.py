@@ -305,3 +305,21 @@ class Noisy(Net):
         self.calls += 1
         self.last_shape = tuple(x.shape)
         return super().forward(nn.functional.dropout(x, 0.1, training=True))
+
+
+def snapshot(model: nn.Module) -> dict:
+    """All that an injection might have touched."""
+    return {
+        "types": [type(module) for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "keys": list(model.state_dict()),
+        "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters()],
+        "tensors": [tensor.clone() for tensor in model.state_dict().values()],
+        "modes": [module.training for module in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(a: dict, b: dict) -> bool:
+    tensors = zip(a.pop("tensors"), b.pop("tensors"), strict=True)
+    return all(torch.equal(x, y) for x, y in tensors) and torch.equal(a.pop("random"), b.pop("random")) and a == b

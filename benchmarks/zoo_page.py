@@ -1,0 +1,137 @@
+"""docs/compatibility.md, from the zoo's stored results and the table of PyTorch's tools."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
+PAGE = ROOT / "docs" / "compatibility.md"
+TOLERANCE = 1e-4
+
+KINDS = {
+    r"depends on the images by a path around": "inside a branch",
+    r"is called \d+ times": "called more than once",
+    r"is never called": "never called",
+    r"returns (tuple|list|dict|\w+); a site": "returns no single tensor",
+    r"does not say of which grid": "tokens without a stated grid",
+    r"cannot take the views": "the network behind it cannot take a map of the views' size",
+    r"a site returns a map|one map per sample": "no map",
+    r"no module named": "no module of that name",
+    r"the whole side|leaves nothing": "map too small",
+    r"so which of them are height and width": "layout unclear",
+}
+
+
+def kind(reason: str) -> str:
+    return next((name for pattern, name in KINDS.items() if re.search(pattern, reason)), reason[:80])
+
+
+def page(stored: dict[str, Any], toolchain: str) -> str:
+    """docs/compatibility.md."""
+    seen = ", ".join(f"{library} {version}" for library, version in stored["versions"].items())
+    results = stored["families"]
+    return "\n".join(
+        [*HEADER, f"Versions: {seen}.", "", *summary(results), "", *table(results), "", *TOOLS_HEADER, toolchain, ""]
+    )
+
+
+HEADER = [
+    "# Compatibility",
+    "",
+    "Made by `python benchmarks/zoo.py`. `inject_crop_vote` was tried at every entry of `feature_info` of one or two",
+    "models of every timm module, and at modules of every torchvision classifier and of six of transformers,",
+    "with ten views and random weights. A site that does not work is refused with an error that says why and names the",
+    "valid ones. A family's first model was also run on images: its votes were compared with the tests' oracle, and a",
+    "random sample of its modules was judged by noise (in place of a module's output, does it hide the image? do views",
+    "of noise pass?), neither of which shares code with the library.",
+    "",
+]
+TOOLS_HEADER = [
+    "## PyTorch's tools",
+    "",
+    "Made from the table in `tests/toolchain/`; each row is a test that compares with an independent oracle.",
+    "",
+]
+
+
+def summary(results: list[dict[str, Any]]) -> list[str]:
+    looked = [model for result in results for model in result["models"]]
+    verdicts = Counter(v["verdict"] for model in looked for v in model["tried"].values())
+    alike = sum(len(model.get("alike", [])) for model in looked)
+    errors = [error for model in looked for error in model.get("oracle", {}).values()]
+    points: Counter[str] = Counter()
+    for model in looked:
+        points.update({k: v for k, v in model.get("cut points", {}).items() if isinstance(v, int)})
+    missed = sum(len(model.get("cut points", {}).get("missed", [])) for model in looked)
+    invented = sum(len(model.get("cut points", {}).get("invented", [])) for model in looked)
+    wrong = verdicts["wrong"] + sum(error > TOLERANCE for error in errors)
+    return [
+        "| counted | number |",
+        "|---|---|",
+        f"| families | {len(results)} |",
+        f"| models | {len(looked)} |",
+        f"| sites tried | {sum(verdicts.values())} |",
+        f"| working | {verdicts['works']} |",
+        f"| refused, with the reason | {verdicts['refused']} |",
+        f"| crashed | {verdicts['crashed'] + sum('error' in result for result in results)} |",
+        f"| wrong | {wrong} |",
+        f"| votes compared with the oracle on real images | {len(errors)} |",
+        f"| largest relative error among them | {max(errors, default=0):.0e} |",
+        f"| sites among them behind which all views say the same (the last attention of a class token) | {alike} |",
+        f"| modules judged by noise as well | {points['modules']} |",
+        f"| true sites among them, by noise | {points['true sites']} |",
+        f"| of these, accepted | {points['true sites'] - missed} ({rate(points['true sites'], missed)}) |",
+        f"| accepted, but no true site by noise | {invented} |",
+    ]
+
+
+def rate(total: int, missed: int) -> str:
+    return f"{100 * (total - missed) / max(total, 1):.2f} %"
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    lines = ["| family | model | sites that work | layout | why the others do not |", "|---|---|---|---|---|"]
+    for result in results:
+        for model in result["models"]:
+            tried = model["tried"]
+            works = [site for site, verdict in tried.items() if verdict["verdict"] == "works"]
+            why: dict[str, list[str]] = {}
+            for site, verdict in tried.items():
+                if verdict["verdict"] != "works":
+                    why.setdefault(kind(verdict["reason"]), []).append(site)
+            others = "; ".join(f"{reason}: {names(sites)}" for reason, sites in why.items())
+            if not works and "listed" in model:
+                others += f" (valid: {names(model['listed']) or 'none'})"
+            layouts = ", ".join(sorted({v["layout"] for v in tried.values() if v["verdict"] == "works"}))
+            lines.append(f"| {result['family']} | {model['model']} | {names(works)} | {layouts} | {others} |")
+    return lines
+
+
+def names(sites: list[str], most: int = 6) -> str:
+    """Site names, many of them in short."""
+    some = sites if len(sites) <= most else [*sites[:3], f"… ({len(sites)})", sites[-1]]
+    return ", ".join(name if name.startswith("…") else f"`{name}`" for name in some)
+
+
+def tools() -> str:
+    from toolchain import LIMITS, RAISES, TOOLS
+
+    lines = ["| tool | verdict | note |", "|---|---|---|"]
+    for tool in TOOLS:
+        verdict = "raises" if tool.name in RAISES else "does not work yet" if tool.name in LIMITS else "works"
+        lines.append(f"| {tool.name} | {verdict} | {LIMITS.get(tool.name) or tool.note} |")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {m.__name__: m.__version__ for m in (torch, torchvision, timm, transformers)}

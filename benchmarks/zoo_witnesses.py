@@ -1,0 +1,155 @@
+"""Two witnesses that share no code with the library: the tests' oracle of hooks and slices, and noise."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cropvote import Site, Tokens, inject_crop_vote, remove_crop_vote
+
+import oracle
+
+ORACLE_SITES = 4
+BUDGET = 10  # seconds for a model's modules against noise, and for its sites against the oracle
+ALIKE = 1e-6
+LEFT = 1e-6  # of the difference that two images make
+
+
+class Logits(nn.Module):
+    """The model's predictions alone, whatever it returns beside them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.model(x)
+        return output if isinstance(output, Tensor) else output.logits
+
+
+def cutter(layout: object) -> Callable[[Tensor], list[Tensor]]:
+    """The oracle's ten views, for other layouts than its own."""
+    if layout == "NHWC":
+        return lambda x: [view.permute(0, 2, 3, 1) for view in oracle.ten_views(x.permute(0, 3, 1, 2))]
+    if isinstance(layout, Tokens):
+        height, width, prefix = layout
+
+        def cut(x: Tensor) -> list[Tensor]:
+            maps = x[:, prefix:].transpose(1, 2).reshape(len(x), -1, height, width)
+            return [torch.cat([x[:, :prefix], v.flatten(2).transpose(1, 2)], 1) for v in oracle.ten_views(maps)]
+
+        return cut
+    return oracle.ten_views
+
+
+def against_oracle(
+    model: nn.Module,
+    size: tuple[int, ...],
+    rows: dict[str, Site],
+    listed: list[str],
+    first: list[str],
+    most: int = ORACLE_SITES,
+) -> tuple[dict[str, float], list[str]]:
+    """The vote's largest error, relative to the largest output, per site; and the sites whose views say the same."""
+    valid = [site for site in listed if site != "input"]
+    some = valid[:: max(1, len(valid) // most)]
+    images = torch.randn(2, *size, dtype=next(model.parameters()).dtype)
+    found: dict[str, float] = {}
+    alike, start = [], time.time()
+    for site in dict.fromkeys([site for site in first if site in rows and not rows[site].reason] + some):
+        if time.time() - start > BUDGET and found:
+            break
+        by_view = oracle.tail_rows(Logits(model), f"model.{site}", images, cutter(rows[site].layout))
+        wanted = oracle.vote(by_view, "soft")
+        inject_crop_vote(model, after=site, input_size=size)
+        vote = Logits(model)(images)
+        remove_crop_vote(model)
+        found[site] = float((vote - wanted).abs().max() / wanted.abs().max())
+        if by_view.std(1).max() < ALIKE * wanted.abs().max():
+            alike.append(site)
+    return found, alike
+
+
+def against_noise(
+    model: nn.Module, size: tuple[int, ...], rows: dict[str, Site], budget: float = BUDGET
+) -> dict[str, Any]:
+    """Every module that is called once and returns a map or tokens, judged by noise and by the library."""
+    network = Logits(model.double())  # in which the least dependence shows
+    images, start = torch.randn(2, *size, dtype=torch.float64), time.time()
+    outputs: dict[str, list[Any]] = {}
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    hooks = [m.register_forward_hook(lambda m, a, out, n=n: outputs.setdefault(n, []).append(out)) for n, m in modules]
+    plain = network(images)
+    difference = (plain[0] - plain[1]).abs().max()
+    if difference < 1e-7 * plain.abs().max():
+        raise RuntimeError("the output hardly depends on the images, so that noise would prove nothing")
+    for hook in hooks:
+        hook.remove()
+    counts: Counter[str] = Counter()
+    missed, invented = [], []
+    random.Random(0).shuffle(modules)  # noqa: S311  # so that those within the budget are a fair sample
+    for name, module in modules:
+        called = outputs.get(name, [])
+        if name not in rows or len(called) != 1 or not isinstance(called[0], Tensor) or called[0].dim() not in (3, 4):
+            continue
+        x = called[0]
+        if x.shape[0] != 2:
+            continue
+        if time.time() - start > budget:
+            break
+        y = replaced(network, module, torch.randn_like(x[:1]).expand_as(x), images)
+        is_cut = bool((y[0] - y[1]).abs().max() <= LEFT * difference)
+        takes = is_cut and any(takes_smaller(network, module, views, images) for views in smaller(model, x))
+        counts["modules"] += 1
+        counts["cut points"] += is_cut
+        counts["true sites"] += takes
+        valid = not rows[name].reason
+        counts["valid"] += valid
+        if valid and not takes:
+            invented.append(name)
+        if takes and not valid:
+            missed.append(f"{name}: {rows[name].reason[:160]}")
+    return {**counts, "missed": missed, "invented": invented}
+
+
+def replaced(network: nn.Module, module: nn.Module, output: Tensor, images: Tensor) -> Tensor:
+    hook = module.register_forward_hook(lambda m, args, out: output.clone())
+    try:
+        return network(images)
+    finally:
+        hook.remove()
+
+
+def smaller(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Ten views of noise per image, of the size that the views of such a map have, for each layout it may have."""
+
+    def side(n: int) -> int:
+        return (5 * n + 3) // 6
+
+    if x.dim() == 3:
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        most = getattr(model, "num_prefix_tokens", 0)
+        if hasattr(getattr(model, "config", None), "patch_size"):  # transformers
+            grid, most = [model.config.image_size // model.config.patch_size] * 2, 2
+        if grid and 0 <= x.shape[1] - grid[0] * grid[1] <= most:
+            length = x.shape[1] - grid[0] * grid[1] + side(grid[0]) * side(grid[1])
+            yield x.new_empty(20, length, x.shape[2]).normal_()
+        return
+    for first in (2, 1):
+        shape = list(x.shape)
+        shape[first], shape[first + 1] = side(shape[first]), side(shape[first + 1])
+        if shape[first] < x.shape[first] and shape[first + 1] < x.shape[first + 1]:
+            yield x.new_empty(20, *shape[1:]).normal_()
+
+
+def takes_smaller(network: nn.Module, module: nn.Module, views: Tensor, images: Tensor) -> bool:
+    try:
+        return replaced(network, module, views, images).shape == (20, 7)
+    except Exception:
+        return False

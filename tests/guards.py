@@ -1,0 +1,108 @@
+"""What takes one guard out of the library each, so that a test can show what the guard is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from cropvote import (
+    checks,
+    fakes,
+    layouts,
+    options,
+    splitting,
+    surgery,
+    trials,
+    walk,
+)
+
+
+def no_probe(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials.Probe, "verdict", lambda probe, name: (probe.layout or "NCHW", ""))
+
+
+def no_paths(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fakes.Paths, "of", lambda paths, tree: 0)
+
+
+def batch_of_one(patch: pytest.MonkeyPatch) -> None:
+    for module in (fakes, walk, trials):
+        patch.setattr(module, "BATCH", 1)
+
+
+def no_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(options, "_check_rows", lambda *_: None)
+
+
+def no_carrier(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(walk, "_carrier", lambda module, standings: module)
+
+
+def views_outermost(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(splitting, "join_views", lambda x: x.transpose(0, 1).flatten(0, 1))
+    patch.setattr(splitting, "part_views", lambda x, count: x.unflatten(0, (count, -1)).transpose(0, 1))
+
+
+def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials.Probe, "_many_views", lambda probe: probe.views)
+
+
+def channels_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials.Probe, "_find_layout", lambda probe, name: ("NCHW", ""))
+
+
+def guessed_grid(patch: pytest.MonkeyPatch) -> None:
+    """Square, with whatever is left over in front."""
+
+    def guess(probe: trials.Probe, name: str, length: int) -> layouts.Tokens:
+        side = int(length**0.5)
+        return layouts.Tokens(side, side, length - side * side)
+
+    patch.setattr(trials.Probe, "_stated_tokens", guess)
+
+
+def by_length(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(checks.Injection, "is_checked", lambda *_: True)
+
+
+def by_hooks(patch: pytest.MonkeyPatch) -> None:
+    """Forward hooks in place of the classes."""
+
+    def hook(module: nn.Module, forward: Callable) -> None:
+        class Base:
+            forward = staticmethod(lambda module, *args: args[-1])
+
+        def run(module: nn.Module, args: tuple, output: object) -> object:
+            if forward is surgery._split_forward:
+                return forward(module, Base, output)
+            injection = module._cropvote
+            return options.conclude(output, args[0].shape[0], injection.settings, module.training)
+
+        module.register_forward_hook(run)
+
+    patch.setattr(surgery, "swap_forward", hook)
+
+
+def plain_wraps(patch: pytest.MonkeyPatch) -> None:
+    """No look at what torch.fx passes."""
+    patch.setattr(torch.fx, "Proxy", type("Proxy", (), {}))
+
+
+def shared_settings(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(options.Settings, "__deepcopy__", lambda self, memo: self, raising=False)
+
+
+def rows_in_an_attribute(patch: pytest.MonkeyPatch) -> None:
+    """The number of samples kept in the model instead of in the call."""
+    conclude = options.conclude
+
+    def forward(module: nn.Module, base: type, *args: object, **kwargs: object) -> object:
+        injection = module._cropvote
+        injection.samples = args[0].shape[0]
+        output = base.forward(module, *args, **kwargs)
+        return conclude(output, injection.samples, injection.settings, module.training)
+
+    patch.setattr(surgery, "_vote_forward", forward)

@@ -1,0 +1,122 @@
+"""Compilers and exporters."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cropvote import CropVoteLoss, inject_crop_vote, remove_crop_vote, settings
+
+import networks
+from toolchain.table import SIDE, TARGETS, agree, expected, images, tool, voting
+
+
+@tool("torch.compile", "`fullgraph=True, dynamic=True`, compiled after the injection; settings changed later are seen")
+def _(_path: Path) -> None:
+    model = voting()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (2, 3, 7):
+        agree(compiled(images(count)), expected(count))
+    settings(model).eval_output = "views"
+    assert compiled(images()).shape == (30, 7)
+    settings(model).enabled = False
+    agree(compiled(images()), networks.fer()(images()))
+
+
+@tool("torch.compile before the injection", "the injection and the removal are seen by the compiled model")
+def _(_path: Path) -> None:
+    model = networks.fer()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    agree(compiled(images()), model(images()))
+    inject_crop_vote(model, after="layer2", input_size=SIDE)
+    for count in (2, 3):
+        agree(compiled(images(count)), expected(count))
+    remove_crop_vote(model)
+    agree(compiled(images()), networks.fer()(images()))
+
+
+@tool("torch.compile with Inductor", "training step and vote, dynamic batch", slow=True)
+def _(_path: Path) -> None:
+    model, plain = voting(), voting()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for count in (2, 7):
+        with torch.no_grad():
+            agree(compiled(images(count)), expected(count), 1e-4)
+    loss = CropVoteLoss(nn.CrossEntropyLoss())
+    for step in (compiled, plain):
+        loss(step.train()(images(4)), TARGETS).backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        agree(one.grad, other.grad, 1e-3)
+
+
+@tool("torch.export", "strict and not, dynamic batch; settings are frozen as they were at the export")
+def _(_path: Path) -> None:
+    for strict in (True, False):
+        model = voting()
+        batch = {0: torch.export.Dim("batch", min=2, max=64)}
+        program = torch.export.export(model, (images(4),), dynamic_shapes=(batch,), strict=strict).module()
+        settings(model).vote = "hard"  # too late
+        for count in (2, 3, 7):
+            agree(program(images(count)), expected(count))
+
+
+@tool("torch.export, AOTInductor", "compiled package, dynamic batch", slow=True)
+def _(path: Path) -> None:
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    with torch.no_grad():
+        program = torch.export.export(voting(), (images(4),), dynamic_shapes=(batch,))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(path / "model.pt2"))
+    model = torch._inductor.aoti_load_package(package)
+    for count in (2, 7):
+        agree(model(images(count)), expected(count), 1e-4)
+
+
+@tool("ONNX", "`torch.onnx.export(dynamo=True)`, dynamic batch, run in ONNX Runtime with 1, 2 and 7 images")
+def _(path: Path) -> None:
+    import onnxruntime
+
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    for make, site in ((networks.fer, "layer2"), (networks.plain, "0")):
+        file = path / "model.onnx"
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            torch.onnx.export(
+                voting(site, make), (images(2),), file, dynamo=True, dynamic_shapes=(batch,), input_names=["images"]
+            )
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        for count in (1, 2, 7):
+            found = session.run(None, {"images": images(count).numpy()})[0]
+            agree(torch.from_numpy(found), expected(count, site, make), 1e-4)
+
+
+@tool("torch.jit.trace", "any batch size; settings are frozen")
+def _(_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        traced = torch.jit.trace(voting(), images(2))
+    for count in (1, 2, 7):
+        agree(traced(images(count)), expected(count))
+
+
+@tool("torch.jit.script", "use `torch.export`", raises=r"forward|argument|cropvote")
+def _(_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(voting())
+
+
+@tool("torch.fx.symbolic_trace", "trace before the injection, or use `torch.export`", raises="torch.fx cannot trace")
+def _(_path: Path) -> None:
+    torch.fx.symbolic_trace(voting())
+
+
+@tool("torchvision's create_feature_extractor", "extract from the model before the injection", raises="torch.fx cannot")
+def _(_path: Path) -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    create_feature_extractor(voting(), ["layer2"])

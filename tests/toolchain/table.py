@@ -1,0 +1,97 @@
+"""The table itself, and what its checks share.
+
+A check raises an AssertionError where the tool gives another number than the oracle. ``RAISES`` are the tools that must
+refuse, each with the message; ``LIMITS`` are those that ought to work and do not, each with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cropvote import CropVoteLoss, inject_crop_vote
+
+import networks
+import oracle
+
+SIDE = 48
+TARGETS = torch.tensor([0, 4, 6, 1])
+
+
+class Tool(NamedTuple):
+    name: str
+    note: str
+    check: Callable[[Path], None]
+    slow: bool = False
+
+
+TOOLS: list[Tool] = []
+RAISES: dict[str, str] = {}
+LIMITS: dict[str, str] = {}
+
+
+def tool(name: str, note: str = "", *, raises: str = "", limit: str = "", slow: bool = False) -> Callable:
+    """Enter a check in the table."""
+
+    def enter(check: Callable[[Path], None]) -> Callable[[Path], None]:
+        TOOLS.append(Tool(name, note, check, slow))
+        if raises:
+            RAISES[name] = raises
+        if limit:
+            LIMITS[name] = limit
+        return check
+
+    return enter
+
+
+def images(count: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(count)).to(dtype)
+
+
+def voting(site: str = "layer2", make: Callable[[], nn.Module] = networks.fer, **options: object) -> nn.Module:
+    return inject_crop_vote(make(), after=site, input_size=SIDE, **options)
+
+
+@functools.cache
+def expected(count: int = 3, site: str = "layer2", make: Callable[[], nn.Module] = networks.fer) -> Tensor:
+    """The soft vote as the oracle's hooks and loops find it, on a model that was never injected."""
+    with torch.no_grad():
+        return oracle.vote(oracle.tail_rows(make(), site, images(count)), "soft").float()
+
+
+def agree(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    assert (found.float() - wanted.float()).abs().max() <= tolerance, (found - wanted).abs().max()
+
+
+def gradients(model: nn.Module, count: int = 4) -> dict[str, Tensor]:
+    model.zero_grad()
+    CropVoteLoss(nn.CrossEntropyLoss(), views=10)(model(images(count)), TARGETS[:count]).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def still(model: nn.Module) -> nn.Module:
+    """In training mode but for BatchNorm, whose statistics would depend on how the batch is shared out."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
+
+
+def agree_all(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        agree(tensor, wanted[name], tolerance)
+
+
+@functools.cache
+def oracle_gradients(site: str = "layer2") -> dict[str, Tensor]:
+    model = still(networks.fer())
+    oracle.loss_on_views(oracle.tail_rows(model, site, images(4)), TARGETS).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
