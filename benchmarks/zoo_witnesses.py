@@ -137,6 +137,8 @@ def smaller(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
         most = getattr(model, "num_prefix_tokens", 0)
         if hasattr(getattr(model, "config", None), "patch_size"):  # transformers
             grid, most = [model.config.image_size // model.config.patch_size] * 2, 2
+        if hasattr(model, "conv_proj"):  # torchvision
+            grid, most = [model.image_size // model.patch_size] * 2, 1
         if grid and 0 <= x.shape[1] - grid[0] * grid[1] <= most:
             length = x.shape[1] - grid[0] * grid[1] + side(grid[0]) * side(grid[1])
             yield x.new_empty(20, length, x.shape[2]).normal_()

@@ -5,9 +5,11 @@ from .layer import CropVote
 from .layouts import Tokens
 from .options import Settings
 from .probe import sites
+from .reading import per_view
 from .splitting import split_views
 from .surgery import inject_crop_vote, remove_crop_vote, settings
 from .trials import Site
+from .uncertainty import agreement, mutual_information, predictive_entropy
 from .views import View, Views, d4, five_crop, grid, hflip, ten_crop
 from .voting import CropVoteLoss, repeat_targets, vote
 
@@ -22,11 +24,15 @@ __all__ = [
     "Tokens",
     "View",
     "Views",
+    "agreement",
     "d4",
     "five_crop",
     "grid",
     "hflip",
     "inject_crop_vote",
+    "mutual_information",
+    "per_view",
+    "predictive_entropy",
     "remove_crop_vote",
     "repeat_targets",
     "settings",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -41,6 +42,32 @@ class Injection:
         self.checked: frozenset[Call] = frozenset()  # the kinds of call for which the site is known to be valid
         self.sizes: frozenset[Size] = frozenset()  # and with which sizes of image
         self.failure = ""
+        self.root: weakref.ref[nn.Module] | None = None  # the model that votes, whose mode decides
+
+    def adopt(self, model: nn.Module) -> None:
+        """Follow the mode of the model that votes; a shallow copy of it follows the first one's."""
+        if self.root is None or self.root() is None:
+            self.root = weakref.ref(model)
+
+    def training(self, module: nn.Module) -> bool:
+        """The mode of the model that votes, for it or for the module that carries its split.
+
+        Raises:
+            SurgeryError: ``module`` is a shallow copy of that model, in the other mode.
+        """
+        root = None if self.root is None else self.root()
+        if root is None:
+            return module.training
+        if "_cropvote" in vars(module) and module.training != root.training:
+            raise SurgeryError(
+                f"this {type(module).__name__} is a shallow copy of an injected model, with which it shares the site, "
+                f"and the two are in different modes: use copy.deepcopy."
+            )
+        return root.training
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model, which a copy finds for itself."""
+        return {**self.__dict__, "root": None}
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What of a call's arguments may open another path through the model; a default is as good as nothing."""

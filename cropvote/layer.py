@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .calls import conclude, in_passes, plan_of, split_by
 from .errors import InputTypeError
 from .layouts import Layout, check_layout
-from .options import Output, Settings, conclude
-from .splitting import split_views
+from .options import EvalViews, Output, Settings
 from .views import Views
 from .voting import How
 
@@ -29,6 +29,9 @@ class CropVote(nn.Module):
         vote: the rule, see :func:`vote`.
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
+        train_views: so many views, drawn anew for every batch in training mode; ``None`` for all.
+        eval_views: the views of eval mode: indices, ``"centre"``, ``"centre+mirror"``, or ``None`` for all.
+        views_per_pass: run the tail on so many views at a time in eval mode: the same vote in less memory.
         layout: where the map's height and width are: ``"NCHW"``, ``"NHWC"`` or :class:`Tokens`.
 
     Shape:
@@ -62,6 +65,9 @@ class CropVote(nn.Module):
         vote: How = "soft",
         train_output: Output = "views",
         eval_output: Output = "vote",
+        train_views: int | None = None,
+        eval_views: EvalViews = None,
+        views_per_pass: int | None = None,
         layout: Layout = "NCHW",
     ) -> None:
         super().__init__()
@@ -70,13 +76,24 @@ class CropVote(nn.Module):
         check_layout(layout)
         self.tail = tail
         self.layout = layout
-        self.settings = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
+        self.settings = Settings(
+            views=views,
+            vote=vote,
+            train_output=train_output,
+            eval_output=eval_output,
+            train_views=train_views,
+            eval_views=eval_views,
+            views_per_pass=views_per_pass,
+        )
 
     def forward(self, x: Tensor) -> Any:
         if not self.settings.enabled:
             return self.tail(x)
-        rows = self.tail(split_views(x, self.settings.views, layout=self.layout))
-        return conclude(rows, x.shape[0], self.settings, self.training)
+        plan = plan_of(self.settings, self.training)
+        if plan.per_pass is not None:
+            return in_passes(plan, self.settings, x.shape[0], lambda _, part: self.tail(split_by(part, x, self.layout)))
+        rows = self.tail(split_by(plan, x, self.layout))
+        return conclude(plan, rows, x.shape[0], self.settings)
 
     def extra_repr(self) -> str:
         return repr(self.settings)

@@ -1,20 +1,19 @@
-"""The settings that the layer and the surgery share, and what they make of the tail's rows."""
+"""The settings that the layer and the surgery share."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from torch import Tensor
-
-from .errors import InputTypeError, OptionError, RowsError
-from .outputs import Place, map_tensors, prediction_places
-from .views import Views, ten_crop
-from .voting import How, check_rule, vote
+from .errors import InputTypeError, OptionError
+from .views import CENTRE, Views, ten_crop
+from .voting import How, check_rule
 
 __all__ = ["Settings"]
 
 Output = Literal["views", "vote"]
+EvalViews = Sequence[int] | Literal["centre", "centre+mirror"] | None
 
 
 class Settings:
@@ -25,6 +24,13 @@ class Settings:
         vote: the rule of the vote, see :func:`vote`.
         train_output: ``"views"`` (a row per view) or ``"vote"`` (a row per sample) in training mode.
         eval_output: the same in eval mode.
+        train_views: so many of the views, drawn anew for every batch in training mode; ``None`` for all. They are drawn
+            from PyTorch's global random numbers and the process's rank, so that a checkpoint's second run draws
+            the same, and no two processes need to.
+        eval_views: in eval mode only these views are cut, run and voted over: their indices, ``"centre"``,
+            ``"centre+mirror"``, or ``None`` for all. A model trained with all its views may vote with a few.
+        views_per_pass: in eval mode the tail runs on so many views at a time: the same vote in less memory. In an
+            injected model the front's modules then run once more for each pass, on the first image alone.
         enabled: ``False`` runs the plain network: no split, no vote.
 
     Raises:
@@ -44,7 +50,11 @@ class Settings:
     vote: How
     train_output: Output
     eval_output: Output
+    train_views: int | None
+    eval_views: EvalViews
+    views_per_pass: int | None
     enabled: bool
+    _evaluated: Views  # those of eval mode
 
     def __init__(
         self,
@@ -53,6 +63,9 @@ class Settings:
         vote: How = "soft",
         train_output: Output = "views",
         eval_output: Output = "vote",
+        train_views: int | None = None,
+        eval_views: EvalViews = None,
+        views_per_pass: int | None = None,
         enabled: bool = True,
     ) -> None:
         fields = {
@@ -60,29 +73,42 @@ class Settings:
             "vote": vote,
             "train_output": train_output,
             "eval_output": eval_output,
+            "train_views": train_views,
+            "eval_views": eval_views,
+            "views_per_pass": views_per_pass,
             "enabled": enabled,
         }
+        self._take(fields)
+
+    def _take(self, fields: dict[str, Any]) -> None:
         _check(fields)
+        indices = eval_indices(fields["views"], fields["eval_views"])
+        if not isinstance(fields["eval_views"], (str, type(None))):
+            fields["eval_views"] = indices
         self.__dict__.update(fields)
+        self.__dict__["_evaluated"] = fields["views"] if fields["eval_views"] is None else fields["views"].take(indices)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.__dict__:
-            near = difflib.get_close_matches(name, self.__dict__, n=1)
+        fields = self._fields()
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise OptionError(f"there is no setting {name!r}; there are {', '.join(self.__dict__)}.{hint}")
+            raise OptionError(f"there is no setting {name!r}; there are {', '.join(fields)}.{hint}")
         if name == "views":
             raise OptionError(
                 "views are fixed: remove_crop_vote(model) and inject_crop_vote(model, ..., views=...) again, or make a "
                 "new CropVote(tail, views=...), so that they are checked."
             )
-        _check({**self.__dict__, name: value})
-        self.__dict__[name] = value
+        self._take({**fields, name: value})
 
     def __delattr__(self, name: str) -> None:
         raise OptionError(f"settings cannot be deleted ({name!r}): assign another value.")
 
     def __repr__(self) -> str:
-        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
 
 def _check(fields: dict[str, Any]) -> None:
@@ -94,6 +120,14 @@ def _check(fields: dict[str, Any]) -> None:
             raise OptionError(f"{name} must be one of {get_args(Output)}, got {fields[name]!r}.")
     if not isinstance(fields["enabled"], bool):
         raise InputTypeError(f"enabled must be True or False, got {fields['enabled']!r}.")
+    for name, most in (("train_views", len(fields["views"])), ("views_per_pass", None)):
+        value = fields[name]
+        if value is None:
+            continue
+        if type(value) is not int:
+            raise InputTypeError(f"{name} must be a whole number of views or None, got {value!r}.")
+        if value < 1 or (most is not None and value > most):
+            raise OptionError(f"{name} must be at least 1{f' and at most {most}' if most else ''}, got {value}.")
     if fields["vote"] == "hard" and fields["train_output"] == "vote":
         raise OptionError(
             'vote="hard" with train_output="vote": a loss on a hard vote has no useful gradient. Train on every view '
@@ -101,33 +135,34 @@ def _check(fields: dict[str, Any]) -> None:
         )
 
 
-def conclude(output: Any, samples: int, settings: Settings, training: bool) -> Any:
-    """The network's output with the vote in place of its predictions, after checking that they are one row per view.
+def eval_indices(views: Views, asked: EvalViews) -> tuple[int, ...]:
+    """The indices, ascending, of the views that ``eval_views`` asks for.
 
-    An output that stays one row per sample beside the main one (an auxiliary head in front of the site) is left alone,
-    as is all that is no prediction.
+    Raises:
+        OptionError: an index outside the views, one given twice, none at all, or a name without such a view.
+        InputTypeError: neither a name nor whole numbers.
     """
-    places = prediction_places(output)
-    voted = (settings.train_output if training else settings.eval_output) == "vote"
-
-    def finish(place: Place, rows: Tensor) -> Tensor:
-        if place not in places or (place != places[0] and rows.shape[0] == samples and len(settings.views) > 1):
-            return rows
-        _check_rows(rows, samples, len(settings.views))
-        return vote(rows, len(settings.views), settings.vote) if voted else rows
-
-    return map_tensors(finish, output)
-
-
-def _check_rows(rows: Tensor, samples: int, count: int) -> None:
-    if rows.dim() != 2:
-        raise RowsError(
-            f"the network returned shape {tuple(rows.shape)} for {samples} samples of {count} views; "
-            f"cropvote votes over one row of K outputs per view, ({samples * count}, K)."
+    if asked is None:
+        return tuple(range(len(views)))
+    if isinstance(asked, str):  # str is a Sequence, too
+        if asked not in NAMED:
+            raise OptionError(f"eval_views must be indices, one of {tuple(NAMED)}, or None, got {asked!r}.")
+        centred = {view.mirror: i for i, view in enumerate(views) if view[:2] == CENTRE and view.turns % 4 == 0}
+        missing = [name for mirror, name in NAMED[asked] if mirror not in centred]
+        if missing:
+            raise OptionError(f"eval_views={asked!r}, but {views!r} holds no {missing[0]}: give indices.")
+        return tuple(sorted(centred[mirror] for mirror, _ in NAMED[asked]))
+    indices = [i for i in asked if type(i) is int] if isinstance(asked, Sequence) else []
+    if not isinstance(asked, Sequence) or len(indices) < len(asked):
+        raise InputTypeError(f"eval_views must be whole numbers, one of {tuple(NAMED)}, or None, got {asked!r}.")
+    if not indices or len(set(indices)) < len(indices) or min(indices) < 0 or max(indices) >= len(views):
+        raise OptionError(
+            f"eval_views must be different indices from 0 to {len(views) - 1}, at least one, got {list(asked)}."
         )
-    if rows.shape[0] != samples * count:
-        raise RowsError(
-            f"the network returned {rows.shape[0]} rows for {samples} samples of {count} views: expected "
-            f"{samples * count}, a sample's views adjacent. The split did not run exactly once in this call: was the "
-            f"site replaced, skipped or called again since the model was checked?"
-        )
+    return tuple(sorted(indices))
+
+
+NAMED = {
+    "centre": [(False, "centred view")],
+    "centre+mirror": [(False, "centred view"), (True, "mirrored centred view")],
+}

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checks import Injection, first_tensor, parameters_of
+from .calls import Plan, conclude, following, in_passes, is_steered, plan_of, split_by
+from .checks import Injection, first_tensor, is_traced, parameters_of
 from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
-from .fakes import example_of, map_first_tensor
+from .fakes import example_of, map_first_tensor, tensors_in
 from .layer import CropVote
 from .layouts import Layout, check_layout
-from .options import Output, Settings, conclude
+from .options import EvalViews, Output, Settings
 from .probe import check_site
-from .splitting import split_views
 from .swapping import check_restorable, own_forward, restore_forward, swap_forward
 from .views import Views
 from .voting import How
@@ -37,6 +37,9 @@ def inject_crop_vote(
     input_size: int | tuple[int, ...] | None = None,
     train_output: Output = "views",
     eval_output: Output = "vote",
+    train_views: int | None = None,
+    eval_views: EvalViews = None,
+    views_per_pass: int | None = None,
     layout: Layout | None = None,
 ) -> Model:
     """Split the map behind a module of ``model`` into views, and vote over the views' predictions. In place.
@@ -63,6 +66,9 @@ def inject_crop_vote(
         input_size: the images' size: a side, (H, W), or (C, H, W).
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
+        train_views: so many views, drawn anew for every batch in training mode, see :class:`Settings`.
+        eval_views: the views of eval mode, which alone are computed, see :class:`Settings`.
+        views_per_pass: run the network behind the site on so many views at a time in eval mode.
         layout: where the height and width of the site's map are, "NCHW", "NHWC" or :class:`Tokens`; by default what
             the check finds, or for tokens what the model says of them.
 
@@ -90,7 +96,15 @@ def inject_crop_vote(
     """
     _check_model(model)
     _check_name(model, after)
-    options = Settings(views=views, vote=vote, train_output=train_output, eval_output=eval_output)
+    options = Settings(
+        views=views,
+        vote=vote,
+        train_output=train_output,
+        eval_output=eval_output,
+        train_views=train_views,
+        eval_views=eval_views,
+        views_per_pass=views_per_pass,
+    )
     if layout is not None:
         check_layout(layout)
     injection = Injection(after, layout, options, parameters_of(model))
@@ -112,6 +126,7 @@ def inject_crop_vote(
             raise
         vars(holder)["_cropvote_split"] = injection
     vars(model)["_cropvote"] = injection
+    injection.adopt(model)
     return model
 
 
@@ -139,7 +154,7 @@ def remove_crop_vote(model: Model) -> Model:
         raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
     injection = _injection(model)
     if injection is None:
-        wrapped = _unwrap(model)
+        wrapped = unwrap(model)
         if wrapped is not model and _injection(wrapped) is not None:
             raise SurgeryError(f"{type(model).__name__} wraps the injected model: pass the model inside it.")
         inner = _injected_inside(model)
@@ -178,7 +193,7 @@ def settings(model: nn.Module) -> Settings:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"settings takes an injected model or a CropVote layer, got {type(model).__name__}.")
-    found = _unwrap(model)
+    found = unwrap(model)
     if isinstance(found, CropVote):
         return found.settings
     injection = _injection(found)
@@ -202,26 +217,62 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
     samples = first_tensor(args, kwargs).shape[0]
     if injection.failure or not injection.is_checked(module.training, args, kwargs):
         injection.check_call(module, args, kwargs)
+    plan = plan_of(injection.settings, injection.training(module))
+    if plan.per_pass is not None:
+        return _in_passes(module, base, args, kwargs, injection, plan)
     if injection.site == INPUT:
-        args, kwargs = map_first_tensor(lambda x: _split(x, injection), args, kwargs)
-    rows = base.forward(module, *args, **kwargs)
-    return conclude(rows, samples, injection.settings, module.training)
+        args, kwargs = map_first_tensor(lambda x: _split(x, injection, plan), args, kwargs)
+    if is_steered(injection.settings, injection):  # a call of the model inside this one is a call of its own
+        with following({injection.settings: None, injection: plan}):
+            rows = base.forward(module, *args, **kwargs)
+    else:
+        rows = base.forward(module, *args, **kwargs)
+    return conclude(plan, rows, samples, injection.settings)
+
+
+def _in_passes(
+    module: nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], injection: Injection, plan: Plan
+) -> Any:
+    """The forward once with the first views, then for each pass with the first image alone: the split keeps the map."""
+    if is_traced():
+        raise SurgeryError("views_per_pass runs a model several times, which cannot be recorded: set it to None first.")
+    tensors = tensors_in((args, kwargs))
+    if len(tensors) != 1:
+        raise SurgeryError(
+            f"views_per_pass runs the network behind the site again, which cannot be done for a call with "
+            f"{len(tensors)} tensors: set it to None."
+        )
+
+    def run(i: int, part: Plan) -> Any:
+        change = (lambda x: _split(x, injection, part)) if injection.site == INPUT else (lambda x: x[:1] if i else x)
+        found, named = map_first_tensor(change, args, kwargs)
+        with following({injection.settings: None, injection: part}):
+            return base.forward(module, *found, **named)
+
+    return in_passes(plan, injection.settings, tensors[0].shape[0], run)
 
 
 def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of the module that carries the split."""
-    x = base.forward(module, *args, **kwargs)
     injection: Injection | None = getattr(module, "_cropvote_split", None)
-    return x if injection is None or not injection.settings.enabled else _split(x, injection)
+    if injection is None or not injection.settings.enabled:
+        return base.forward(module, *args, **kwargs)
+    plan = plan_of(injection.settings, injection.training(module), split=injection)
+    if plan.front:
+        return _split(plan.front[0], injection, plan)
+    x = base.forward(module, *args, **kwargs)
+    if plan.front is not None:
+        plan.front.append(x)
+    return _split(x, injection, plan)
 
 
-def _split(x: Tensor, injection: Injection) -> Tensor:
+def _split(x: Tensor, injection: Injection, plan: Plan) -> Tensor:
     if injection.layout is None:
         raise SurgeryError(
             f"the site {injection.site!r} was not yet checked, so where its channels are is not known: call the model "
             f"itself once, or pass input_size= to inject_crop_vote."
         )
-    return split_views(x, injection.settings.views, layout=injection.layout)
+    return split_by(plan, x, injection.layout)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -288,7 +339,8 @@ def _injected_inside(model: nn.Module) -> str:
     return next((name for name, m in model.named_modules() if name and any(mark in vars(m) for mark in MARKS)), "")
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel or a compiled wrapper."""
     while True:
         if isinstance(model, WRAPPERS):
             model = model.module

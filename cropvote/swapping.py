@@ -24,6 +24,9 @@ __all__: list[str] = []
 #: (module, the class whose forward is the plain one, *args, **kwargs) -> output; pickle finds it by its name.
 Forward = Callable[..., Any]
 
+#: The mark of the model that votes; the other marks are those of modules inside it.
+ROOT = "_cropvote"
+
 _classes: WeakValueDictionary[tuple[type, Forward], type] = WeakValueDictionary()
 
 
@@ -84,9 +87,9 @@ def _subclass(base: type, forward: Forward) -> type:
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         twin = plain.__deepcopy__(self, memo)
         if twin is not self:
-            vars(twin).update(copy.deepcopy(_marks(self), memo))
             if vars(type(twin)).get("_cropvote_base") is None:
                 swap_forward(twin, forward)
+            _mark(twin, copy.deepcopy(_marks(self), memo))
         return twin
 
     body: dict[str, Any] = {
@@ -115,8 +118,14 @@ def _rebuild(
 ) -> nn.Module:
     module = function(*args)
     swap_forward(module, forward)
-    vars(module).update(marks)
+    _mark(module, marks)
     return module
+
+
+def _mark(module: nn.Module, marks: dict[str, Any]) -> None:
+    vars(module).update(marks)
+    if ROOT in marks:
+        marks[ROOT].adopt(module)
 
 
 def own_forward(module: nn.Module) -> str | None:

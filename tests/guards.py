@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cropvote import (
+    calls,
     checks,
     fakes,
     layouts,
@@ -34,7 +35,7 @@ def batch_of_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(options, "_check_rows", lambda *_: None)
+    patch.setattr(calls, "_check_rows", lambda *_: None)
 
 
 def no_carrier(patch: pytest.MonkeyPatch) -> None:
@@ -79,7 +80,8 @@ def by_hooks(patch: pytest.MonkeyPatch) -> None:
             if forward is surgery._split_forward:
                 return forward(module, Base, output)
             injection = module._cropvote
-            return options.conclude(output, args[0].shape[0], injection.settings, module.training)
+            plan = calls.plan_of(injection.settings, module.training)
+            return calls.conclude(plan, output, args[0].shape[0], injection.settings)
 
         module.register_forward_hook(run)
 
@@ -97,12 +99,19 @@ def shared_settings(patch: pytest.MonkeyPatch) -> None:
 
 def rows_in_an_attribute(patch: pytest.MonkeyPatch) -> None:
     """The number of samples kept in the model instead of in the call."""
-    conclude = options.conclude
 
     def forward(module: nn.Module, base: type, *args: object, **kwargs: object) -> object:
         injection = module._cropvote
         injection.samples = args[0].shape[0]
         output = base.forward(module, *args, **kwargs)
-        return conclude(output, injection.samples, injection.settings, module.training)
+        plan = calls.plan_of(injection.settings, module.training)
+        return calls.conclude(plan, output, injection.samples, injection.settings)
 
     patch.setattr(surgery, "_vote_forward", forward)
+
+
+def one_plan_for_all(patch: pytest.MonkeyPatch) -> None:
+    """What a call was asked to do holds for the calls inside it as well."""
+    following = calls.following
+    patch.setattr(surgery, "following", lambda plans: following({key: plan for key, plan in plans.items() if plan}))
+    patch.setattr(surgery, "is_steered", lambda *_: False)

@@ -21,12 +21,13 @@ from cropvote import (
     CropVoteError,
     CropVoteLoss,
     Views,
+    calls,
     checks,
     hflip,
     inject_crop_vote,
     layouts,
-    options,
     outputs,
+    per_view,
     settings,
     swapping,
     trials,
@@ -316,7 +317,7 @@ def first_rows(patch: pytest.MonkeyPatch) -> None:
         rows = [place for place, x in outputs.tensors_of(output) if x.dim() == 2]
         return rows[:1]
 
-    patch.setattr(options, "prediction_places", guess)
+    patch.setattr(calls, "prediction_places", guess)
     patch.setattr(walk, "prediction_places", guess)
 
 
@@ -423,20 +424,23 @@ def guarded(model: nn.Module, batch: Tensor) -> Tensor:
         return torch.zeros(0)
 
 
+class Asking(networks.Net):
+    """It is called for a vote while its own forward runs."""
+
+    asked = False
+    heard: list = []  # noqa: RUF012
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.asked:
+            self.asked = True
+            vote = self(x[:2])
+            self.heard.append(tuple(vote.shape))
+            self.asked = False
+        return super().forward(x)
+
+
 @hazard("a vote in the middle of a training step", "state of a call is in the call", guards.rows_in_an_attribute)
 def _() -> None:
-    """The model is called for a vote while its own forward runs."""
-
-    class Asking(networks.Net):
-        asked = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            if not self.asked:
-                self.asked = True
-                self(x[:2])
-                self.asked = False
-            return super().forward(x)
-
     model = Asking().eval()
     inject_crop_vote(model, after="input", views=hflip())
     model._cropvote.checked = frozenset({(False, (("x", checks.TENSOR),))})
@@ -452,6 +456,29 @@ def _() -> None:
     twin = copy.deepcopy(model)
     settings(twin).enabled = False
     table.agree(model(IMAGES), table.expected(10))
+
+
+@hazard("a vote inside a call that gives every view", "each call has its own plan", guards.one_plan_for_all)
+def _() -> None:
+    shapes: list[tuple[int, ...]] = []
+    model = Asking().eval()
+    inject_crop_vote(model, after="front", views_per_pass=3)
+    model.asked = True
+    model(IMAGES)  # checked, without a call inside
+    model.asked, model.heard = False, shapes
+    found = per_view(model, IMAGES)
+    assert found.shape == (10, 10, 7)
+    assert shapes == [(2, 7), (1, 7), (1, 7), (1, 7)], shapes  # a vote inside each pass
+
+
+@hazard("a stage in another mode than its model", "the root's mode decides", lambda patch: patch.setattr(
+    checks.Injection, "training", lambda injection, module: module.training))  # fmt: skip
+def _() -> None:
+    model = table.voting(eval_views=[4, 9], train_views=2, eval_output="views")
+    for module in (model.layer2, *model.layer2):
+        module.training = True
+    rows = oracle.tail_rows(networks.fer(), "layer2", IMAGES)[:, [4, 9]]
+    table.agree(model(IMAGES), oracle.sample_major(list(rows.unbind(1))))
 
 
 @hazard("labels that do not match the rows", "the loss repeats them in the rows' order", lambda patch: patch.setattr(

@@ -26,8 +26,10 @@ ORDER = [
     "layouts",
     "splitting",
     "voting",
+    "uncertainty",
     "outputs",
     "options",
+    "calls",
     "layer",
     "swapping",
     "fakes",
@@ -36,6 +38,7 @@ ORDER = [
     "probe",
     "checks",
     "surgery",
+    "reading",
 ]
 
 

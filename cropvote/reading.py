@@ -1,0 +1,75 @@
+"""Read what every view of an image says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Plan, following
+from .errors import OptionError, RowsError, SurgeryError
+from .layer import CropVote
+from .options import Settings
+from .outputs import describe, prediction_places, tensors_of
+from .splitting import part_views
+from .surgery import settings, unwrap
+
+__all__ = ["per_view"]
+
+
+def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Every view's logits, from one pass, in eval mode.
+
+    All the model's views are computed, whatever its ``eval_views`` and ``eval_output``; its settings stay as they are.
+    A compiled model runs without its compiler.
+
+    Args:
+        model: an injected model, a :class:`CropVote` layer, or a network that holds one such layer at its end.
+        args: the arguments of the model, such as the images.
+        kwargs: its keyword arguments.
+
+    Shape:
+        n c H W -> n v k
+
+    Returns:
+        The logits (N, V, K), views in the order of ``settings(model).views``; ``vote(logits.flatten(0, 1), V)`` is the
+        model's vote.
+
+    Raises:
+        SurgeryError: the model does not vote, holds several layers that do, or is in training mode.
+        OptionError: its settings say ``enabled=False``.
+        RowsError: what follows the layer does not keep one row of logits per view.
+
+    Example:
+        >>> import torch, torchvision
+        >>> from cropvote import agreement, inject_crop_vote, per_view
+        >>> model = inject_crop_vote(torchvision.models.resnet18(num_classes=7), after="layer1", input_size=64).eval()
+        >>> logits = per_view(model, torch.zeros(2, 3, 64, 64))
+        >>> logits.shape, agreement(logits).shape
+        (torch.Size([2, 10, 7]), torch.Size([2]))
+    """
+    model = unwrap(model) if isinstance(model, nn.Module) else model
+    found = _settings_in(model)
+    if model.training:
+        raise SurgeryError("per_view reads a model in eval mode, and this one is in training mode: model.eval() first.")
+    if not found.enabled:
+        raise OptionError("per_view reads a model that votes; this one's settings say enabled=False.")
+    plan = Plan(found.views, voted=False, per_pass=found.views_per_pass)
+    with following({found: plan}), torch.compiler.set_stance("force_eager"):  # compiled parts keep to the settings
+        output = model(*args, **kwargs)
+    rows = dict(tensors_of(output)).get(prediction_places(output)[0])
+    if rows is None or rows.dim() != 2 or rows.shape[0] % len(found.views):
+        raise RowsError(f"the model returned {describe(output)}, not one row of logits for each view, (N*V, K).")
+    return part_views(rows, len(found.views))
+
+
+def _settings_in(model: nn.Module) -> Settings:
+    """Those of the model, or of the one layer inside it."""
+    if isinstance(model, nn.Module) and "_cropvote" not in vars(model):
+        layers = [module for module in model.modules() if isinstance(module, CropVote)]
+        if len(layers) > 1:
+            raise SurgeryError(f"this {type(model).__name__} holds {len(layers)} CropVote layers: pass one of them.")
+        if layers:
+            return layers[0].settings
+    return settings(model)

@@ -1,0 +1,115 @@
+"""What the views say one by one: how far they agree, and how unsure they are. Pure functions of (N, V, K) logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import InputTypeError, RowsError
+
+__all__ = ["agreement", "mutual_information", "predictive_entropy"]
+
+
+def agreement(logits: Tensor) -> Tensor:
+    """The share of a sample's views that chose its most-chosen class.
+
+    Args:
+        logits: every view's logits, as :func:`per_view` gives them. A view whose highest logits are equal counts for
+            the first of them; one that holds NaN, for the first NaN.
+
+    Shape:
+        n v k -> n
+
+    Returns:
+        From 1 / min(V, K) or more to 1, all views of one opinion.
+
+    Raises:
+        RowsError: ``logits`` is not (N, V, K), or V or K is 0.
+        InputTypeError: ``logits`` is no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from cropvote import agreement
+        >>> agreement(torch.tensor([[[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]]))
+        tensor([0.7500])
+
+    Reference:
+        One minus Freeman's variation ratio: L. C. Freeman, Elementary Applied Statistics, 1965.
+    """
+    logits = _checked(logits)
+    chosen = logits.argmax(dim=2, keepdim=True)
+    return torch.zeros_like(logits).scatter(2, chosen, 1.0).mean(dim=1).amax(dim=1)
+
+
+def predictive_entropy(logits: Tensor) -> Tensor:
+    """The entropy, in nats, of the mean of the views' probabilities: all of a sample's uncertainty.
+
+    Args:
+        logits: every view's logits, as :func:`per_view` gives them.
+
+    Shape:
+        n v k -> n
+
+    Returns:
+        From 0 to log K.
+
+    Raises:
+        RowsError: ``logits`` is not (N, V, K), or V or K is 0.
+        InputTypeError: ``logits`` is no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from cropvote import predictive_entropy
+        >>> predictive_entropy(torch.zeros(1, 10, 7)).exp()
+        tensor([7.0000])
+
+    Reference:
+        H[E p] in Gal, Islam and Ghahramani, "Deep Bayesian active learning with image data", 2017, section 4.
+    """
+    return _entropy(_checked(logits).softmax(dim=2).mean(dim=1))
+
+
+def mutual_information(logits: Tensor) -> Tensor:
+    """How much of a sample's uncertainty is disagreement among its views, in nats (BALD).
+
+    The predictive entropy less the mean entropy of the views: 0 where every view says the same, however unsure.
+
+    Args:
+        logits: every view's logits, as :func:`per_view` gives them.
+
+    Shape:
+        n v k -> n
+
+    Returns:
+        From 0 to log min(V, K).
+
+    Raises:
+        RowsError: ``logits`` is not (N, V, K), or V or K is 0.
+        InputTypeError: ``logits`` is no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from cropvote import mutual_information
+        >>> opposite = torch.tensor([[[50.0, -50.0], [-50.0, 50.0]]])
+        >>> mutual_information(opposite).exp()
+        tensor([2.])
+
+    Reference:
+        Houlsby, Huszár, Ghahramani and Lengyel, "Bayesian active learning for classification and preference learning",
+        2011, equation 2, with the views in place of draws of the parameters.
+    """
+    probabilities = _checked(logits).softmax(dim=2)
+    return (_entropy(probabilities.mean(dim=1)) - _entropy(probabilities).mean(dim=1)).clamp(min=0)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(dim=-1)
+
+
+def _checked(logits: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputTypeError(f"expected a floating-point tensor of logits (N, V, K), got {kind}.")
+    if logits.dim() != 3 or 0 in logits.shape[1:]:
+        raise RowsError(f"expected the logits of every view, (N, V, K), as per_view gives, got {tuple(logits.shape)}.")
+    return logits if logits.dtype == torch.float64 else logits.float()

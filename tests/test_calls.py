@@ -1,0 +1,440 @@
+"""Some views in eval mode, a few at random in training, a few at a time; and the logits of each."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cropvote import (
+    CropVote,
+    CropVoteError,
+    CropVoteLoss,
+    Views,
+    hflip,
+    inject_crop_vote,
+    per_view,
+    settings,
+    vote,
+)
+from cropvote.calls import draw
+
+import networks
+import oracle
+
+IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
+
+
+def voting(site: str = "layer2", make=networks.fer, **options: object) -> nn.Module:
+    return inject_crop_vote(make(), after=site, input_size=48, **options)
+
+
+def layered(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    tail = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CropVote(tail, **options)).eval()
+
+
+def expected_rows(site: str = "layer2", make=networks.fer) -> torch.Tensor:
+    with torch.no_grad():
+        return oracle.tail_rows(make(), site, IMAGES)
+
+
+def counted(module: nn.Module) -> list[int]:
+    """The rows that each call of a module gives."""
+    found: list[int] = []
+    module.register_forward_hook(lambda module, args, output: found.append(output.shape[0]))
+    return found
+
+
+# ---- some views in eval mode -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["soft", "probs", "hard", "median"])
+@pytest.mark.parametrize(("asked", "columns"), [([4, 9], [4, 9]), ("centre", [4]), ((9, 0, 3), [0, 3, 9])])
+def test_some_views_vote_as_their_columns_do(how, asked, columns):
+    model = voting(vote=how, eval_views=asked)
+    logits = per_view(model, IMAGES)
+    assert torch.allclose(logits, expected_rows().float(), atol=1e-5)
+    assert torch.equal(model(IMAGES), vote(logits[:, columns].flatten(0, 1), len(columns), how=how))
+    wanted = oracle.vote(expected_rows()[:, columns], how)
+    assert torch.allclose(model(IMAGES).double(), wanted, atol=1e-5)
+
+
+def test_only_the_views_asked_for_are_computed():
+    model = voting(eval_views="centre+mirror")
+    front, tail = counted(model.layer1), counted(model.layer3)
+    model(IMAGES)
+    assert (front, tail) == ([3], [6])
+    settings(model).eval_views = [0, 1, 2]
+    assert settings(model).eval_views == (0, 1, 2)
+    model(IMAGES)
+    settings(model).eval_views = None
+    model(IMAGES)
+    assert tail == [6, 9, 30]
+    assert model.train()(IMAGES).shape == (30, 7)  # training has them all
+
+
+@pytest.mark.parametrize("site", ["input", "layer1", "layer3"])
+def test_some_views_at_any_site(site):
+    model = voting(site, eval_views=[4, 9], eval_output="views")
+    if site == "input":
+        views = [networks.fer()(oracle.ten_views(IMAGES)[i]) for i in (4, 9)]
+    else:
+        views = list(expected_rows(site)[:, [4, 9]].unbind(1))
+    assert torch.allclose(model(IMAGES), oracle.sample_major(views).float(), atol=1e-5)
+
+
+def test_a_layer_has_the_same_knobs():
+    model = layered()
+    logits = per_view(model, IMAGES)
+    settings(model[1]).eval_views = "centre+mirror"
+    assert torch.equal(model(IMAGES), logits[:, [4, 9]].mean(1))
+    assert torch.equal(per_view(model, IMAGES), logits)
+    assert torch.equal(layered(eval_views=[4, 9])(IMAGES), logits[:, [4, 9]].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eval_views": []}, r"different indices from 0 to 9, at least one, got \[\]"),
+        ({"eval_views": [4, 4]}, r"different indices .* got \[4, 4\]"),
+        ({"eval_views": [10]}, r"from 0 to 9"),
+        ({"eval_views": [-1]}, r"from 0 to 9"),
+        ({"eval_views": "center"}, r"one of \('centre', 'centre\+mirror'\), or None, got 'center'"),
+        ({"eval_views": [True]}, "must be whole numbers"),
+        ({"eval_views": 4}, "must be whole numbers"),
+        ({"train_views": 0}, "at least 1 and at most 10, got 0"),
+        ({"train_views": 11}, "at most 10, got 11"),
+        ({"train_views": 2.0}, "whole number of views or None"),
+        ({"views_per_pass": 0}, "at least 1, got 0"),
+        ({"views_per_pass": "2"}, "whole number of views or None"),
+    ],
+)
+def test_what_no_views_can_be(change, message):
+    model = voting()
+    ((name, value),) = change.items()
+    with pytest.raises(CropVoteError, match=message):
+        setattr(settings(model), name, value)
+    with pytest.raises(CropVoteError, match=message):
+        inject_crop_vote(networks.fer(), after="layer1", **change)
+    assert settings(model).eval_views is None
+
+
+def test_names_need_such_a_view():
+    with pytest.raises(CropVoteError, match=r"holds no mirrored centred view: give indices"):
+        voting(views=Views([(0.5, 0.5), (0, 0)]), eval_views="centre+mirror")
+    with pytest.raises(CropVoteError, match=r"holds no centred view"):
+        voting(views=Views([(0, 0), (1, 1)]), eval_views="centre")
+    assert voting(views=hflip(), eval_views="centre+mirror")(IMAGES).shape == (3, 7)
+
+
+@pytest.mark.parametrize("backend", ["compile", "export"])
+def test_some_views_compiled_and_exported(backend):
+    model = voting(eval_views=[4, 9])
+    wanted = expected_rows()[:, [4, 9]].mean(1).float()
+    if backend == "compile":
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+        assert torch.allclose(compiled(IMAGES), wanted, atol=1e-5)
+        settings(compiled).eval_views = "centre"
+        assert torch.allclose(compiled(IMAGES), expected_rows()[:, 4].float(), atol=1e-5)
+        assert per_view(compiled, IMAGES).shape == (3, 10, 7)
+    else:
+        batch = {0: torch.export.Dim("batch", min=1)}
+        program = torch.export.export(model, (IMAGES,), dynamic_shapes=(batch,)).module()
+        assert torch.allclose(program(IMAGES), wanted, atol=1e-5)
+        assert program(IMAGES[:1]).shape == (1, 7)
+
+
+# ---- whose mode decides ----------------------------------------------------------------------------------------------
+
+
+def test_the_roots_mode_decides_for_the_split_too():
+    """A frozen stage stands in eval mode inside a model in training, and the two have as many views."""
+    model = still(voting(eval_views=[4, 9], train_views=2, eval_output="views"))
+    every = expected_rows().float()
+    assert len({tuple(whose(model(IMAGES), every)[0]) for _ in range(12)}) > 3  # drawn, not the two of eval mode
+    model.training = False
+    for module in (model.layer2, *model.layer2):
+        module.training = True
+    rows = oracle.sample_major(list(expected_rows()[:, [4, 9]].unbind(1)))
+    assert torch.allclose(model(IMAGES), rows.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_follow_their_own_mode(duplicate):
+    model = voting(eval_views=[4, 9]).train()
+    twin = duplicate(model).eval()
+    assert twin(IMAGES).shape == (3, 7)
+    assert model(IMAGES).shape == (30, 7)
+    model.eval()
+    assert twin.train()(IMAGES).shape == (30, 7)
+    assert model(IMAGES).shape == (3, 7)
+
+
+def test_a_shallow_copy_in_another_mode_is_refused():
+    model = voting(eval_views=[4, 9], train_views=2)
+    twin = copy.copy(model)
+    assert torch.equal(twin(IMAGES), model(IMAGES))
+    twin.training = True
+    with pytest.raises(CropVoteError, match=r"shallow copy .* in different modes: use copy\.deepcopy"):
+        twin(IMAGES)
+
+
+def test_a_voting_model_is_freed_at_once():
+    gc.disable()
+    try:
+        model = voting()
+        gone = weakref.ref(model)
+        stage = model.layer2
+        del model
+        assert gone() is None
+        assert stage(torch.zeros(1, 8, 24, 24)).shape == (10, 16, 10, 10)  # a part alone goes by its own mode
+    finally:
+        gc.enable()
+
+
+# ---- a few views, drawn, in training ---------------------------------------------------------------------------------
+
+
+def whose(rows: torch.Tensor, every: torch.Tensor) -> list[list[int]]:
+    """Which views' logits these rows are: for each sample, the indices."""
+    parts = rows.unflatten(0, (len(every), -1))
+    near = (parts.unsqueeze(2) - every.unsqueeze(1)).abs().amax(3)
+    assert near.amin(2).max() < 1e-5
+    return near.argmin(2).tolist()
+
+
+def still(model: nn.Module) -> nn.Module:
+    model.eval()
+    model.training = True  # BatchNorm in eval mode, so that rows do not depend on the others
+    return model
+
+
+def test_a_few_views_are_drawn_for_each_batch():
+    model, every = still(voting(train_views=3)), expected_rows().float()
+    drawn = [whose(model(IMAGES), every) for _ in range(12)]
+    for views in drawn:
+        assert all(sample == views[0] for sample in views)  # one draw per batch
+        assert views[0] == sorted(set(views[0]))
+        assert len(views[0]) == 3
+    assert len({tuple(views[0]) for views in drawn}) > 6
+    torch.manual_seed(7)
+    first = model(IMAGES)
+    torch.manual_seed(7)
+    assert torch.equal(model(IMAGES), first)
+    model.eval()
+    assert torch.allclose(model(IMAGES), every.mean(1), atol=1e-5)  # all views vote
+
+
+def test_every_view_is_drawn_as_often():
+    torch.manual_seed(0)
+    counts = torch.zeros(10)
+    for _ in range(2000):
+        counts[draw(10, 3, CPU)] += 1
+    assert ((counts - 600) / (2000 * 0.3 * 0.7) ** 0.5).abs().max() < 4
+
+
+def test_processes_draw_their_own_and_stay_in_step(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    draws, states = [], []
+    for rank in range(16):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        draws.append(tuple(tuple(draw(10, 2, CPU).tolist()) for _ in range(4)))
+        states.append(torch.get_rng_state())
+    assert len(set(draws)) == 16
+    assert all(torch.equal(state, states[0]) for state in states)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("part", ["layer2", "all"])
+def test_a_checkpoint_draws_the_same_again(reentrant, part):
+    def gradients(checkpointed: bool) -> torch.Tensor:
+        model = still(voting(train_views=2))
+        if checkpointed and part == "layer2":
+            kind, stage = type(model.layer2), model.layer2
+            plain = stage.forward
+            stage.forward = lambda x: checkpoint(plain, x, use_reentrant=reentrant)
+            assert type(stage) is kind
+        torch.manual_seed(3)
+        images = IMAGES.clone().requires_grad_()
+        run = (lambda x: checkpoint(model, x, use_reentrant=reentrant)) if checkpointed and part == "all" else model
+        CropVoteLoss(nn.CrossEntropyLoss())(run(images), torch.tensor([0, 1, 2])).backward()
+        return torch.cat([images.grad.flatten(), model.layer2[0].conv1.weight.grad.flatten()])
+
+    assert torch.allclose(gradients(True), gradients(False), atol=1e-7)
+
+
+@pytest.mark.parametrize("strict", [None, False, True])
+def test_a_few_views_compiled_and_exported(strict):
+    model, every = still(voting(train_views=3)), expected_rows().float()
+    if strict is None:
+        run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    else:
+        run = torch.export.export(model, (IMAGES,), strict=strict).module()
+    drawn = [whose(run(IMAGES), every) for _ in range(8)]
+    assert all(sample == views[0] for views in drawn for sample in views)
+    assert len({tuple(views[0]) for views in drawn}) > 2
+    assert all(views[0] == sorted(set(views[0])) for views in drawn)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_draw_cannot_be_traced():
+    with pytest.raises(CropVoteError, match="train_views draws views at random"):
+        torch.jit.trace(still(voting(train_views=2)), IMAGES, check_trace=False)
+
+
+# ---- a few views at a time -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["input", "layer1", "layer3"])
+@pytest.mark.parametrize("how", ["soft", "hard", "median"])
+@pytest.mark.parametrize("step", [1, 3, 10, 50])
+def test_passes_give_what_one_pass_gives(site, how, step):
+    model = voting(site, vote=how)
+    with torch.no_grad():
+        whole = model(IMAGES)
+        settings(model).views_per_pass = step
+        tail = counted(model.layer4)
+        assert torch.allclose(model(IMAGES), whole, atol=1e-6)
+        assert max(tail) <= 3 * step
+        assert sum(tail) == 30
+        assert torch.allclose(model(IMAGES[:1]), whole[:1], atol=1e-6)
+        assert model(IMAGES[:0]).shape == (0, 7)
+
+
+def test_the_front_runs_once_on_all_images():
+    model = voting(views_per_pass=4)
+    front, carrier = counted(model.layer1), counted(model.layer2[-1].conv2)
+    model(IMAGES)
+    assert front == [3, 1, 1]
+    assert carrier == [3]
+    assert model.train()(IMAGES).shape == (30, 7)  # training has one pass
+    assert front[3:] == [3]
+
+
+def test_passes_of_some_views_and_of_each_ones_logits():
+    model = voting(views_per_pass=2, eval_views=[0, 4, 9])
+    every = expected_rows()
+    assert torch.allclose(model(IMAGES), every[:, [0, 4, 9]].mean(1).float(), atol=1e-6)
+    assert torch.allclose(per_view(model, IMAGES), every.float(), atol=1e-6)
+    settings(model).eval_output = "views"
+    rows = oracle.sample_major(list(every[:, [0, 4, 9]].unbind(1)))
+    assert torch.allclose(model(IMAGES), rows.float(), atol=1e-6)
+
+
+def test_a_layer_in_passes():
+    whole = layered()(IMAGES)
+    model = layered(views_per_pass=3)
+    tail = counted(model[1].tail)
+    assert torch.allclose(model(IMAGES), whole, atol=1e-6)
+    assert tail == [9, 9, 9, 3]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(IMAGES), whole, atol=1e-6)
+
+
+def test_passes_have_gradients():
+    def gradient(**options: object) -> torch.Tensor:
+        images = IMAGES.clone().requires_grad_()
+        voting(**options)(images).square().sum().backward()
+        return images.grad
+
+    assert torch.allclose(gradient(views_per_pass=3), gradient(), atol=1e-6)
+
+
+class Two(networks.Net):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.head(self.act(self.site(self.front(x)))) * scale
+
+
+class Features(networks.Net):
+    def forward(self, x: torch.Tensor) -> dict:
+        x = self.act(self.site(self.front(x)))
+        return {"logits": self.head(x), "map": x}
+
+
+def test_passes_that_cannot_be_are_refused():
+    model = inject_crop_vote(Two().eval(), after="front", views_per_pass=2)
+    with pytest.raises(CropVoteError, match=r"cannot be done for a call with 2 tensors: set it to None"):
+        model(IMAGES, torch.tensor(2.0))
+    model = inject_crop_vote(Features().eval(), after="front", views_per_pass=2, input_size=48)
+    with pytest.raises(CropVoteError, match=r"puts together the rows of one tensor of predictions: set it to None"):
+        model(IMAGES)
+    model = voting(views_per_pass=2)
+    with pytest.raises(Exception, match="views_per_pass runs a model several times, which cannot be recorded"):
+        torch.compile(model, fullgraph=True, backend="eager")(IMAGES)
+    with pytest.raises(Exception, match="views_per_pass runs a model several times, which cannot be recorded"):
+        torch.export.export(model, (IMAGES,))
+    settings(model).views_per_pass = None
+    assert torch.export.export(model, (IMAGES,)).module()(IMAGES).shape == (3, 7)
+
+
+def test_passes_of_tokens():
+    model = inject_crop_vote(networks.tokens(), after="blocks.0", input_size=48)
+    whole = model(IMAGES)
+    settings(model).views_per_pass = 3
+    assert torch.allclose(model(IMAGES), whole, atol=1e-6)
+
+
+# ---- each view's logits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", ["none", "compile", "compiled in place", "DataParallel"])
+def test_per_view_looks_inside_wrappers_and_leaves_the_settings(wrap):
+    model = voting(eval_views="centre", eval_output="vote", vote="hard")
+    wrapped = model
+    if wrap == "compile":
+        wrapped = torch.compile(model, backend="eager")
+        wrapped(IMAGES)
+    elif wrap == "compiled in place":
+        model.compile(backend="eager")
+        model(IMAGES)
+    elif wrap == "DataParallel":
+        wrapped = nn.DataParallel(model)
+    before = repr(settings(model))
+    assert torch.allclose(per_view(wrapped, IMAGES), expected_rows().float(), atol=1e-5)
+    assert repr(settings(model)) == before
+    assert torch.allclose(wrapped(IMAGES), oracle.vote(expected_rows()[:, [4]], "hard").float(), atol=1e-5)
+
+
+def test_per_view_of_a_dataclass():
+    model = inject_crop_vote(networks.hf_resnet(), after="resnet.encoder.stages.0", input_size=48)
+    logits = per_view(model, pixel_values=IMAGES)
+    assert logits.shape == (3, 10, 7)
+    assert torch.allclose(logits.mean(1), model(IMAGES).logits, atol=1e-6)
+
+
+def test_per_view_that_cannot_be():
+    model = voting()
+    with pytest.raises(CropVoteError, match=r"in training mode: model\.eval\(\) first"):
+        per_view(model.train(), IMAGES)
+    settings(model.eval()).enabled = False
+    with pytest.raises(CropVoteError, match="enabled=False"):
+        per_view(model, IMAGES)
+    with pytest.raises(CropVoteError, match="neither injected nor a CropVote layer"):
+        per_view(networks.fer(), IMAGES)
+    with pytest.raises(CropVoteError, match="holds 2 CropVote layers"):
+        per_view(nn.ModuleList([layered(), layered()]).eval(), IMAGES)
+    with pytest.raises(CropVoteError, match="settings takes an injected model"):
+        per_view(3, IMAGES)
+    after = nn.Sequential(layered(), nn.Flatten(0)).eval()
+    with pytest.raises(CropVoteError, match=r"not one row of logits for each view"):
+        per_view(after, IMAGES)
+
+
+def test_per_view_of_a_checkpointed_timm_model():
+    model = timm.create_model("resnet18", num_classes=7).eval()
+    inject_crop_vote(model, after="layer2", input_size=48)
+    wanted = per_view(model, IMAGES)
+    model.set_grad_checkpointing(True)
+    assert torch.allclose(per_view(model, IMAGES), wanted, atol=1e-6)
