@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -76,10 +78,8 @@ class Injection:
         for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
             if isinstance(value, Tensor):
                 found.append((name, TENSOR))
-            elif not isinstance(value, FLAGS):
-                found.append((name, type(value).__name__))
-            elif value != self.parameters.get(name, TENSOR):
-                found.append((name, bool(value) if isinstance(value, float) else value))
+            elif not isinstance(value, FLAGS) or value != self.parameters.get(name, TENSOR):
+                found.append((name, _kind(value)))
         return tuple(found)
 
     def mark(self, modes: frozenset[bool], arguments: Arguments, size: tuple[int, ...]) -> None:
@@ -89,7 +89,7 @@ class Injection:
         self.sizes |= {(call, tuple(size)) for call in calls}
 
     def is_checked(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether such a call was checked; for a single image, which broadcasts, also at this size."""
+        """Whether such a call was checked; for one image or one view also at this size."""
         call = (training, self.arguments(args, kwargs))
         if call not in self.checked:
             return False
@@ -100,7 +100,8 @@ class Injection:
             known = [shape for kind, shape in self.sizes if kind == call]
             # one by one, since a compiler's sizes are symbols
             return any(all(m == n for m, n in zip(shape, first.shape[1:], strict=True)) for shape in known)
-        return is_traced() or first.shape[0] != 1 or (call, tuple(first.shape[1:])) in self.sizes
+        broadcasts = first.shape[0] == 1 or self.settings.rows(training) == 1  # or a split that did not run hides
+        return is_traced() or not broadcasts or (call, tuple(first.shape[1:])) in self.sizes
 
     def check_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the site with the shapes of a real call; the mark is kept by copies.
@@ -131,7 +132,8 @@ class Injection:
             known = self.stated if isinstance(self.layout, Tokens) else self.layout
             modes, layout = check_site(model, self.site, self.settings.views, known, example)
         except SiteError as error:
-            if len(arguments) == 1:  # else another argument's first axis may have the batch's length by chance
+            # of several arguments, another's first axis may have the batch's length by chance
+            if len(arguments) == 1 and not self.checked:
                 self.failure = str(error)
             raise
         if self.layout not in (None, layout):
@@ -143,6 +145,21 @@ class Injection:
         tensors = sum(kind == TENSOR for _, kind in arguments)
         if tensors == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
             self.mark(modes, arguments, tuple(image))
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument may open a path: a flag's value, whether a number is 0, what a container holds."""
+    if isinstance(value, Tensor):
+        return TENSOR
+    if isinstance(value, float):
+        return bool(value)
+    if isinstance(value, (*FLAGS, Enum)):
+        return value
+    if isinstance(value, Mapping):
+        return tuple((key, _kind(item)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(_kind(item) for item in value)
+    return type(value).__name__
 
 
 def parameters_of(model: nn.Module) -> dict[str, Any]:

@@ -8,18 +8,21 @@ import logging
 import random
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import InputTypeError, OptionError, PlainModelError, SurgeryError
+from .swapping import is_swapped, restore_forward
 
 __all__: list[str] = []
 
@@ -36,6 +39,7 @@ class Example(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    channels_first: bool = False  # known of the image, since an input size is (C, H, W)
 
 
 class Spec:
@@ -54,7 +58,7 @@ def example_of(model: nn.Module, input_size: int | tuple[int, ...] | None) -> Ex
     if size is None:
         return None
     tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return Example((Spec((-1, *size), tensor.dtype, tensor.device),), {})
+    return Example((Spec((-1, *size), tensor.dtype, tensor.device),), {}, channels_first=True)
 
 
 def example_from_call(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Example:
@@ -104,6 +108,7 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
     with _LOCK:
         made = Paths.made = []
         with _putting_back(), ExitStack() as stack:
+            stack.enter_context(_disable_current_modes())  # a counter of operations around the call, say
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -111,20 +116,43 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
                 fake = _copy(model)
             if "_cropvote" in vars(fake):  # an injected model is looked at as it was; the settings are the copy's own
                 vars(fake)["_cropvote"].settings.enabled = False
+                for module in fake.modules():
+                    if is_swapped(module):
+                        restore_forward(module)
             stack.enter_context(mode)
-            result = function(fake)
+            try:
+                result = function(fake)
+            except Exception as error:
+                del fake
+                _drop_frames(error)
+                _check_nothing_kept(made, type(model).__name__)
+                raise
         del fake
-    if any(reference() is not None for reference in made):
-        gc.collect()
-        kept = [tensor for tensor in (reference() for reference in made) if tensor is not None]
-        if kept:
-            raise SurgeryError(
-                f"while {type(model).__name__} was checked on a copy without data, its forward or a hook kept a "
-                f"tensor of shape {tuple(kept[0].shape)} outside the model: in a class attribute, a global, a cache or "
-                f"a list. Empty that store, which now holds no numbers; remove such hooks, or fill such a cache by "
-                f"calling the model once, and inject again."
-            )
+    _check_nothing_kept(made, type(model).__name__)
     return result
+
+
+def _drop_frames(error: Exception) -> None:
+    """Take from an error, and its causes, the frames, which hold the tensors that they worked on."""
+    link: BaseException | None = error
+    while link is not None:
+        link = link.with_traceback(None).__cause__ or link.__context__
+
+
+def _check_nothing_kept(made: list[weakref.ref[Tensor]], kind: str) -> None:
+    """Raise SurgeryError where a tensor without data outlived the fake copy, for the live model to find."""
+    for _ in range(3):  # what the first round frees may hold more
+        if all(reference() is None for reference in made):
+            return
+        gc.collect()
+    kept = next((tensor for tensor in (reference() for reference in made) if tensor is not None), None)
+    if kept is not None:
+        raise SurgeryError(
+            f"while {kind} was checked on a copy without data, its forward or a hook kept a tensor of shape "
+            f"{tuple(kept.shape)} outside the model: in a class attribute, a global, a cache or a list. Empty that "
+            f"store, which now holds no numbers; remove such hooks, or fill such a cache by calling the model once, "
+            f"and inject again."
+        )
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -153,6 +181,8 @@ def _putting_back() -> Iterator[None]:
         states.append((numpy_random.set_state, numpy_random.get_state()))
     states.append((torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()))
     torch.set_autocast_cache_enabled(False)  # it would keep the fake weights, cast
+    states.append((torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
+    torch.backends.mha.set_fastpath_enabled(False)  # it makes nested tensors, whose data cannot be followed
     log = logging.getLogger("torch._subclasses.fake_tensor")
     silent, log.disabled = log.disabled, True
     try:
@@ -168,13 +198,16 @@ class Paths(TorchDispatchMode):
 
     made: ClassVar[list[weakref.ref[Tensor]]] = []  # every tensor of the present fake copy
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Callable[[str, Any], None] | None = None) -> None:
         super().__init__()
+        self.watch = watch  # is told of every operation, before it runs
         self.bits: dict[int, int] = {}
         self.alive: list[Any] = []  # a freed storage's address would be given out again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.watch is not None:
+            self.watch(func.overloadpacket.__name__, args)
         out = func(*args, **kwargs)
         self.made.extend(weakref.ref(tensor) for tensor in tensors_in(out))
         if func.overloadpacket.__name__ not in _VALUE_FREE:
@@ -183,6 +216,7 @@ class Paths(TorchDispatchMode):
                 schema = func._schema.arguments
                 written = [a for a, s in zip(args, schema, strict=False) if s.alias_info and s.alias_info.is_write]
                 written += [kwargs[s.name] for s in schema if s.name in kwargs and s.alias_info]
+                written += _running_statistics(schema, args, kwargs)
                 for tensor in tensors_in((out, written)):
                     self.set(tensor, self.of(tensor) | bits)
         return out
@@ -190,14 +224,29 @@ class Paths(TorchDispatchMode):
     def of(self, tree: Any) -> int:
         bits = 0
         for tensor in tensors_in(tree):
-            bits |= self.bits.get(tensor.untyped_storage()._cdata, 0)
+            bits |= self.bits.get(_storage(tensor)._cdata, 0)
         return bits
 
     def set(self, tensor: Tensor, bits: int) -> None:
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         if storage._cdata not in self.bits:
             self.alive.append(storage)
         self.bits[storage._cdata] = bits
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap or grad
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.untyped_storage()
+
+
+def _running_statistics(schema: Any, args: Any, kwargs: Any) -> list[Any]:
+    """What a batch norm in training mode writes although its schema does not say so."""
+    values = {**{s.name: a for s, a in zip(schema, args, strict=False)}, **kwargs}
+    if not (values.get("training") or values.get("train")):
+        return []
+    return [value for name, value in values.items() if name.startswith("running_")]
 
 
 def map_first_tensor(
@@ -218,5 +267,19 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def first_line(error: BaseException) -> str:
+    if type(error).__name__ in ("DataDependentOutputException", "DynamicOutputShapeException"):
+        return (
+            f"it reads the values of a tensor in Python ({str(error).splitlines()[0]}: float(), .item(), nonzero(), if "
+            f"or a mask of data), which cannot be followed without data{_place(error)}"
+        )
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300].rstrip('.')}"
+    return f"{type(error).__name__}: {lines[0][:300].rstrip('.')}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """Where the model's own code failed, which is not in the traceback: that would keep the tensors."""
+    for entry in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(entry.filename)
+        if not {Path(torch.__file__).parent, Path(__file__).parent} & set(file.parents):
+            return f" (in {entry.name}, {file.name}:{entry.lineno})"
+    return ""

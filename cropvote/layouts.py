@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,6 +37,8 @@ class Tokens(NamedTuple):
 Layout = Literal["NCHW", "NHWC"] | Tokens
 PREFIXES = ("cls_token", "distillation_token", "register_tokens")
 LAYOUTS: tuple[Literal["NCHW"], Literal["NHWC"]] = ("NCHW", "NHWC")
+#: The layout by the axes, the batch left out, that are the height and the width.
+AXES: dict[Any, Layout] = {((1,), (2,)): "NCHW", ((0,), (1,)): "NHWC"}
 
 
 def check_layout(layout: object) -> None:

@@ -107,6 +107,10 @@ class Settings:
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
 
+    def rows(self, training: bool) -> int:
+        """How many views of a sample a call computes."""
+        return (self.train_views or len(self.views)) if training else len(self._evaluated)
+
     def _fields(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 

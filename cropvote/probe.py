@@ -57,7 +57,11 @@ def sites(
 
     def look(fake: nn.Module) -> list[Site]:
         probe = Probe(fake, example, views, None)
-        return [probe.site(name) for name in _candidates(probe, every=all)]
+        rows = [probe.site(name) for name in _candidates(probe, every=all)]
+        valid = [row.name for row in rows if not row.reason]
+        if not probe.why_not_swapped(valid):
+            return rows
+        return [row if row.reason else row._replace(reason=probe.why_not_swapped([row.name])) for row in rows]
 
     return [row for row in on_fake_copy(model, look) if all or not row.reason]
 
@@ -83,6 +87,7 @@ def check_site(
             found, reason = probe.verdict(name)
         except ViewsError as error:
             raise ViewsError(f"after={name!r} on {probe.asked()}: {error}") from error
+        reason = reason or probe.why_not_swapped([name])
         if reason:
             return [], found, reason if probe.why_not_votable() else f"{reason} {_advice(probe)}"
         modes = [model.training]

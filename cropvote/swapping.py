@@ -46,10 +46,16 @@ def restore_forward(module: nn.Module) -> None:
     object.__setattr__(module, "__class__", vars(type(module))["_cropvote_base"])
 
 
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the module's forward is a swapped one, with nothing of another library on top."""
+    kind = type(module)
+    return "_cropvote_base" in vars(kind) and not set(vars(kind)) - vars(kind)["_cropvote_names"]
+
+
 def check_restorable(module: nn.Module) -> None:
     """Raise SurgeryError where another library built on the swapped class since."""
     kind = type(module)
-    if "_cropvote_base" not in vars(kind) or set(vars(kind)) - vars(kind)["_cropvote_names"]:
+    if not is_swapped(module):
         raise SurgeryError(
             f"{kind.__name__} was changed on top of cropvote's class (by a parametrization, say): undo that first, "
             f"then remove_crop_vote."

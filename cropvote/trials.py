@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import RowsError, ViewsError
 from .fakes import BATCH, Example, Paths, first_line, map_first_tensor
-from .layouts import LAYOUTS, Layout, Tokens, resized, sides, stated_layout, stated_tokens
+from .layouts import AXES, LAYOUTS, Layout, Tokens, resized, sides, stated_layout, stated_tokens
 from .outputs import describe, map_tensors, named, tensors_of
 from .splitting import split_views
 from .swapping import restore_forward, swap_forward
@@ -20,8 +20,6 @@ __all__ = ["Site"]
 
 #: The bits of a trial: data of the images, and of the views.
 IMAGES, VIEWS = 1, 2
-#: Along which axes, the batch left out, a map grows with the image's height, and with its width.
-AXES: dict[Any, Layout] = {((1,), (2,)): "NCHW", ((0,), (1,)): "NHWC"}
 
 
 class Site(NamedTuple):
@@ -48,6 +46,7 @@ class Probe(Walk):
     def __init__(self, model: nn.Module, example: Example, views: Views, layout: Layout | None) -> None:
         super().__init__(model, example)
         self.views, self.layout = views, layout
+        self._plain: list[str] | None = None
         self.judged: dict[nn.Module | None, tuple[Layout, str]] = {}
 
     def site(self, name: str) -> Site:
@@ -81,6 +80,18 @@ class Probe(Walk):
         layout, reason = self._find_layout(name)
         return layout, reason or self._trial(name, self._many_views(), layout)
 
+    def why_not_swapped(self, names: list[str]) -> str:
+        """Why the model cannot do with subclasses of its classes, which the split and the vote need, or nothing."""
+        if self._plain is None:
+            self._plain = self.operations()
+        if self.operations([name for name in names if name != INPUT]) == self._plain:
+            return ""
+        return (
+            "the model does not run the same operations once a module's class is a subclass of its own, which carries "
+            "the split or the vote: somewhere it asks for the very class, as in `type(module) is Conv2d`, where "
+            "isinstance would do."
+        )
+
     def _many_views(self) -> Views:
         """The views, the first of them repeated until their number is a large prime.
 
@@ -97,11 +108,13 @@ class Probe(Walk):
         shape = self.shape(name)
         if len(shape) == 2 or isinstance(self.layout, Tokens):
             return self._tokens(name)
-        axes = None if name == INPUT else self.axes(name)
+        if name == INPUT:
+            return self._image_layout(shape)
+        axes = self.axes(name)
         if axes is not None:
             return self._grown_layout(shape, axes)
         said = stated_layout(self.model)
-        if self.layout is None and said and name != INPUT and self._shrinks(name, said):
+        if self.layout is None and said and self._shrinks(name, said):
             return said, ""
         able = [layout for layout in LAYOUTS if self._shrinks(name, layout)]
         if self.layout and (self.layout in able or not able):
@@ -115,8 +128,6 @@ class Probe(Walk):
             )
         if len(able) == 1:
             return able[0], ""
-        if name == INPUT:
-            return "NCHW", ""
         if not able and self._crops(name):
             return "NCHW", self._trial(name, self.views, "NCHW")
         return "NCHW", (
@@ -124,6 +135,18 @@ class Probe(Walk):
             f'height and width cannot be told: pass layout="NCHW" if they are the last two, layout="NHWC" if the '
             f"channels come last."
         )
+
+    def _image_layout(self, shape: tuple[int, ...]) -> tuple[Layout, str]:
+        """Where the channels of the images are."""
+        found = self.image_layout() or ("NCHW" if self.example.channels_first else self.layout)
+        if found is None or isinstance(found, Tokens):
+            return "NCHW", (
+                f'it cannot be told which axis of images of shape {shape} holds the channels: pass layout="NCHW" or '
+                f'layout="NHWC".'
+            )
+        if self.layout not in (None, found):
+            return found, f'the images of shape {shape} have their height and width where "{found}" has them.'
+        return found, ""
 
     def _grown_layout(
         self, shape: tuple[int, ...], axes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -166,10 +189,20 @@ class Probe(Walk):
                 continue
             root = f"{part}.{stated[1]}".lstrip(".")
             made = [n for n, m in self.modules.items() if isinstance(m, nn.Conv2d) and f"{n}.".startswith(f"{root}.")]
-            grids = {self.shape(n)[1:] for n in made if self.calls.get(self.modules[n]) == 1}
+            made = [n for n in made if self.calls.get(self.modules[n]) == 1 and not self._moved(n, name, part)]
+            grids = {self.shape(n)[1:] for n in made}
             fitting = [Tokens(h, w, length - h * w) for h, w in grids if length - h * w in (0, stated[0])]
             return fitting[0] if len(fitting) == 1 else None
         return None
+
+    def _moved(self, first: str, last: str, part: str) -> bool:
+        """Whether tokens may have changed places between two modules: not where parts of ``part`` join theirs."""
+        moves = self.moves[self.seen[self.modules[first]].moves : self.seen[self.holders[last]].moves]
+        below = f"{part}.".lstrip(".")
+        return any(
+            move.operation != "cat" or not any(name != part and name.startswith(below) for name in move.inside)
+            for move in moves
+        )
 
     def _crops(self, name: str) -> bool:
         """Whether the views are smaller than the map, in both axes, where the channels come first."""

@@ -8,6 +8,7 @@ the module clears its own bit in what it returns; a bit still set in the model's
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -15,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import PlainModelError, RowsError
-from .fakes import BATCH, Example, Paths, Spec, first_line, map_first_tensor
+from .errors import PlainModelError, RowsError, SurgeryError
+from .fakes import BATCH, Example, Paths, Spec, first_line, map_first_tensor, tensors_in
+from .layouts import AXES, LAYOUTS, Layout
 from .outputs import named, prediction_places, tensors_of
+from .swapping import is_swapped, restore_forward, swap_forward
 
 __all__: list[str] = []
+
+
+def _inert(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+    return base.forward(module, *args, **kwargs)
+
 
 INPUT = "input"
 
@@ -52,6 +60,18 @@ class _Seen(NamedTuple):
 
     output: Any
     group: int
+    moves: int  # how many of the walk's moves came before
+
+
+class _Move(NamedTuple):
+    """An operation that may put samples' data into another order."""
+
+    operation: str
+    inside: tuple[str, ...]  # the modules that were running
+
+
+#: What picks or reorders; a table of positions or biases, which holds nothing of the images, may be picked from.
+_MOVING = {"flip", "gather", "index", "index_select", "masked_select", "roll", "scatter", "sort", "take", "topk"}
 
 
 class Walk:
@@ -79,18 +99,21 @@ class Walk:
                 paths.set(tensor, bits)
             return tensor
 
-        return tree_map(fake, tuple(self.example))
+        return tree_map(fake, self.example[:2])
 
     def _walk(self) -> None:
         """Run once, every module's output replaced by a clone that clears the module's bit."""
         bit = {module: 1 << i for i, module in enumerate(dict.fromkeys(self.modules.values()))}
         groups: dict[tuple[int, int], int] = {}
         keep: list[Tensor] = []
-        paths = Paths()
+        running: list[nn.Module] = []
+        self.moves: list[_Move] = []
+        paths = Paths(lambda operation, args: self._watch(operation, args, paths, running))
 
         def look(module: nn.Module, args: Any, output: Any) -> Any:
+            running.remove(module)
             self.calls[module] = self.calls.get(module, 0) + 1
-            self.seen[module] = _Seen(output, len(keep))
+            self.seen[module] = _Seen(output, len(keep), len(self.moves))
             if not isinstance(output, Tensor):
                 return None
             group = groups.get((id(output), output._version), len(keep))
@@ -98,12 +121,13 @@ class Walk:
             paths.set(clone, paths.of(output) & ~bit[module])
             keep.append(clone)
             groups[id(clone), clone._version] = group
-            self.seen[module] = _Seen(output, group)
+            self.seen[module] = _Seen(output, group, len(self.moves))
             return clone
 
         hooks = []
         try:
             hooks = [module.register_forward_hook(look) for module in bit]
+            hooks += [module.register_forward_pre_hook(lambda module, args: running.append(module)) for module in bit]
             with paths:
                 args, kwargs = self.inputs(paths, (2 << len(bit)) - 1)  # one bit more, which no module clears
                 self.output = self.model(*args, **kwargs)
@@ -125,6 +149,38 @@ class Walk:
             around = paths.of(list(self.found.values()))
         self.around = {module for module in bit if around & bit[module]}
 
+    def _watch(self, operation: str, args: Any, paths: Paths, running: list[nn.Module]) -> None:
+        """Remember what may move the images' data: a pick from it, or several parts of it put together."""
+        if operation == "cat":
+            moves = sum(paths.of(x) > 0 for x in tensors_in(args)) > 1
+        else:
+            moves = operation in _MOVING and paths.of(args[0]) > 0
+        if moves:
+            names = {module: name for name, module in self.modules.items()}
+            self.moves.append(_Move(operation, tuple(names[module] for module in running)))
+
+    def operations(self, names: list[str] | None = None) -> list[str]:
+        """The operations of a plain call; with the class of such sites' carriers and of the model swapped, or not."""
+        found: list[str] = []
+        swapped = [] if names is None else [self.model, *dict.fromkeys(self.holders[name] for name in names)]
+        try:
+            for module in swapped:
+                swap_forward(module, _inert)
+            random.seed(0)
+            torch.manual_seed(0)
+            with Paths(lambda operation, args: found.append(operation)):
+                args, kwargs = self.inputs(Paths(), 0)
+                self.model(*args, **kwargs)
+        except SurgeryError:
+            raise
+        except Exception as error:
+            return [*found, first_line(error)]
+        finally:
+            for module in swapped:
+                if is_swapped(module):
+                    restore_forward(module)
+        return found
+
     def axes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The axes of a module's output that grow with the image's height, and with its width, where that shows."""
         if self._grown is None:
@@ -136,6 +192,21 @@ class Walk:
             if len(shape) != len(base) or not found[-1]:
                 return None
         return found[0], found[1]
+
+    def image_layout(self) -> Layout | None:
+        """Where the channels of the images are, or None.
+
+        The model takes images of another height or width further than images of other channels, which its first
+        convolution refuses; or only one end of the shape is as long as that convolution's channels.
+        """
+        reached = [len(self._grow(axis)) for axis in (1, 2, 3)]
+        least = min(reached)
+        axes = tuple(i for i, count in enumerate(reached) if count > least)
+        if len(axes) == 2:
+            return AXES.get((axes[:1], axes[1:]))
+        first = next((module for module in self.calls if isinstance(module, nn.Conv2d)), None)
+        ends = [] if first is None else [self.shape(INPUT)[i] == first.in_channels for i in (0, 2)]
+        return LAYOUTS[ends.index(True)] if ends.count(True) == 1 else None
 
     def _grow(self, axis: int) -> dict[nn.Module, tuple[int, ...]]:
         """What the modules return for images of twice the length along an axis, as far as the model takes them."""
@@ -157,13 +228,13 @@ class Walk:
         return shapes
 
     def asked(self) -> str:
-        shapes = [(BATCH, *leaf.shape[1:]) for leaf in tree_leaves(tuple(self.example)) if isinstance(leaf, Spec)]
+        shapes = [(BATCH, *leaf.shape[1:]) for leaf in tree_leaves(self.example[:2]) if isinstance(leaf, Spec)]
         mode = "training" if self.model.training else "eval"
         return f"an input of shape {', '.join(map(str, shapes))} in {mode} mode"
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name == INPUT:
-            return next(leaf.shape[1:] for leaf in tree_leaves(tuple(self.example)) if isinstance(leaf, Spec))
+            return next(leaf.shape[1:] for leaf in tree_leaves(self.example[:2]) if isinstance(leaf, Spec))
         seen = self.seen.get(self.holders[name])
         return tuple(seen.output.shape[1:]) if seen and isinstance(seen.output, Tensor) else ()
 

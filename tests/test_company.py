@@ -8,12 +8,16 @@ import warnings
 
 import pytest
 import torch
+import torchvision
 from test_surgery import IMAGES
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from cropvote import CropVoteError, inject_crop_vote, remove_crop_vote, settings
 
 import networks
+import oracle
 
 
 def test_scripting_a_voting_model_raises():
@@ -142,3 +146,71 @@ def test_a_part_called_before_the_check_says_so():
 def test_settings_cannot_be_deleted():
     with pytest.raises(CropVoteError, match="cannot be deleted"):
         del settings(inject_crop_vote(networks.fer(), after="layer1")).vote
+
+
+class Extractor(nn.Module):
+    """A torchvision feature extractor, which is a graph module (and whose deep copies are in training mode)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = create_feature_extractor(torchvision.models.resnet18(), {"layer2": "map"})
+        self.fc = nn.Linear(128, 7)
+
+    def forward(self, x):
+        return self.fc(self.body(x)["map"].mean((2, 3)))
+
+
+class VmapHead(networks.Net):
+    def head(self, x):
+        return torch.func.vmap(lambda one: self.fc(one.mean((1, 2))))(x)
+
+
+class MaskedEncoder(networks.Net):
+    """An encoder that, with a mask and without gradients, would go by nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+    def head(self, x):
+        x = x.flatten(2).transpose(1, 2)[:, :20]
+        return self.fc(self.encoder(x, src_key_padding_mask=torch.zeros(x.shape[:2], dtype=torch.bool)).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("make", "site"), [(Extractor, "body.maxpool"), (VmapHead, "site"), (MaskedEncoder, "site")])
+def test_what_stands_in_models_is_no_obstacle(make, site):
+    model = make().eval()
+    with torch.no_grad():
+        wanted = oracle.vote(oracle.tail_rows(model, site, IMAGES), "soft")
+        inject_crop_vote(model, after=site, input_size=48)
+        assert torch.allclose(model(IMAGES).double(), wanted, atol=1e-5)
+
+
+def test_a_counter_of_operations_does_not_count_the_check():
+    model = inject_crop_vote(networks.fer(), after="layer2")
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model(IMAGES)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_a_refusal_in_training_leaves_what_was_checked():
+    model = inject_crop_vote(networks.LateGate().eval(), after="site", input_size=48)
+    before = model(IMAGES)
+    with pytest.raises(CropVoteError, match="a path around it"):
+        model.train()(IMAGES)
+    assert torch.equal(model.eval()(IMAGES), before)
+
+
+def test_a_value_read_in_python_is_named():
+    class Scaled(networks.Net):
+        def forward(self, x):
+            return super().forward(x) * float(self.fc.bias.sum())
+
+    with pytest.raises(
+        CropVoteError, match=r"reads the values of a tensor in Python .* \(in forward, test_company\.py"
+    ):
+        inject_crop_vote(Scaled().eval(), after="site", input_size=48)

@@ -1,0 +1,218 @@
+"""Forwards with a way past the views, and outputs that are not what they seem."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cropvote import (
+    CropVoteError,
+    calls,
+    checks,
+    fakes,
+    hflip,
+    inject_crop_vote,
+    options,
+    outputs,
+    sites,
+    trials,
+    walk,
+)
+
+import guards
+import networks
+from hazards.table import IMAGES, hazard, refused, right
+from toolchain import table as tools
+
+
+@hazard(
+    "one image, whose gate broadcasts over the views",
+    "paths of data; fake batch above 1",
+    guards.no_paths,
+    guards.batch_of_one,
+)
+def _() -> None:
+    refused(networks.Gate().eval(), "site", IMAGES[:1])
+
+
+@hazard("a path around the site that joins at the logits", "paths of data", guards.no_paths)
+def _() -> None:
+    refused(networks.LogitSkip().eval(), "site")
+
+
+@hazard("a module that is called twice splits twice", "the walk's count; the rows", guards.no_probe, guards.no_rows)
+def _() -> None:
+    refused(networks.Twice().eval(), "site")
+
+
+@hazard(
+    "a site that is never called, and as many images as views", "the walk; the rows", guards.no_probe, guards.no_rows
+)
+def _() -> None:
+    refused(networks.Unused().eval(), "site")
+
+
+class Flagged(networks.Net):
+    """A flag opens a gate, which broadcasts over the views of one image."""
+
+    def forward(self, x: Tensor, gate: bool = False) -> Tensor:
+        x = self.front(x)
+        return self.head(self.site(x) * x.mean((2, 3), keepdim=True)) if gate else self.head(self.site(x))
+
+
+@hazard("a flag that opens a path, with one image", "flags are part of what was checked", guards.by_length)
+def _() -> None:
+    model = inject_crop_vote(Flagged().eval(), after="site", input_size=48)
+    assert model(IMAGES[:1], gate=False).shape == (1, 7)
+    for arguments in ({"args": (True,)}, {"kwargs": {"gate": True}}):
+        with pytest.raises(CropVoteError, match="a path around it"):
+            model(IMAGES[:1], *arguments.get("args", ()), **arguments.get("kwargs", {}))
+
+
+class SqueezedLogits(networks.Net):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.site(self.front(x)).mean((2, 3))
+        return {"logits": self.fc(x)[:, 0], "features": x}
+
+
+def first_rows(patch: pytest.MonkeyPatch) -> None:
+    """The predictions taken for the first rows that there are."""
+
+    def guess(output: object) -> list:
+        rows = [place for place, x in outputs.tensors_of(output) if x.dim() == 2]
+        return rows[:1]
+
+    patch.setattr(calls, "prediction_places", guess)
+    patch.setattr(walk, "prediction_places", guess)
+
+
+@hazard("features voted over in place of logits", "what is named logits must be rows", first_rows)
+def _() -> None:
+    refused(SqueezedLogits().eval(), "site")
+
+
+@dataclasses.dataclass
+class Doubling:
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        self.logits = 2 * self.logits
+
+
+def by_constructor(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(outputs, "_replaced", lambda output, changed: type(output)(**changed))
+
+
+@hazard("an output whose constructor computes", "outputs are copied, not constructed again", by_constructor)
+def _() -> None:
+    class Answering(networks.Net):
+        def forward(self, x: Tensor) -> Doubling:
+            return Doubling(super().forward(x))
+
+    torch.manual_seed(0)
+    model = Answering().eval()
+    plain = [model(IMAGES).logits]
+    hook = model.site.register_forward_hook(lambda module, args, output: output.flip(3))
+    plain.append(model(IMAGES).logits)
+    hook.remove()
+    inject_crop_vote(model, after="site", views=hflip(), input_size=48)
+    tools.agree(model(IMAGES).logits, (plain[0] + plain[1]) / 2)
+
+
+@hazard("an auxiliary head in front of the site, mixed into one behind it", "paths of data", guards.no_paths)
+def _() -> None:
+    class Mixed(networks.Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            front = self.front(x)
+            rows = self.head(self.site(front))
+            return rows, rows + self.head(front).mean(0)
+
+    refused(Mixed().eval(), "site")
+
+
+class ExactClass(networks.Net):
+    """What follows a convolution depends on its very class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(self.front(x))
+        return self.head(torch.relu(x) if type(self.site) is nn.Conv2d else x)
+
+
+@hazard("a forward that asks for the very class of the site", "run with swapped classes too", lambda patch:
+    patch.setattr(trials.Probe, "why_not_swapped", lambda *_: ""))  # fmt: skip
+def _() -> None:
+    refused(ExactClass().eval(), "site")
+    assert [site.name for site in sites(ExactClass().eval(), 48)] == ["input", "front"]
+
+
+class Options(networks.Net):
+    def forward(self, x: Tensor, options: object = None) -> Tensor:
+        x = self.front(x)
+        y = self.site(x)
+        return self.head(y * x.mean().sigmoid() if options["gate"] else y)
+
+
+@hazard("a path opened by what a container holds", "containers are looked into", lambda patch: patch.setattr(
+    checks, "_kind", lambda value: type(value).__name__))  # fmt: skip
+def _() -> None:
+    model = inject_crop_vote(Options().eval(), after="site", input_size=None)
+    model(IMAGES, {"gate": False})
+    with pytest.raises(CropVoteError, match="a path around it"):
+        model(IMAGES, {"gate": True})
+
+
+class OwnStatistics(networks.Net):
+    """In training mode the tail reads what BatchNorm, in front of the site, wrote of this batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(self.norm(self.front(x)))
+        return self.head(x - self.norm.running_mean.view(1, -1, 1, 1))
+
+
+@hazard("running statistics written in front of the site and read behind it", "they count as written", lambda patch:
+    patch.setattr(fakes, "_running_statistics", lambda *_: []))  # fmt: skip
+def _() -> None:
+    refused(OwnStatistics().train(), "site")
+    right(OwnStatistics().eval(), "site")
+
+
+class SkipsSmall(networks.Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        return self.head(self.site(x) if x.shape[3] > 20 else x)
+
+
+@hazard("one view, and a split that does not run for small images", "one view is checked at every size", lambda patch:
+    patch.setattr(options.Settings, "rows", lambda settings, training: len(settings.views)))  # fmt: skip
+def _() -> None:
+    model = inject_crop_vote(SkipsSmall().eval(), after="site", input_size=48, eval_views="centre")
+    with pytest.raises(CropVoteError, match="never called"):
+        model(IMAGES[:, :, :16, :16])
+
+
+class Caching(networks.Net):
+    """It keeps a ramp for each width, then does what a check cannot follow."""
+
+    ramps: ClassVar[dict[int, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(self.front(x))
+        ramp = self.ramps.setdefault(x.shape[3], torch.linspace(0, 1, x.shape[3]))
+        return self.head(x + ramp) * float(self.fc.bias.sum())
+
+
+@hazard("a cache left without numbers by a check that failed", "looked for after a failure, too", lambda patch:
+    patch.setattr(fakes, "_check_nothing_kept", lambda *_: None))  # fmt: skip
+def _() -> None:
+    Caching.ramps.clear()
+    with pytest.raises(CropVoteError) as caught:
+        inject_crop_vote(Caching().eval(), after="site", input_size=48)
+    assert "kept a tensor of shape (48,) outside the model" in str(caught.value)
