@@ -46,7 +46,6 @@ class Probe(Walk):
     def __init__(self, model: nn.Module, example: Example, views: Views, layout: Layout | None) -> None:
         super().__init__(model, example)
         self.views, self.layout = views, layout
-        self._plain: list[str] | None = None
         self.judged: dict[nn.Module | None, tuple[Layout, str]] = {}
 
     def site(self, name: str) -> Site:
@@ -82,9 +81,9 @@ class Probe(Walk):
 
     def why_not_swapped(self, names: list[str]) -> str:
         """Why the model cannot do with subclasses of its classes, which the split and the vote need, or nothing."""
-        if self._plain is None:
-            self._plain = self.operations()
-        if self.operations([name for name in names if name != INPUT]) == self._plain:
+        self.operations()  # what the model caches for a size of map is made before
+        plain = self.operations()
+        if self.operations([name for name in names if name != INPUT]) == plain:
             return ""
         return (
             "the model does not run the same operations once a module's class is a subclass of its own, which carries "
@@ -196,11 +195,10 @@ class Probe(Walk):
         return None
 
     def _moved(self, first: str, last: str, part: str) -> bool:
-        """Whether tokens may have changed places between two modules: not where parts of ``part`` join theirs."""
+        """Whether tokens may have changed places between two modules; in its forward, ``part`` knows what it joins."""
         moves = self.moves[self.seen[self.modules[first]].moves : self.seen[self.holders[last]].moves]
-        below = f"{part}.".lstrip(".")
         return any(
-            move.operation != "cat" or not any(name != part and name.startswith(below) for name in move.inside)
+            move.operation != "cat" or not any(f"{name}.".startswith(f"{part}.") for name in ("", *move.inside))
             for move in moves
         )
 
