@@ -1,9 +1,12 @@
 """Make almost any image classifier vote over crops of its own feature map, at no extra parameter."""
 
+from .costs import Profile, Suggestion, profile, suggest_site
 from .errors import CropVoteError
 from .layer import CropVote
 from .layouts import Tokens
+from .meters import SiteCost
 from .options import Settings
+from .plots import plot_agreement, plot_views
 from .probe import sites
 from .reading import per_view
 from .splitting import split_views
@@ -19,8 +22,11 @@ __all__ = [
     "CropVote",
     "CropVoteError",
     "CropVoteLoss",
+    "Profile",
     "Settings",
     "Site",
+    "SiteCost",
+    "Suggestion",
     "Tokens",
     "View",
     "Views",
@@ -32,12 +38,16 @@ __all__ = [
     "inject_crop_vote",
     "mutual_information",
     "per_view",
+    "plot_agreement",
+    "plot_views",
     "predictive_entropy",
+    "profile",
     "remove_crop_vote",
     "repeat_targets",
     "settings",
     "sites",
     "split_views",
+    "suggest_site",
     "ten_crop",
     "vote",
 ]

@@ -9,7 +9,8 @@ CropVoteError                     anything cropvote refuses
 │   └── PlainModelError           the model itself, without any split, that does not run
 ├── SiteError       ValueError    a module that is no valid site, with the reason
 ├── UnknownSiteError LookupError  no module of that name, with the nearest names
-└── InputTypeError  TypeError     an argument of the wrong type
+├── InputTypeError  TypeError     an argument of the wrong type
+└── MissingExtraError ImportError a package that is installed only on request
 ```
 
 Each also derives from the builtin named beside it, which is what a caller who has
@@ -22,6 +23,7 @@ from __future__ import annotations
 __all__ = [
     "CropVoteError",
     "InputTypeError",
+    "MissingExtraError",
     "OptionError",
     "PlainModelError",
     "RowsError",
@@ -75,3 +77,7 @@ class UnknownSiteError(CropVoteError, LookupError):
 
 class InputTypeError(CropVoteError, TypeError):
     """An argument of a type that cropvote cannot use."""
+
+
+class MissingExtraError(CropVoteError, ImportError):
+    """A package that cropvote needs for this alone, and that is not installed; the message names the extra."""

@@ -57,13 +57,23 @@ def sites(
 
     def look(fake: nn.Module) -> list[Site]:
         probe = Probe(fake, example, views, None)
-        rows = [probe.site(name) for name in _candidates(probe, every=all)]
-        valid = [row.name for row in rows if not row.reason]
-        if not probe.why_not_swapped(valid):
-            return rows
-        return [row if row.reason else row._replace(reason=probe.why_not_swapped([row.name])) for row in rows]
+        return judged(probe, candidates(probe, every=all))
 
     return [row for row in on_fake_copy(model, look) if all or not row.reason]
+
+
+def judged(probe: Probe, names: list[str]) -> list[Site]:
+    """The sites of these names, each with its reason where it is no valid one."""
+    rows = [probe.site(name) for name in names]
+    if not probe.why_not_swapped([row.name for row in rows if not row.reason]):
+        return rows
+    return [row if row.reason else row._replace(reason=probe.why_not_swapped([row.name])) for row in rows]
+
+
+def refusal(probe: Probe, name: str, reason: str) -> str:
+    """The message that a module is no valid site."""
+    advice = "" if probe.why_not_votable() else f" {_advice(probe)}"
+    return f"after={name!r} cannot be a site: {reason}{advice}"
 
 
 def check_site(
@@ -89,7 +99,7 @@ def check_site(
             raise ViewsError(f"after={name!r} on {probe.asked()}: {error}") from error
         reason = reason or probe.why_not_swapped([name])
         if reason:
-            return [], found, reason if probe.why_not_votable() else f"{reason} {_advice(probe)}"
+            return [], found, refusal(probe, name, reason)
         modes = [model.training]
         try:
             fake.train(not model.training)
@@ -101,11 +111,11 @@ def check_site(
 
     modes, found, reason = on_fake_copy(model, check)
     if reason:
-        raise SiteError(f"after={name!r} cannot be a site: {reason}")
+        raise SiteError(reason)
     return frozenset(modes), found
 
 
-def _candidates(probe: Probe, every: bool = False) -> list[str]:
+def candidates(probe: Probe, every: bool = False) -> list[str]:
     """The names worth a trial, in forward order: the input, and cut points, each tensor under its outermost name."""
     order = {module: i for i, module in enumerate(probe.seen)}
     names: dict[object, str] = {}
@@ -122,7 +132,7 @@ def _candidates(probe: Probe, every: bool = False) -> list[str]:
 
 def _advice(probe: Probe, most: int = 8) -> str:
     """The outermost valid sites, for an error's end."""
-    names = _candidates(probe)
+    names = candidates(probe)
     valid: list[str] = []
     for name in sorted(names, key=lambda n: n.count(".")):
         if len(valid) < most and not probe.site(name).reason:

@@ -49,8 +49,8 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         >>> logits.shape, agreement(logits).shape
         (torch.Size([2, 10, 7]), torch.Size([2]))
     """
-    model = unwrap(model) if isinstance(model, nn.Module) else model
-    found = _settings_in(model)
+    found = settings_in(model)
+    model = unwrap(model)
     if model.training:
         raise SurgeryError("per_view reads a model in eval mode, and this one is in training mode: model.eval() first.")
     if not found.enabled:
@@ -64,12 +64,13 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return part_views(rows, len(found.views))
 
 
-def _settings_in(model: nn.Module) -> Settings:
-    """Those of the model, or of the one layer inside it."""
-    if isinstance(model, nn.Module) and "_cropvote" not in vars(model):
-        layers = [module for module in model.modules() if isinstance(module, CropVote)]
+def settings_in(model: nn.Module) -> Settings:
+    """Those of an injected model or a layer, or of the one layer inside a network."""
+    inner = unwrap(model) if isinstance(model, nn.Module) else None
+    if inner is not None and "_cropvote" not in vars(inner):
+        layers = [module for module in inner.modules() if isinstance(module, CropVote)]
         if len(layers) > 1:
-            raise SurgeryError(f"this {type(model).__name__} holds {len(layers)} CropVote layers: pass one of them.")
+            raise SurgeryError(f"this {type(inner).__name__} holds {len(layers)} CropVote layers: pass one of them.")
         if layers:
             return layers[0].settings
     return settings(model)

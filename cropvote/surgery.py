@@ -95,7 +95,7 @@ def inject_crop_vote(
         Gómez-Sirvent et al., Electronics 2023, 12(18), 3837.
     """
     _check_model(model)
-    _check_name(model, after)
+    check_name(model, after)
     options = Settings(
         views=views,
         vote=vote,
@@ -302,7 +302,8 @@ def _check_model(model: nn.Module) -> None:
     _check_forward(model, kind)
 
 
-def _check_name(model: nn.Module, after: str) -> None:
+def check_name(model: nn.Module, after: str) -> None:
+    """Raise UnknownSiteError, or InputTypeError, unless the model has a module of that name."""
     if not isinstance(after, str):
         raise InputTypeError(f'after must be a module\'s name, such as "layer1", or "input", got {after!r}.')
     modules = dict(model.named_modules(remove_duplicate=False))

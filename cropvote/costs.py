@@ -1,0 +1,314 @@
+"""What a split costs at each site: work, memory and, on request, time, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .errors import InputTypeError, OptionError, SiteError
+from .fakes import Example, example_of, on_fake_copy
+from .layouts import Layout
+from .meters import BASELINE, Meter, SiteCost, measured, size_of
+from .probe import candidates, judged, refusal
+from .surgery import check_name
+from .trials import Probe
+from .views import Views, ten_crop
+from .walk import INPUT
+
+__all__ = ["Profile", "Suggestion", "profile", "suggest_site"]
+
+
+class Profile:
+    """The table that :func:`profile` makes: ``print`` it, or take its ``rows``.
+
+    Fields:
+        model: the class name of the model.
+        input_size: the image's (C, H, W).
+        views: the views.
+        rows: one :class:`SiteCost` each: the baseline, the input, then the sites in forward order.
+
+    Example:
+        >>> import torchvision
+        >>> from cropvote import profile
+        >>> table = profile(torchvision.models.resnet18(), (3, 64, 64), sites=["layer1", "layer3"])
+        >>> table["layer3"].ratio < table["layer1"].ratio
+        True
+    """
+
+    def __init__(self, model: str, input_size: tuple[int, ...], views: Views, rows: list[SiteCost]) -> None:
+        self.model, self.input_size, self.views, self.rows = model, tuple(input_size), views, rows
+
+    def __getitem__(self, site: str) -> SiteCost:
+        """The row of a site.
+
+        Raises:
+            OptionError: no such row.
+        """
+        for row in self.rows:
+            if row.site == site:
+                return row
+        raise OptionError(f"the table has no row {site!r}; it has {', '.join(row.site for row in self.rows)}.")
+
+    def __iter__(self) -> Iterator[SiteCost]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = []
+        for line in cells:
+            name, shape, *figures = line
+            parts = [name.ljust(widths[0]), shape.ljust(widths[1])]
+            parts += [figure.rjust(width) for figure, width in zip(figures, widths[2:], strict=True)]
+            lines.append("  ".join(parts).rstrip())
+        return "\n".join([self.title(), "", *lines, "", UNITS])
+
+    def to_markdown(self) -> str:
+        """The same as a Markdown table."""
+        head, *cells = self._cells()
+        ruler = ["---", "---", *["---:"] * (len(head) - 2)]
+        lines = [f"| {' | '.join(line)} |" for line in (head, ruler, *cells)]
+        return "\n".join([f"{self.title()}.", "", *lines, "", UNITS])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain lists, numbers and strings, for JSON."""
+        rows = [row._asdict() for row in self.rows]
+        for row in rows:
+            row["shape"] = list(row["shape"])
+            row["gmacs_by_views"] = {str(count): gmacs for count, gmacs in row["gmacs_by_views"].items()}
+        return {"model": self.model, "input_size": list(self.input_size), "views": len(self.views), "rows": rows}
+
+    def plot(self, path: str | Path) -> None:
+        """Draw cost against training memory, a point per site, into a file (.png, .svg, .pdf).
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            OptionError: a path where no picture can be written.
+        """
+        from .plots import plot_profile
+
+        plot_profile(self, path)
+
+    def title(self) -> str:
+        """Of what the table is."""
+        size = "×".join(map(str, self.input_size))
+        return f"{self.model}, images {size}, {len(self.views)} views, per image"
+
+    def _cells(self) -> list[list[str]]:
+        counts = sorted({count for row in self.rows for count in row.gmacs_by_views} - {len(self.views)})
+        timed = any(row.milliseconds is not None for row in self.rows)
+        few = [f"{count} view{'s' * (count > 1)}" for count in counts]
+        head = ["site", "shape", "GMACs", "ratio", *few, "train MiB", "peak MiB", "parameters", "tail", "distinct"]
+        cells = [head + ["ms"] * timed]
+        for row in self.rows:
+            by_views = [f"{row.gmacs_by_views[n]:.3f}" if n in row.gmacs_by_views else "" for n in counts]
+            cells.append(
+                [
+                    row.site,
+                    "×".join(map(str, row.shape)),
+                    f"{row.gmacs:.3f}",
+                    f"{row.ratio:.2f}",
+                    *by_views,
+                    f"{row.train_memory_mib:.2f}",
+                    f"{row.inference_peak_mib:.2f}",
+                    f"{row.parameters:,}",
+                    f"{row.tail_share:.0%}",
+                    "" if row.site == BASELINE else str(row.distinct),
+                    *([f"{row.milliseconds:.2f}"] if timed and row.milliseconds is not None else [""] * timed),
+                ]
+            )
+        return cells
+
+
+UNITS = (
+    "GMACs: 1e9 multiply-adds, for all views and for fewer (eval_views). train MiB: kept for the backward pass. "
+    "peak MiB: largest sum of live activations at inference. tail: share of the plain network's work behind the site."
+)
+
+
+class Suggestion(NamedTuple):
+    """What :func:`suggest_site` advises.
+
+    Fields:
+        site: the site's name, for ``inject_crop_vote(model, after=...)``.
+        reason: why, in a sentence.
+        cost: its row of the table.
+    """
+
+    site: str
+    reason: str
+    cost: SiteCost
+
+
+def profile(
+    model: nn.Module,
+    input_size: int | tuple[int, ...] | None = None,
+    sites: list[str] | None = None,
+    views: Views | None = None,
+    *,
+    measure: bool = False,
+    device: str | torch.device | None = None,
+    batch: int = 8,
+    rounds: int = 7,
+) -> Profile:
+    """What a split costs at each valid site, beside the plain network and a split of the images.
+
+    Counted on a fake copy, without the weights' memory and without running anything; the model is left as it is. The
+    work is PyTorch's own count of floating-point operations (``torch.utils.flop_counter``), halved; what it does not
+    count (activations, norms, poolings) does not appear. With ``measure=True`` the networks also run, on random images.
+
+    Args:
+        model: an image classifier that was not injected.
+        input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
+        sites: only these sites, by name; all valid ones by default.
+        views: the views, :func:`ten_crop` by default.
+        measure: also measure milliseconds per image, in eval mode: the median of rounds that take turns.
+        device: where to measure; where the model is by default.
+        batch: how many images to measure with.
+        rounds: how many rounds to measure.
+
+    Returns:
+        A :class:`Profile` with one row per site.
+
+    Raises:
+        SiteError: one of ``sites`` is no valid site, with the reason.
+        UnknownSiteError: the model has no module of such a name.
+        OptionError: no input size is known, or it is malformed.
+        SurgeryError: the model does not run on such an input.
+        InputTypeError: an argument of the wrong type.
+
+    Example:
+        >>> from torch import nn
+        >>> from cropvote import profile
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+        >>> [(row.site, round(row.ratio, 2)) for row in profile(net, 32)]
+        [('baseline', 1.0), ('input', 6.95), ('0', 1.0), ('1', 1.0)]
+
+    Reference:
+        Table 2 of Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, whose "forward pass" and "GFLOPs" are
+        ``train_memory_mib`` and ``gmacs``.
+    """
+    views, example = _asked(model, input_size, views)
+    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    for name in names or []:
+        check_name(model, name)
+
+    def count(fake: nn.Module) -> list[tuple[SiteCost, Layout]]:
+        meter = Meter(Probe(fake, example, views, None))
+        wanted = candidates(meter.probe) if names is None else [*dict.fromkeys([INPUT, *names])]
+        rows: list[tuple[SiteCost, Layout]] = [(meter.baseline, "NCHW")]
+        for site in judged(meter.probe, wanted):
+            if not site.reason:
+                rows.append((meter.cost(site), site.layout))
+            elif names is not None and site.name in names:
+                raise SiteError(refusal(meter.probe, site.name, site.reason))
+        return rows
+
+    rows = on_fake_copy(model, count)
+    costs = [cost for cost, _ in rows]
+    if measure:
+        layouts = {cost.site: layout for cost, layout in rows}
+        times = measured(model, example, views, layouts, device, batch, rounds)
+        costs = [cost._replace(milliseconds=times[cost.site]) for cost in costs]
+    return Profile(type(model).__name__, size_of(example), views, costs)
+
+
+def suggest_site(
+    model: nn.Module,
+    input_size: int | tuple[int, ...] | None = None,
+    *,
+    max_macs_ratio: float | None = None,
+    max_memory_mib: float | None = None,
+    views: Views | None = None,
+) -> Suggestion:
+    """The earliest valid site inside the network whose cost is within a budget.
+
+    The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are no
+    suggestion: ``after="input"`` is test-time augmentation, at the price of every view.
+
+    Args:
+        model: an image classifier that was not injected.
+        input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
+        max_macs_ratio: at most so many times the plain network's multiply-adds.
+        max_memory_mib: at most so many MiB kept per image for the backward pass.
+        views: the views, :func:`ten_crop` by default.
+
+    Returns:
+        A :class:`Suggestion`: the site, the reason, and its cost.
+
+    Raises:
+        SiteError: no site fits; the message names the cheapest.
+        OptionError: no budget, or no input size is known.
+        SurgeryError: the model does not run on such an input.
+
+    Example:
+        >>> import torchvision
+        >>> from cropvote import suggest_site
+        >>> suggest_site(torchvision.models.resnet18(), 64, max_macs_ratio=4).site
+        'layer3.0'
+    """
+    limits = {"ratio": max_macs_ratio, "train_memory_mib": max_memory_mib}
+    budget = {name: limit for name, limit in limits.items() if limit is not None}
+    if not budget:
+        raise OptionError("suggest_site needs a budget: max_macs_ratio=, max_memory_mib=, or both.")
+    for name, limit in budget.items():
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            asked = "max_macs_ratio" if name == "ratio" else "max_memory_mib"
+            raise OptionError(f"{asked} must be a number above 0, got {limit!r}.")
+    views, example = _asked(model, input_size, views)
+
+    def look(fake: nn.Module) -> tuple[SiteCost | None, list[SiteCost]]:
+        meter = Meter(Probe(fake, example, views, None))
+        seen: list[SiteCost] = []
+        for name in candidates(meter.probe):
+            site = meter.probe.site(name)
+            if name == INPUT or site.reason:
+                continue
+            cost = meter.cost(site)
+            fits = all(getattr(cost, field) <= limit for field, limit in budget.items())
+            if fits and not meter.probe.why_not_swapped([name]):
+                return cost, seen
+            if not fits:
+                seen.append(cost)
+        return None, seen
+
+    found, dearer = on_fake_copy(model, look)
+    asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
+    if found is None and not dearer:
+        raise SiteError(f"no site inside this {type(model).__name__} is valid for these views: see cropvote.sites.")
+    if found is None:
+        cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
+        raise SiteError(
+            f"no site of this {type(model).__name__} costs at most {asked}; the cheapest is {cheapest.site!r}, with "
+            f"{_in_words(cheapest)}. Fewer views cost less: five_crop(), hflip(), or eval_views= and train_views=."
+        )
+    before = f"; {dearer[-1].site!r}, before it, has {_in_words(dearer[-1])}" if dearer else ""
+    return Suggestion(
+        found.site, f"the earliest site that costs at most {asked}: it has {_in_words(found)}{before}", found
+    )
+
+
+UNIT = {"ratio": "times the plain multiply-adds", "train_memory_mib": "MiB per image in training"}
+
+
+def _in_words(cost: SiteCost) -> str:
+    return f"{cost.ratio:.2f} times the plain multiply-adds and {cost.train_memory_mib:.2f} MiB per image in training"
+
+
+def _asked(model: nn.Module, input_size: int | tuple[int, ...] | None, views: Views | None) -> tuple[Views, Example]:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    views = ten_crop() if views is None else views
+    if not isinstance(views, Views):
+        raise InputTypeError(f"views must be a Views, such as ten_crop(), got {views!r}.")
+    example = example_of(model, input_size)
+    if example is None:
+        raise OptionError("no input size is known for this model: pass input_size=, such as input_size=(3, 224, 224).")
+    return views, example

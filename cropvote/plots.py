@@ -1,0 +1,186 @@
+"""Pictures: cost against memory, the views of an image with what each says, and how far the views agree.
+
+matplotlib is imported when a picture is drawn, and at no other time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputTypeError, MissingExtraError, OptionError
+from .reading import per_view, settings_in
+from .splitting import split_views
+from .uncertainty import agreement
+from .voting import vote
+
+__all__ = ["plot_agreement", "plot_views"]
+
+SUFFIXES = (".png", ".svg", ".pdf")
+BLUE, ORANGE, GREY = "#3b7dd8", "#e8853d", "#8a8f98"
+
+
+def plot_views(
+    model: nn.Module, image: Tensor, path: str | Path, *, classes: Sequence[str] | None = None, denormalise: Any = None
+) -> None:
+    """Draw the views of one image, with the class that each of them chose, and the vote.
+
+    The windows are drawn on the image, at the places that the views have on the map at the site.
+
+    Args:
+        model: an injected model in eval mode, see :func:`per_view`.
+        image: one image, (C, H, W), as the model takes it.
+        path: the file, .png, .svg or .pdf.
+        classes: the names of the classes; their indices otherwise.
+        denormalise: a function from such an image to one of values 0 to 1; by default its least and greatest values
+            are taken for 0 and 1.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        InputTypeError: ``image`` is not one image, (C, H, W).
+        OptionError: not as many names as classes, or a path where no picture can be written.
+
+    Example:
+        >>> import torch, torchvision
+        >>> from cropvote import inject_crop_vote, plot_views
+        >>> model = inject_crop_vote(torchvision.models.resnet18(num_classes=7), after="layer1", input_size=64).eval()
+        >>> plot_views(model, torch.rand(3, 64, 64), "views.png")
+    """
+    check_path(path)
+    figure_of = _figures()
+    if not isinstance(image, Tensor) or image.dim() != 3:
+        found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise InputTypeError(f"plot_views takes one image, a tensor (C, H, W), got {found}.")
+    with torch.no_grad():
+        logits = per_view(model, image[None])
+    names = _names(classes, logits.shape[2])
+    views = settings_in(model).views
+    shown = split_views(_drawable(image, denormalise)[None], views)
+    columns = min(len(views), 5)
+    rows = -(-len(views) // columns)
+    figure = figure_of((1.9 * columns, 2.25 * rows + 0.5))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    chosen = int(vote(logits[0], len(views)).argmax())
+    shares = logits[0].float().softmax(1)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, view, share in zip(axes, shown, shares, strict=False):
+        best = int(share.argmax())
+        axis.imshow(view.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(f"{names[best]} {share[best]:.0%}", fontsize=10, color=BLUE if best == chosen else ORANGE)
+    share = float(agreement(logits)[0])
+    figure.suptitle(f"vote: {names[chosen]}, {share:.0%} of {len(views)} views agree", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def plot_agreement(logits: Tensor, path: str | Path, *, targets: Tensor | None = None) -> None:
+    """Draw how many of a batch's samples have how many of their views agree.
+
+    Args:
+        logits: every view's logits, (N, V, K), as :func:`per_view` gives them.
+        path: the file, .png, .svg or .pdf.
+        targets: the classes, (N,), to tell the samples whose vote is right from the others.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        InputTypeError: ``targets`` are not one class per sample, or ``logits`` is no floating-point tensor.
+        RowsError: ``logits`` is not (N, V, K).
+        OptionError: a path where no picture can be written.
+
+    Example:
+        >>> import torch
+        >>> from cropvote import plot_agreement
+        >>> plot_agreement(torch.randn(50, 10, 7), "agreement.png", targets=torch.randint(7, (50,)))
+    """
+    check_path(path)
+    figure_of = _figures()
+    shares = agreement(logits)
+    samples, count = logits.shape[:2]
+    if targets is not None and (not isinstance(targets, Tensor) or targets.shape != (samples,)):
+        raise InputTypeError(f"targets must be a tensor of {samples} classes, one per sample.")
+    agreeing = (shares * count).round().long().cpu()
+    figure = figure_of((5.6, 3.4))
+    axes = figure.subplots()
+    groups = [("samples", torch.ones(samples, dtype=torch.bool), BLUE)]
+    if targets is not None:
+        right = (vote(logits.flatten(0, 1), count).argmax(1) == targets).cpu()
+        groups = [("vote right", right, BLUE), ("vote wrong", ~right, ORANGE)]
+    base = torch.zeros(count)
+    for name, mask, colour in groups:
+        heights = torch.bincount(agreeing[mask], minlength=count + 1)[1:].float()
+        axes.bar(range(1, count + 1), heights.tolist(), bottom=base.tolist(), color=colour, label=name)
+        base = base + heights
+    axes.set(xlabel=f"views that agree with the majority, of {count}", ylabel="samples")
+    axes.set_xticks(range(1, count + 1))
+    if targets is not None:
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_profile(table: Any, path: str | Path) -> None:
+    """Draw cost against memory, a point per site: what :meth:`Profile.plot` does."""
+    check_path(path)
+    figure = _figures()((6.4, 4.2))
+    axes = figure.subplots()
+    plain, *sites = table.rows
+    xs, ys = [row.gmacs for row in sites], [row.train_memory_mib for row in sites]
+    axes.plot(xs, ys, "-o", color=BLUE, linewidth=1, markersize=5)
+    axes.plot([plain.gmacs], [plain.train_memory_mib], "s", color=ORANGE, markersize=7)
+    shown: list[tuple[float, float]] = []
+    width, height = max([*xs, plain.gmacs]), max([*ys, plain.train_memory_mib])
+    for row in (plain, *sorted(sites, key=lambda row: row.site.count("."))):
+        place = (row.gmacs / width, row.train_memory_mib / height)
+        if all(abs(place[0] - x) > 0.12 or abs(place[1] - y) > 0.05 for x, y in shown):  # names that would overlap
+            shown.append(place)
+            axes.annotate(
+                row.site, (row.gmacs, row.train_memory_mib), xytext=(6, -10), textcoords="offset points", fontsize=9
+            )
+    axes.set(xlabel="GMACs per image", ylabel="training memory, MiB per image", title=table.title())
+    axes.title.set_fontsize(10)
+    axes.set_xlim(0, 1.15 * width)
+    axes.set_ylim(0, 1.08 * height)
+    axes.grid(color=GREY, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def check_path(path: str | Path) -> None:
+    """Raise OptionError unless a picture can be written there."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise OptionError(f"a picture's file ends in {', '.join(SUFFIXES)}, got {str(path)!r}.")
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"the folder of {str(path)!r} does not exist.")
+
+
+def _figures() -> Any:
+    """The maker of figures, with white behind them whatever the page's colour."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError('pictures need matplotlib: pip install "cropvote[plots]".') from error
+    return lambda size: Figure(figsize=size, layout="constrained", facecolor="white")
+
+
+def _names(classes: Sequence[str] | None, count: int) -> list[str]:
+    if classes is None:
+        return [str(i) for i in range(count)]
+    if len(classes) != count:
+        raise OptionError(f"classes holds {len(classes)} names; the model has {count} classes.")
+    return [str(name) for name in classes]
+
+
+def _drawable(image: Tensor, denormalise: Any) -> Tensor:
+    """One image of values 0 to 1, of one channel or three."""
+    image = image.detach().float().cpu()
+    if denormalise is not None:
+        image = denormalise(image)
+    else:
+        low, high = image.min(), image.max()
+        image = (image - low) / (high - low).clamp(min=1e-12)
+    return (image[:3] if image.shape[0] >= 3 else image[:1]).clamp(0, 1)
