@@ -70,8 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         ("sites", _sites, "the places where a split is sound"),
         ("profile", _profile, "work and memory of a split at each of them"),
     ):
-        command = commands.add_parser(name, help=summary, description=f"List {summary}.", epilog=EXAMPLES,
-                                      formatter_class=formatter)  # fmt: skip
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"List {summary}.",
+            epilog=EXAMPLES.partition("\n\n")[0],
+            formatter_class=formatter,
+        )
         command.set_defaults(run=run)
         add = command.add_argument
         add("model", metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:function")

@@ -217,7 +217,7 @@ def measured(
     if where.type == "meta":
         raise OptionError("a model on the meta device cannot be measured: it has no weights.")
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-    images = torch.randn(batch, *size_of(example), dtype=dtype, device=where)
+    images = torch.randn(batch, *size_of(example), generator=torch.Generator().manual_seed(0)).to(where, dtype)
     networks = {BASELINE: twin}
     for site, layout in layouts.items():
         if site != BASELINE:  # the same weights, in a model of its own

@@ -58,13 +58,13 @@ def plot_views(
     with torch.no_grad():
         logits = per_view(model, image[None])
     names = _names(classes, logits.shape[2])
-    views = settings_in(model).views
+    rule, views = settings_in(model).vote, settings_in(model).views
     shown = split_views(_drawable(image, denormalise)[None], views)
     columns = min(len(views), 5)
     rows = -(-len(views) // columns)
     figure = figure_of((1.9 * columns, 2.25 * rows + 0.5))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    chosen = int(vote(logits[0], len(views)).argmax())
+    chosen = int(vote(logits[0], len(views), rule).argmax())
     shares = logits[0].float().softmax(1)
     for axis in axes:
         axis.set_axis_off()
@@ -72,8 +72,8 @@ def plot_views(
         best = int(share.argmax())
         axis.imshow(view.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{names[best]} {share[best]:.0%}", fontsize=10, color=BLUE if best == chosen else ORANGE)
-    share = float(agreement(logits)[0])
-    figure.suptitle(f"vote: {names[chosen]}, {share:.0%} of {len(views)} views agree", fontsize=11)
+    agreeing = int((shares.argmax(1) == chosen).sum())
+    figure.suptitle(f"vote: {names[chosen]}, the choice of {agreeing} of {len(views)} views", fontsize=11)
     figure.savefig(path, dpi=150)
 
 

@@ -1,0 +1,419 @@
+"""Costs per site, against the paper's Table 2, hand-counted networks, real tensors and PyTorch's memory profiler."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cropvote import CropVoteError, five_crop, hflip, inject_crop_vote, profile, settings, sites, suggest_site
+from cropvote.cli import main
+
+import networks
+from model import fer_resnet18
+
+#: (image side, site): GMACs and MB of the forward pass in Table 2 of the paper.
+TABLE_2 = {
+    (40, "baseline"): (0.87, 7.00),
+    (48, "baseline"): (1.26, 10.08),
+    (48, "layer1"): (6.66, 40.34),
+    (48, "layer2"): (4.85, 23.34),
+    (48, "layer3"): (3.05, 14.84),
+}
+
+
+@pytest.fixture(scope="module")
+def paper():
+    model = fer_resnet18()
+    found = {side: profile(model, (3, side, side), sites=["layer1", "layer2", "layer3"]) for side in (40, 48)}
+    return {(side, row.site): row for side, table in found.items() for row in table}
+
+
+@pytest.mark.parametrize("row", TABLE_2)
+def test_the_papers_table_2(paper, row):
+    gmacs, megabytes = TABLE_2[row]
+    assert paper[row].gmacs == pytest.approx(gmacs, rel=0.01)
+    assert paper[row].train_memory_mib == pytest.approx(megabytes, rel=0.005)
+    assert paper[row].parameters == 11_172_423
+
+
+def test_ten_crops_of_the_input_cost_ten_small_images(paper):
+    small = paper[40, "baseline"]
+    assert paper[48, "input"].gmacs == pytest.approx(10 * small.gmacs, rel=1e-9)
+    assert paper[48, "input"].train_memory_mib == pytest.approx(10 * small.train_memory_mib, rel=1e-3)
+
+
+class Counted(nn.Module):
+    """Two convolutions whose multiply-adds can be counted on paper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Conv2d(3, 8, 3, padding=1)
+        self.tail = nn.Conv2d(8, 16, 3, padding=1, stride=2)
+        self.fc = nn.Linear(16, 7)
+
+    def forward(self, x):
+        return self.fc(self.tail(self.front(x)).mean((2, 3)))
+
+
+def test_against_paper_and_pencil():
+    table = profile(Counted(), 24)
+    front, tail, fc = 24 * 24 * 8 * 27, 12 * 12 * 16 * 72, 16 * 7
+    cut = 10 * 10 * 16 * 72  # the tail on a view of 20 x 20
+    assert [row.site for row in table] == ["baseline", "input", "front", "tail"]
+    assert table["baseline"].gmacs * 1e9 == front + tail + fc
+    assert table["front"].gmacs * 1e9 == front + 10 * (cut + fc)
+    assert table["front"].gmacs_by_views == {n: (front + n * (cut + fc)) / 1e9 for n in (1, 2, 5, 10)}
+    assert table["front"].tail_share == pytest.approx((tail + fc) / (front + tail + fc))
+    assert table["front"].shape == (8, 24, 24)
+    # autograd keeps, in float32: the images (for front's weight), its map's views (for tail's), and fc's input
+    kept = 4 * (3 * 24 * 24 + 10 * (8 * 20 * 20 + 16))
+    assert table["front"].train_memory_mib * 2**20 == kept
+    # alive at once: the images and the front's map, with the views; then the views with what the tail makes of them
+    made = 4 * max(3 * 24 * 24 + 8 * 24 * 24 + 10 * 8 * 20 * 20, 3 * 24 * 24 + 10 * (8 * 20 * 20 + 16 * 10 * 10))
+    assert table["front"].inference_peak_mib * 2**20 == made
+
+
+class OnceACall(nn.Module):
+    """Work that does not grow with the batch: a table of biases, made in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Conv2d(3, 8, 3, padding=1)
+        self.table = nn.Linear(64, 64)
+        self.fc = nn.Linear(8, 7)
+
+    def forward(self, x):
+        bias = self.table(torch.ones(200, 64)).mean()
+        return self.fc(self.front(x).mean((2, 3)) + bias)
+
+
+@pytest.mark.parametrize(
+    ("make", "site"), [(networks.fer, "layer2"), (OnceACall, "front"), (networks.tokens, "blocks.0")]
+)
+def test_fewer_views_cost_what_the_live_model_does(make, site):
+    row = profile(make().eval(), 48, sites=[site])[site]
+    for count, gmacs in row.gmacs_by_views.items():
+        model = inject_crop_vote(make().eval(), after=site, input_size=48, eval_views=list(range(count)))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 3, 48, 48))
+        assert gmacs == pytest.approx(counter.get_total_flops() / 2e9, rel=1e-12)
+
+
+def kept_bytes(model: nn.Module, batch: int) -> int:
+    """What autograd really keeps, of real tensors."""
+    fixed = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = model(torch.randn(batch, 3, 48, 48))
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("site", ["baseline", "input", "layer1", "layer3"])
+def test_training_memory_is_that_of_real_tensors(site):
+    row = profile(networks.fer(), 48, sites=[site] if site not in ("baseline", "input") else [])[site]
+    model = networks.fer()
+    if site != "baseline":
+        inject_crop_vote(model, after=site, input_size=48)
+    model.train()
+    assert row.train_memory_mib == pytest.approx((kept_bytes(model, 6) - kept_bytes(model, 2)) / 4 / 2**20, rel=1e-9)
+
+
+def frozen_front() -> nn.Module:
+    model = networks.fer()
+    for part in (model.conv1, model.bn1, model.layer1):
+        part.requires_grad_(False)
+    return model
+
+
+def test_a_frozen_front_keeps_nothing():
+    whole, frozen = (profile(make(), 48, sites=["layer1"])["layer1"] for make in (networks.fer, frozen_front))
+    assert frozen.train_memory_mib < whole.train_memory_mib
+    model = inject_crop_vote(frozen_front(), after="layer1", input_size=48).train()
+    real = (kept_bytes(model, 6) - kept_bytes(model, 2)) / 4 / 2**20
+    assert frozen.train_memory_mib == pytest.approx(real, rel=1e-9)
+
+
+class Pointwise(nn.Module):
+    """Linear layers on a map's channels, which need no scratch space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.middle, self.tail = nn.Linear(3, 32), nn.Linear(32, 16), nn.Linear(16, 24)
+        self.act, self.fc = nn.GELU(), nn.Linear(24, 7)
+
+    def forward(self, x):
+        x = self.act(self.front(x.permute(0, 2, 3, 1)))
+        return self.fc(self.tail(self.act(self.middle(x)) + 1).mean((1, 2)))
+
+
+@pytest.mark.parametrize("site", ["baseline", "front", "middle", "tail"])
+def test_the_peak_is_that_of_pytorchs_memory_profiler(site):
+    """Which sees every allocation and release of a real run."""
+    row = profile(Pointwise(), 48, sites=[site] if site != "baseline" else [])[site]
+    model = Pointwise().eval()
+    if site != "baseline":
+        inject_crop_vote(model, after=site, input_size=48, eval_output="views")  # the vote is not the network's
+    images = torch.zeros(1, 3, 48, 48)
+    with torch.no_grad():
+        model(images)
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            model(images)
+    now = peak = 4 * images.numel()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert row.inference_peak_mib * 2**20 == pytest.approx(peak, rel=0.01)
+
+
+# ---- what it looks at ------------------------------------------------------------------------------------------------
+
+
+def test_every_valid_site_has_a_row_and_the_model_stays():
+    model = networks.fer()
+    before = networks.snapshot(model)
+    table = profile(model, 48)
+    assert [row.site for row in table] == ["baseline", *[site.name for site in sites(model, 48)]]
+    assert [row.distinct for row in table][1:] == [site.distinct for site in sites(model, 48)]
+    assert networks.same(networks.snapshot(model), before)
+
+
+def test_without_weights_and_with_a_size_of_its_own():
+    with torch.device("meta"):
+        empty = timm.create_model("vit_tiny_patch16_224", num_classes=7)
+    full = timm.create_model("vit_tiny_patch16_224", num_classes=7)
+    names = ["patch_embed", "blocks.0", "blocks.11"]
+    rows = [profile(model, sites=names[1:]) for model in (empty, full)]
+    for a, b in zip(*rows, strict=True):
+        assert a.gmacs == pytest.approx(b.gmacs, rel=1e-9)
+    assert rows[1].input_size == (3, 224, 224)
+    assert rows[1]["baseline"].gmacs == pytest.approx(1.2537, rel=1e-3)  # timm's own figure is 1.3
+
+
+def test_an_injected_model_is_looked_at_as_it_was():
+    model = inject_crop_vote(networks.fer(), after="layer1", input_size=48)
+    assert profile(model, 48, sites=["layer2"]).to_dict() == profile(networks.fer(), 48, sites=["layer2"]).to_dict()
+    assert model(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
+
+
+def test_other_views():
+    table = profile(networks.fer(), 48, sites=["layer1"], views=hflip())
+    assert sorted(table["layer1"].gmacs_by_views) == [1, 2]
+    assert table["layer1"].ratio < 2
+    assert profile(networks.fer(), 48, sites=["layer1"], views=five_crop())["layer1"].distinct == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_size": 48, "sites": ["layer9"]}, "no module named 'layer9'; nearest"),
+        ({"input_size": 48, "sites": ["layer1.0.conv1"]}, "a path around it .* Valid sites: input"),
+        ({}, "no input size is known"),
+        ({"input_size": -1}, "input_size must be a side"),
+        ({"input_size": 48, "views": 10}, "views must be a Views"),
+        ({"input_size": 48, "sites": [], "measure": True, "rounds": 0}, "rounds must be a whole number above 0"),
+    ],
+)
+def test_profiles_of_nonsense(arguments, message):
+    with pytest.raises(CropVoteError, match=message):
+        profile(networks.fer(), **arguments)
+    with pytest.raises(CropVoteError, match=r"model must be an nn\.Module"):
+        profile("resnet18", 48)
+
+
+def test_milliseconds():
+    model = networks.fer()
+    before = networks.snapshot(model)
+    table = profile(model, 48, sites=["layer1", "layer3"], measure=True, batch=2, rounds=2)
+    assert all(row.milliseconds > 0 for row in table)
+    assert networks.same(networks.snapshot(model), before)
+    assert str(table).splitlines()[2].endswith("ms")
+    with torch.device("meta"):
+        empty = fer_resnet18(width=8)
+    with pytest.raises(CropVoteError, match="meta device cannot be measured"):
+        profile(empty, 48, sites=[], measure=True)
+
+
+# ---- the table's forms -----------------------------------------------------------------------------------------------
+
+
+def test_text_markdown_and_json_say_the_same(tmp_path):
+    table = profile(networks.fer(), 48, sites=["layer1", "layer2"])
+    text, markdown, data = str(table).splitlines(), table.to_markdown().splitlines(), table.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert [row["site"] for row in data["rows"]] == ["baseline", "input", "layer1", "layer2"]
+    assert {"gmacs", "train_memory_mib", "inference_peak_mib", "parameters", "tail_share"} <= set(data["rows"][0])
+    for line, row in zip(text[3:7], table, strict=True):
+        assert line.split()[0] == row.site
+        assert f"{row.gmacs:.3f}" in line.split()
+    assert len({line.rindex("176,207") for line in text[3:7]}) == 1  # in columns
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown[2:8]]
+    assert len({len(line) for line in cells}) == 1
+    assert cells[0][0] == "site"
+    for name in ("cost.png", "cost.svg"):
+        table.plot(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 3000
+    with pytest.raises(CropVoteError, match=r"ends in \.png, \.svg, \.pdf, got"):
+        table.plot(tmp_path / "cost.xyz")
+    with pytest.raises(CropVoteError, match="has no row 'layer9'; it has baseline, input, layer1, layer2"):
+        table["layer9"]
+
+
+# ---- advice ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"max_macs_ratio": 4},
+        {"max_memory_mib": 3},
+        {"max_macs_ratio": 6, "max_memory_mib": 2.5},
+        {"max_macs_ratio": 99},
+    ],
+)
+def test_the_earliest_site_within_the_budget(budget):
+    model = networks.fer()
+    inside = [row for row in profile(model, 48) if row.site not in ("baseline", "input")]
+    limits = (budget.get("max_macs_ratio", 1e9), budget.get("max_memory_mib", 1e9))
+    wanted = next(row for row in inside if row.ratio <= limits[0] and row.train_memory_mib <= limits[1])
+    found = suggest_site(model, 48, **budget)
+    assert (found.site, found.cost) == (wanted.site, wanted)
+    assert found.reason.startswith("the earliest site that costs at most")
+
+
+def test_no_site_within_the_budget():
+    with pytest.raises(CropVoteError, match=r"at most 0\.5 times .*; the cheapest is 'layer4', with"):
+        suggest_site(networks.fer(), 48, max_macs_ratio=0.5)
+    with pytest.raises(CropVoteError, match="needs a budget"):
+        suggest_site(networks.fer(), 48)
+    for limit in (0, -1, "2", float("nan"), True):
+        with pytest.raises(CropVoteError, match="max_memory_mib must be a number above 0"):
+            suggest_site(networks.fer(), 48, max_memory_mib=limit)
+    with pytest.raises(CropVoteError, match="no site inside this Flat is valid"):
+        suggest_site(Flat(), 48, max_macs_ratio=2)
+
+
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 48 * 48, 7)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+def test_the_suggestion_is_a_site_that_votes():
+    model = torchvision.models.resnet18(num_classes=7).eval()
+    found = suggest_site(model, 64, max_macs_ratio=4)
+    assert inject_crop_vote(model, after=found.site, input_size=64)(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    assert len(settings(model).views) == 10
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_sites(capsys):
+    assert main(["sites", "timm:resnet18"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["site", "shape", "layout", "distinct"]
+    listed = sites(timm.create_model("resnet18").eval())
+    assert [line.split()[0] for line in lines[1:]] == [site.name for site in listed]
+    assert main(["sites", "torchvision:resnet18", "--size", "64", "--all", "--markdown"]) == 0
+    assert "| layer1.0.conv1 |" in capsys.readouterr().out
+    assert main(["sites", "timm:vit_tiny_patch16_224", "--json"]) == 0
+    assert {row["layout"] for row in json.loads(capsys.readouterr().out)} == {"tokens 14×14, 1 in front"}
+
+
+def test_the_command_profiles(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mynet.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))\n"
+    )
+    asked = ["profile", "mynet:build", "--size", "24x32", "--views", "five"]
+    assert main([*asked, "--json", "--plot", "cost.png"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["site"] for row in rows] == ["baseline", "input", "0"]
+    assert Path("cost.png").stat().st_size > 3000
+    assert main([*asked, "--markdown", "--sites", "0"]) == 0
+    assert capsys.readouterr().out.startswith("Sequential, images 3×24×32, 5 views, per image.\n\n| site |")
+    assert main([*asked, "--measure"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].endswith("ms")
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sites timm:resnt18", "timm has no model 'resnt18'; nearest: resnet18"),
+        ("sites torchvision:resnet", "torchvision has no model 'resnet'; nearest: resnet"),
+        ("sites torchvision:resnet18", "does not say its input size: add --size"),
+        ("sites resnet18", r"must be timm:NAME, torchvision:NAME or package\.module:function"),
+        ("sites nothing.here:build --size 48", "the module 'nothing.here' cannot be imported: ModuleNotFoundError"),
+        ("sites math:sqroot --size 48", "math has no 'sqroot'; nearest: sqrt"),
+        ("sites math:sqrt --size 48", "math:sqrt failed: TypeError"),
+        ("sites math:pi --size 48", "math:pi is a float, not a function"),
+        ("sites builtins:dict --size 48", "gives a dict, not an nn.Module"),
+        ("profile timm:resnet18 --size 48x", "--size must be like 48, 48x64 or 3x48x48"),
+        ("profile timm:resnet18 --size 4x48x48", "failed on an input of shape"),
+        ("profile timm:resnet18 --size 0", "--size must be like"),
+        ("profile timm:resnet18 --sites layer9", "no module named 'layer9'"),
+        ("profile timm:resnet18 --plot nowhere/cost.png", "the folder of 'nowhere/cost.png' does not exist"),
+        ("profile timm:resnet18 --plot cost.gif", "ends in .png, .svg, .pdf"),
+        ("profile timm:resnet18 --measure --device tpu9", "no device of PyTorch's"),
+    ],
+)
+def test_a_wrong_command_gets_one_line(line, message, capsys):
+    assert main(line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert re.search(message, printed.err), printed.err
+
+
+def test_help_fits_a_screen(capsys):
+    for line in (["--help"], ["sites", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(line)
+        assert caught.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 24
+        assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("missing", "line", "message"),
+    [
+        ("timm", "sites timm:resnet18", 'timm:resnet18 needs timm: pip install "cropvote[timm]"'),
+        ("torchvision", "sites torchvision:resnet18 --size 48", "needs torchvision: pip install"),
+        ("matplotlib", "profile torch.nn:Identity --size 48 --plot cost.png", 'pip install "cropvote[plots]"'),
+    ],
+)
+def test_a_missing_extra_is_named(missing, line, message, tmp_path):
+    """In a process that has not imported it; all else works without."""
+    blocked = (
+        f"import sys; sys.modules[{missing!r}] = None; from cropvote.cli import main; sys.exit(main({line.split()!r}))"
+    )
+    found = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert found.returncode == 2, found.stderr
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1

@@ -1,0 +1,100 @@
+"""Agreement, entropy and mutual information, against plain Python and what is known of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cropvote import (
+    CropVoteError,
+    agreement,
+    inject_crop_vote,
+    mutual_information,
+    per_view,
+    plot_agreement,
+    plot_views,
+)
+from cropvote import predictive_entropy as entropy
+
+import networks
+
+FUNCTIONS = [agreement, entropy, mutual_information]
+
+
+def softmax(row: list[float]) -> list[float]:
+    top = max(row)
+    weights = [math.exp(x - top) for x in row]
+    return [w / math.fsum(weights) for w in weights]
+
+
+def spread(shares: list[float]) -> float:
+    return -math.fsum(p * math.log(p) for p in shares if p > 0)
+
+
+def by_hand(sample: list[list[float]]) -> tuple[float, float, float]:
+    views = [softmax(row) for row in sample]
+    chosen = Counter(row.index(max(row)) for row in sample)
+    mean = [math.fsum(column) / len(views) for column in zip(*views, strict=True)]
+    return (
+        max(chosen.values()) / len(sample),
+        spread(mean),
+        spread(mean) - math.fsum(map(spread, views)) / len(views),
+    )
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 7), st.floats(0, 30), st.integers(0, 1000))
+def test_against_plain_python(samples, views, classes, scale, seed):
+    logits = scale * torch.randn(samples, views, classes, generator=torch.Generator().manual_seed(seed)).double()
+    wanted = [by_hand(sample.tolist()) for sample in logits]
+    for function, values in zip(FUNCTIONS, zip(*wanted, strict=True), strict=True):
+        assert torch.allclose(function(logits), torch.tensor(values, dtype=torch.float64), atol=1e-9)
+
+
+def test_the_ends_of_their_scales():
+    opposite = torch.eye(5).mul(1000.0)[None]  # five views, each sure of another class
+    alike = opposite[:, :1].expand(-1, 5, -1)
+    unsure = torch.zeros(1, 5, 5)
+    assert [float(f(opposite)) for f in FUNCTIONS] == pytest.approx([0.2, math.log(5), math.log(5)])
+    assert [float(f(alike)) for f in FUNCTIONS] == pytest.approx([1, 0, 0])
+    assert [float(f(unsure)) for f in FUNCTIONS] == pytest.approx([1, math.log(5), 0], abs=1e-6)
+    assert mutual_information(torch.randn(50, 10, 7) * 1e-4).min() >= 0  # not a rounding error below
+
+
+def test_half_precision_masks_and_no_samples():
+    logits = torch.randn(3, 10, 7)
+    for function in FUNCTIONS:
+        assert function(logits.half()).dtype == torch.float32
+        assert function(logits[:0]).shape == (0,)
+        masked = torch.cat([logits, torch.full((3, 10, 1), -math.inf)], 2)
+        assert torch.allclose(function(masked), function(logits), atol=1e-6)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_are_no_logits(function):
+    with pytest.raises(CropVoteError, match=r"\(N, V, K\), as per_view gives, got \(30, 7\)"):
+        function(torch.zeros(30, 7))
+    with pytest.raises(CropVoteError, match=r"got \(3, 0, 7\)"):
+        function(torch.zeros(3, 0, 7))
+    with pytest.raises(CropVoteError, match=r"got torch\.int64"):
+        function(torch.zeros(3, 10, 7, dtype=torch.long))
+    with pytest.raises(CropVoteError, match="got list"):
+        function([1.0])
+
+
+def test_pictures(tmp_path):
+    model = inject_crop_vote(networks.fer(), after="layer1", input_size=48)
+    image = torch.randn(3, 48, 48)
+    plot_views(model, image, tmp_path / "views.png", classes="abcdefg")
+    plot_agreement(per_view(model, image.expand(4, -1, -1, -1)).detach(), tmp_path / "agreement.svg")
+    assert min(path.stat().st_size for path in tmp_path.iterdir()) > 3000
+    with pytest.raises(CropVoteError, match=r"one image, a tensor \(C, H, W\), got \(1, 3, 48, 48\)"):
+        plot_views(model, image[None], tmp_path / "views.png")
+    with pytest.raises(CropVoteError, match="classes holds 2 names; the model has 7 classes"):
+        plot_views(model, image, tmp_path / "views.png", classes=["a", "b"])
+    with pytest.raises(CropVoteError, match="targets must be a tensor of 4 classes"):
+        plot_agreement(torch.randn(4, 10, 7), tmp_path / "agreement.png", targets=torch.zeros(3))
