@@ -24,13 +24,13 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow -n auto
+	$(BIN)/python -m pytest -m slow -n auto --dist loadgroup
 
 test-zoo: setup
-	$(BIN)/python -m pytest -m zoo -n auto
+	$(BIN)/python -m pytest -m zoo -n auto --dist loadgroup
 
 test-all: test test-slow test-zoo
 

@@ -48,6 +48,13 @@ def cutter(layout: object) -> Callable[[Tensor], list[Tensor]]:
     return oracle.ten_views
 
 
+def last_of(model: nn.Module, site: str) -> str:
+    """The module that returns a Sequential's output, which some models run child by child."""
+    while isinstance(model.get_submodule(site), nn.Sequential):
+        site += f".{len(model.get_submodule(site)) - 1}"
+    return site
+
+
 def against_oracle(
     model: nn.Module,
     size: tuple[int, ...],
@@ -65,7 +72,7 @@ def against_oracle(
     for site in dict.fromkeys([site for site in first if site in rows and not rows[site].reason] + some):
         if time.time() - start > BUDGET and found:
             break
-        by_view = oracle.tail_rows(Logits(model), f"model.{site}", images, cutter(rows[site].layout))
+        by_view = oracle.tail_rows(Logits(model), f"model.{last_of(model, site)}", images, cutter(rows[site].layout))
         wanted = oracle.vote(by_view, "soft")
         inject_crop_vote(model, after=site, input_size=size)
         vote = Logits(model)(images)

@@ -100,8 +100,10 @@ class Injection:
             known = [shape for kind, shape in self.sizes if kind == call]
             # one by one, since a compiler's sizes are symbols
             return any(all(m == n for m, n in zip(shape, first.shape[1:], strict=True)) for shape in known)
+        if is_traced():
+            return True
         broadcasts = first.shape[0] == 1 or self.settings.rows(training) == 1  # or a split that did not run hides
-        return is_traced() or not broadcasts or (call, tuple(first.shape[1:])) in self.sizes
+        return not broadcasts or (call, tuple(first.shape[1:])) in self.sizes
 
     def check_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the site with the shapes of a real call; the mark is kept by copies.

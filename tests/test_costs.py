@@ -52,6 +52,17 @@ def test_ten_crops_of_the_input_cost_ten_small_images(paper):
     assert paper[48, "input"].train_memory_mib == pytest.approx(10 * small.train_memory_mib, rel=1e-3)
 
 
+def test_the_readme_has_these_figures(paper):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = readme[readme.index("| ten views after | GMACs") :].splitlines()[2:6]
+    for line, site in zip(lines, ("baseline", "layer1", "layer2", "layer3"), strict=True):
+        row, few = paper[48, site], paper[48, site].gmacs_by_views
+        figures = [f"{row.gmacs:.3f}", f"{TABLE_2[48, site][0]:.2f}"]
+        figures += [f"{row.train_memory_mib:.2f}", f"{TABLE_2[48, site][1]:.2f}"]
+        figures += [f"{few[1]:.3f}", f"{few[2]:.3f}"] if few else ["", ""]
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == figures
+
+
 class Counted(nn.Module):
     """Two convolutions whose multiply-adds can be counted on paper."""
 

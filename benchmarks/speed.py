@@ -1,0 +1,268 @@
+"""Time and memory of a voting network, beside the plain one and test-time augmentation: docs/speed.md.
+
+    python benchmarks/speed.py [--device cuda] [--rounds 15]
+
+The paper's network at 48x48, on random images: every network once per round, in turns; medians, and their ratio to the
+plain network's. Adds to benchmarks/results/speed.json what was measured on this kind of device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import ttach
+from torch import Tensor, nn
+from torchvision.transforms.functional import ten_crop as torchvision_ten_crop
+
+from cropvote import CropVoteLoss, inject_crop_vote, profile, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "fer48"))
+
+from model import fer_resnet18  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
+PAGE = ROOT / "docs" / "speed.md"
+SITES = ("layer1", "layer2", "layer3")
+PASSES = (None, 5, 2, 1)
+HAND, TTACH, TENCROP = "written by hand, after layer1", "ttach, five crops and mirror images", "torchvision's TenCrop"
+#: Networks that must say the same.
+ALIKE = {"cropvote after layer1": [HAND], "cropvote after input": [TTACH, TENCROP]}
+
+
+class TenCrop(nn.Module):
+    """torchvision's ten crops of the images, as its documentation shows their use."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        crops = torch.stack(torchvision_ten_crop(x, [40, 40]), dim=1)
+        return self.model(crops.flatten(0, 1)).unflatten(0, (x.shape[0], 10)).mean(1)
+
+
+class ByHand(nn.Module):
+    """Ten views after layer1 as one would write it for this one network, without the library."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        net = self.model
+        x = net.layer1(net.relu(net.bn1(net.conv1(x))))
+        views = []
+        for half in (x, x.flip(3)):
+            views += [half[:, :, i : i + 40, j : j + 40] for i, j in ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4))]
+        x = net.layer4(net.layer3(net.layer2(torch.cat(views))))
+        return net.fc(net.avgpool(x).flatten(1)).unflatten(0, (10, -1)).mean(0)
+
+
+def networks(model: nn.Module) -> dict[str, nn.Module]:
+    """The same weights, plain and in every kind of vote."""
+    found: dict[str, nn.Module] = {"plain": model}
+    for site in (*SITES, "input"):
+        found[f"cropvote after {site}"] = inject_crop_vote(copy.deepcopy(model), after=site, input_size=48)
+    centred = inject_crop_vote(copy.deepcopy(model), after="layer1", input_size=48, eval_views="centre+mirror")
+    found["cropvote after layer1, centre + mirror"] = centred
+    found[HAND] = ByHand(copy.deepcopy(model))
+    crops = ttach.Compose([ttach.HorizontalFlip(), ttach.FiveCrops(40, 40)])
+    found[TTACH] = ttach.ClassificationTTAWrapper(copy.deepcopy(model), crops)
+    found[TENCROP] = TenCrop(copy.deepcopy(model))
+    return {name: network.eval() for name, network in found.items()}
+
+
+def gmacs(model: nn.Module) -> dict[str, float]:
+    table = profile(model, 48, sites=list(SITES))
+    found = {"plain": table["baseline"].gmacs, **{f"cropvote after {s}": table[s].gmacs for s in (*SITES, "input")}}
+    found["cropvote after layer1, centre + mirror"] = table["layer1"].gmacs_by_views[2]
+    found[HAND] = table["layer1"].gmacs
+    for peer in (TTACH, TENCROP):
+        found[peer] = table["input"].gmacs
+    return found
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds, and the median over rounds of the ratio to the first, with its quartiles."""
+    for call in calls.values():
+        call(), call()
+    taken = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(rounds)]
+    first = next(iter(calls))
+    found = {}
+    for name in calls:
+        low, middle, high = statistics.quantiles([times[name] / times[first] for times in taken], n=4)
+        found[name] = {"ms": 1e3 * statistics.median(t[name] for t in taken), "ratio": middle, "q1": low, "q3": high}
+    return found
+
+
+def inference(device: torch.device, batch: int, rounds: int, compiled: bool, half: bool) -> dict[str, Any]:
+    """One mode: all networks on one batch."""
+    torch.manual_seed(0)
+    found = {name: network.to(device) for name, network in networks(fer_resnet18()).items()}
+    images = torch.randn(batch, 3, 48, 48, device=device)
+    with torch.no_grad():
+        for ours, others in ALIKE.items():
+            if max(float((found[ours](images) - found[other](images)).abs().max()) for other in others) > 1e-3:
+                raise SystemExit(f"{ours} does not agree with {', '.join(others)}")
+        if compiled:
+            torch._dynamo.reset()
+            found = {name: torch.compile(network) for name, network in found.items()}
+        cast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
+        with cast:
+            return interleaved({n: (lambda m=m: m(images)) for n, m in found.items()}, device, rounds)
+
+
+def training(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
+    """Forward and backward, a loss on every view."""
+    torch.manual_seed(0)
+    images, targets = torch.randn(batch, 3, 48, 48, device=device), torch.randint(7, (batch,), device=device)
+    loss = CropVoteLoss(nn.CrossEntropyLoss())
+    plain = fer_resnet18().to(device)
+    calls: dict[str, Callable[[], Any]] = {"plain": lambda: loss(plain(images), targets).backward()}
+    for site in SITES:
+        model = inject_crop_vote(copy.deepcopy(plain), after=site, input_size=48).train()
+        calls[f"cropvote after {site}"] = lambda model=model: loss(model(images), targets).backward()
+    few = inject_crop_vote(copy.deepcopy(plain), after="layer1", input_size=48, train_views=3).train()
+    calls["cropvote after layer1, three of ten views"] = lambda: loss(few(images), targets).backward()
+    return interleaved(calls, device, rounds)
+
+
+def peak(call: Callable[[], Any], device: torch.device) -> float:
+    """MiB allocated at once during a call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        kept = call()
+    now = most = 0
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    del kept
+    return most / 2**20
+
+
+def passes(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
+    """Ten views after layer1, a few at a time: peak memory, time, and the largest difference of the vote."""
+    torch.manual_seed(0)
+    model = inject_crop_vote(fer_resnet18(), after="layer1", input_size=48).eval().to(device)
+    images = torch.randn(batch, 3, 48, 48, device=device)
+
+    def vote(step: int | None) -> Tensor:
+        settings(model).views_per_pass = step
+        return model(images)
+
+    with torch.no_grad():
+        whole = vote(None)
+        times = interleaved({str(step or 10): (lambda step=step: vote(step)) for step in PASSES}, device, rounds)
+        for step in PASSES:
+            row = times[str(step or 10)]
+            row["peak_mib"] = peak(lambda step=step: vote(step), device)
+            row["difference"] = float((vote(step) - whole).abs().max() / whole.abs().max())
+    return times
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def page(stored: dict[str, Any]) -> str:
+    """docs/speed.md."""
+    lines = [
+        "# Speed and memory", "",
+        "Made by `python benchmarks/speed.py`: the paper's network (11.2 M parameters, images 48×48, seven classes),",
+        "with the same weights in every row, on random images. All networks run once per round, in turns. Milliseconds",
+        "per batch are medians; a ratio is the median over rounds of a network's time over the plain one's in the same",
+        "round, with its quartiles. `GMACs / plain` are the multiply-adds over the plain network's: where the ratio of",
+        "the times is no larger, the split and the vote cost nothing that can be measured.", "",
+    ]  # fmt: skip
+    for result in stored.values():
+        lines += [f"## {result['machine']}", "", f"{result['versions']}; batch {result['batch']}, {result['rounds']} "
+                  "rounds.", ""]  # fmt: skip
+        for title, times in result["inference"].items():
+            lines += [f"### Inference, {title}", "", *table(times, result["gmacs"]), ""]
+        lines += ["### Training step (forward and backward, float32, eager)", "", *table(result["training"], {}), ""]
+        lines += [
+            f"### Memory: `views_per_pass`, ten views after `layer1`, batch {result['batch']}", "",
+            "| views at a time | peak MiB | ms | time / one pass | largest relative difference of the vote |",
+            "| ---: | ---: | ---: | ---: | ---: |",
+            *(f"| {step} | {row['peak_mib']:.1f} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['difference']:.0e} |"
+              for step, row in result["passes"].items()), "",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def table(times: dict[str, Any], work: dict[str, float]) -> list[str]:
+    head = ["network", "ms", "time / plain", "quartiles", *["GMACs / plain"] * bool(work)]
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for name, row in times.items():
+        cells = [name, f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{row['q1']:.2f} – {row['q3']:.2f}"]
+        cells += [f"{work[name] / work['plain']:.2f}"] if work else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, help="images; 8 on a CPU, 512 elsewhere")
+    parser.add_argument("--page", action="store_true", help="write docs/speed.md again, without measuring")
+    arguments = parser.parse_args()
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not arguments.page:
+        device = torch.device(arguments.device)
+        batch, rounds = arguments.batch or (8 if device.type == "cpu" else 512), arguments.rounds
+        modes = {f"{dtype}, {how}": (how == "compiled", dtype == "bfloat16 autocast")
+                 for how in ("eager", "compiled") for dtype in ("float32", "bfloat16 autocast")}  # fmt: skip
+        measured: dict[str, Any] = {}
+        for title, (compiled, half) in modes.items():
+            measured[title] = inference(device, batch, rounds, compiled, half)
+            print(title, *table(measured[title], gmacs(fer_resnet18())), sep="\n", flush=True)
+        stored[device.type] = {
+            "machine": machine(device),
+            "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+            "batch": batch,
+            "rounds": rounds,
+            "gmacs": gmacs(fer_resnet18()),
+            "inference": measured,
+            "training": training(device, batch, rounds),
+            "passes": passes(device, batch, rounds),
+        }
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+    PAGE.write_text(page(stored))
+
+
+if __name__ == "__main__":
+    main()
