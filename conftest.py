@@ -7,10 +7,8 @@ import tempfile
 from doctest import ELLIPSIS
 from typing import Any
 
-import pytest
 import torch
 from sybil import Sybil
-from sybil.integration.pytest import SybilItem
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
@@ -38,10 +36,3 @@ pages = Sybil(
 )
 docstrings = Sybil(parsers=[DocTestParser(optionflags=ELLIPSIS)], pattern="cropvote/*.py", setup=enter, teardown=leave)
 pytest_collect_file = (pages + docstrings).pytest()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the examples of a page in one process: each uses what those before it made."""
-    for item in items:
-        if isinstance(item, SybilItem):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))

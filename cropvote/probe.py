@@ -130,14 +130,20 @@ def candidates(probe: Probe, every: bool = False) -> list[str]:
     return first + sorted(names.values(), key=lambda n: order.get(probe.holders[n], last))
 
 
-def _advice(probe: Probe, most: int = 8) -> str:
-    """The outermost valid sites, for an error's end."""
+def _advice(probe: Probe, most: int = 8, tried: int = 40) -> str:
+    """The outermost valid sites, for an error's end; a look at every module would take its time."""
     names = candidates(probe)
+    outermost = sorted(names, key=lambda n: n.count("."))
     valid: list[str] = []
-    for name in sorted(names, key=lambda n: n.count(".")):
+    for name in outermost[:tried]:
         if len(valid) < most and not probe.site(name).reason:
             valid.append(name)
     if not valid:
-        return f"No site of this {type(probe.model).__name__} is valid for these views."
+        kind = type(probe.model).__name__
+        if len(outermost) > tried:
+            return (
+                f"None of the {tried} outermost modules of this {kind} is valid: see cropvote.sites(model, all=True)."
+            )
+        return f"No site of this {kind} is valid for these views."
     valid.sort(key=names.index)
     return f"Valid sites: {', '.join(valid)} (all of them: cropvote.sites(model, input_size))."

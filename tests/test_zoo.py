@@ -77,9 +77,15 @@ def look(model: nn.Module, family: str) -> dict[str, Site]:
 
     def judge(fake: nn.Module) -> dict[str, Site]:
         probe = Probe(fake, example_of(model, tuple(known["size"])), ten_crop(), None)
-        return {name: probe.site(name) for name in known["tried"] if name in probe.modules}
+        return {name: probe.site(name) for name in tried(family) if name in probe.modules}
 
     return on_fake_copy(model, judge)
+
+
+def tried(family: str, most: int = 16) -> list[str]:
+    """Every entry of feature_info; of models without one, an even sample of the modules that the sweep tried."""
+    names = list(FAMILIES[family]["tried"])
+    return names if family.startswith("timm/") else names[:: -(-len(names) // most)]
 
 
 def works(known: dict[str, Any]) -> set[str]:
@@ -91,8 +97,8 @@ def test_verdicts_on_fake_tensors(family):
     """At every entry of feature_info the verdict is the stored one, and every refusal has its reason."""
     known = FAMILIES[family]
     rows = look(build(family, fake=True), family)
-    assert {name for name, site in rows.items() if not site.reason} == works(known)
-    assert set(known["tried"]).difference(rows) == {n for n, v in known["tried"].items() if "no module" in v["reason"]}
+    assert {name for name, site in rows.items() if not site.reason} == works(known).intersection(tried(family))
+    assert set(tried(family)).difference(rows) == {n for n, v in known["tried"].items() if "no module" in v["reason"]}
 
 
 def assert_judged_right(family: str, whole: bool) -> None:
