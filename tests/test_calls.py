@@ -67,6 +67,8 @@ def test_some_views_vote_as_their_columns_do(how, asked, columns):
     assert torch.allclose(model(IMAGES), vote(logits[:, columns].flatten(0, 1), len(columns), how=how), atol=1e-6)
     wanted = oracle.vote(expected_rows()[:, columns], how)
     assert torch.allclose(model(IMAGES).double(), wanted, atol=1e-5)
+    settings(model).eval_output = "views"  # always in the order of the views
+    assert torch.allclose(model(IMAGES), logits[:, columns].flatten(0, 1), atol=1e-6)
 
 
 def test_only_the_views_asked_for_are_computed():

@@ -555,3 +555,26 @@ def test_a_map_without_values_is_no_site(tokens):
     with pytest.raises(CropVoteError, match=r"which holds no values\. Valid sites: input, front"):
         inject_crop_vote(Emptied(tokens).eval(), after="site", input_size=48)
     assert [site.name for site in sites(Emptied(tokens).eval(), 48)] == ["input", "front"]
+
+
+class LinearLast(nn.Module):
+    """Images as (N, H, W, C), and no convolution whose channels would tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.fc = nn.Linear(3, 8), nn.Linear(8 * 6, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.front(x)
+        return self.fc(nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (2, 3)).flatten(1))
+
+
+def test_where_the_channels_of_images_are_is_seen_without_a_convolution():
+    torch.manual_seed(0)
+    model = LinearLast().eval()
+    images = torch.randn(2, 24, 30, 3)
+    with torch.no_grad():
+        wanted = (model(images) + model(images.flip(2))) / 2
+        inject_crop_vote(model, after="input", views=hflip())
+        assert torch.allclose(model(images), wanted, atol=1e-6)
+    assert model._cropvote.layout == "NHWC"
