@@ -82,6 +82,7 @@ class Profile:
         rows = [row._asdict() for row in self.rows]
         for row in rows:
             row["shape"] = list(row["shape"])
+            row.update({name: None for name, value in row.items() if value != value})  # NaN, which JSON does not know
             row["gmacs_by_views"] = {str(count): gmacs for count, gmacs in row["gmacs_by_views"].items()}
         return {"model": self.model, "input_size": list(self.input_size), "views": len(self.views), "rows": rows}
 

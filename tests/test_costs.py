@@ -288,6 +288,12 @@ def test_text_markdown_and_json_say_the_same(tmp_path):
         table["layer9"]
 
 
+def test_a_network_without_multiply_adds_has_no_ratio():
+    table = profile(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 48)
+    assert table["input"].ratio != table["input"].ratio
+    assert json.loads(json.dumps(table.to_dict(), allow_nan=False))["rows"][1]["ratio"] is None
+
+
 # ---- advice ----------------------------------------------------------------------------------------------------------
 
 
