@@ -12,11 +12,11 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e ".[timm,fer,docs,dev,tools]"
+	$(BIN)/python -m pip install --quiet -e ".[timm,fer,detect,onnx,docs,dev,tools]"
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/fer48/demo.py
+	$(BIN)/python examples/fer48/compare.py --sites none layer1 --seeds 0 --width 8 --batch 32 --epochs 10 --out runs/demo
 
 check: setup
 	$(BIN)/ruff check .

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cropvote import Site, Tokens, inject_crop_vote, remove_crop_vote
-
 import oracle
+from cropvote import Site, Tokens, inject_crop_vote, remove_crop_vote
 
 ORACLE_SITES = 4
 BUDGET = 10  # seconds for a model's modules against noise, and for its sites against the oracle

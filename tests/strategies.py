@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cropvote import Views
-
 from oracle import Position, Scale
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import networks
+import oracle
 from cropvote import (
     CropVote,
     CropVoteError,
@@ -25,9 +27,6 @@ from cropvote import (
     vote,
 )
 from cropvote.calls import draw
-
-import networks
-import oracle
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")

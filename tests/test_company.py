@@ -9,15 +9,14 @@ import warnings
 import pytest
 import torch
 import torchvision
-from test_surgery import IMAGES
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from cropvote import CropVoteError, inject_crop_vote, remove_crop_vote, settings
-
 import networks
 import oracle
+from cropvote import CropVoteError, inject_crop_vote, remove_crop_vote, settings
+from test_surgery import IMAGES
 
 
 def test_scripting_a_voting_model_raises():

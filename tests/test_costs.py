@@ -15,10 +15,9 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import networks
 from cropvote import CropVoteError, five_crop, hflip, inject_crop_vote, profile, settings, sites, suggest_site
 from cropvote.cli import main
-
-import networks
 from model import fer_resnet18
 
 #: (image side, site): GMACs and MB of the forward pass in Table 2 of the paper.

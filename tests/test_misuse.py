@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+import networks
 from cropvote import (
     CropVote,
     CropVoteError,
@@ -17,8 +18,6 @@ from cropvote import (
     remove_crop_vote,
     settings,
 )
-
-import networks
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 

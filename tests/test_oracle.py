@@ -16,6 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import oracle
 from cropvote import (
     CropVote,
     CropVoteError,
@@ -28,8 +29,6 @@ from cropvote import (
     remove_crop_vote,
     settings,
 )
-
-import oracle
 
 FER = Path(__file__).parents[1] / "examples" / "fer48" / "model.py"
 SIDES = {"torchvision": 64, "timm": 64, "fer": 48}

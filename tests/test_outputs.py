@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torchvision
-from test_surgery import IMAGES
 from torch import Tensor, nn
 
-from cropvote import CropVote, CropVoteError, CropVoteLoss, hflip, inject_crop_vote, settings, ten_crop
-
 import networks
+from cropvote import CropVote, CropVoteError, CropVoteLoss, hflip, inject_crop_vote, settings, ten_crop
+from test_surgery import IMAGES
 
 Pair = namedtuple("Pair", ["logits", "aux_logits"])
 

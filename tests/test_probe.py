@@ -9,12 +9,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_surgery import IMAGES
 from torch import nn
 
-from cropvote import CropVoteError, hflip, inject_crop_vote, remove_crop_vote, sites, ten_crop
-
 import networks
+from cropvote import CropVoteError, hflip, inject_crop_vote, remove_crop_vote, sites, ten_crop
+from test_surgery import IMAGES
 
 AROUND = r"depends on the images by a path around it"
 REFUSED = [

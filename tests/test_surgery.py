@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+import networks
 from cropvote import (
     CropVoteLoss,
     hflip,
@@ -23,8 +24,6 @@ from cropvote import (
     ten_crop,
     vote,
 )
-
-import networks
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 

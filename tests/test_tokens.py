@@ -10,10 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from cropvote import CropVote, CropVoteError, Tokens, hflip, inject_crop_vote, sites, split_views, ten_crop
-
 import networks
 import oracle
+from cropvote import CropVote, CropVoteError, Tokens, hflip, inject_crop_vote, sites, split_views, ten_crop
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 7}

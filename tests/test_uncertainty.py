@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import networks
 from cropvote import (
     CropVoteError,
     agreement,
@@ -20,8 +21,6 @@ from cropvote import (
     plot_views,
 )
 from cropvote import predictive_entropy as entropy
-
-import networks
 
 FUNCTIONS = [agreement, entropy, mutual_information]
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+import oracle
 from cropvote import (
     CropVoteError,
     Views,
@@ -23,8 +24,6 @@ from cropvote import (
     ten_crop,
     vote,
 )
-
-import oracle
 from strategies import Spec, maps, quick, scale_pairs, scales, sides, specs, thorough
 
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]

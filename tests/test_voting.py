@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cropvote import CropVoteError, CropVoteLoss, repeat_targets, ten_crop, vote
-
 import oracle
+from cropvote import CropVoteError, CropVoteLoss, repeat_targets, ten_crop, vote
 from strategies import logits, quick
 
 RULES = ["soft", "probs", "hard", "mean", "median"]

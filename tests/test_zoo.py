@@ -13,12 +13,11 @@ import timm
 import torch
 from torch import nn
 
+import zoo_models
+import zoo_page
 from cropvote import CropVoteError, Site, inject_crop_vote, sites, ten_crop
 from cropvote.fakes import example_of, on_fake_copy
 from cropvote.trials import Probe
-
-import zoo_models
-import zoo_page
 from zoo_witnesses import against_noise, against_oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the models' own code

@@ -1,7 +1,13 @@
-"""The paper's baseline: ResNet-18 for 48x48 faces, with a 3x3 stride-1 stem and no max-pool."""
+"""The paper's baseline: ResNet-18 for 48x48 faces, with a 3x3 stride-1 stem and no max-pool.
+
+Importing this file makes it known to timm: ``timm.create_model("fer_resnet18", num_classes=7)``.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -10,12 +16,13 @@ class FerResNet18(nn.Module):
     """ResNet-18 for small images; ``layer1`` to ``layer4`` and ``fc`` are named as torchvision's.
 
     Shape:
-        n 3 H W -> n num_classes
+        n in_chans H W -> n num_classes
     """
 
-    def __init__(self, num_classes: int = 7, width: int = 64) -> None:
+    def __init__(self, num_classes: int = 7, width: int = 64, in_chans: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.num_classes, self.num_features = num_classes, 8 * width
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = _stage(width, width, stride=1)
@@ -28,10 +35,22 @@ class FerResNet18(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map, n in_chans H W -> n (8 width) H/8 W/8."""
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward_head(self, x: Tensor) -> Tensor:
         return self.fc(self.avgpool(x).flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Linear:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes, self.fc = num_classes, nn.Linear(self.num_features, num_classes)
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -41,6 +60,12 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs))
 
 
-def fer_resnet18(num_classes: int = 7, width: int = 64) -> FerResNet18:
+# No weights are published, so there is no url; timm reads the size, the mean and the names from here.
+_CFG = {"input_size": (3, 48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "first_conv": "conv1", "classifier": "fc"}
+default_cfgs = generate_default_cfgs({"fer_resnet18.untrained": {"num_classes": 7, "pool_size": (6, 6), **_CFG}})
+
+
+@register_model
+def fer_resnet18(pretrained: bool = False, **options: Any) -> FerResNet18:
     """The network of the paper: 11,172,423 parameters with 7 classes at width 64; narrower for small machines."""
-    return FerResNet18(num_classes, width)
+    return build_model_with_cfg(FerResNet18, "fer_resnet18", pretrained, **options)

@@ -1,246 +1,191 @@
-"""Train a small face-expression network, plain or voting, and write what it reached.
+"""Train the paper's face-expression network, plain or voting, and write what it reached.
 
-    python examples/fer48/train.py --after layer1                        toy faces, on this machine, in minutes
-    python examples/fer48/train.py --after layer1 --data fer2013.csv     the real thing
-
-Writes result.json, confusion_matrix.png and model.pt into --out.
+python examples/fer48/train.py                                              toy faces, here, in minutes
+python examples/fer48/train.py --recipe fer2013 --data fer2013.csv --fast   FER2013 on a GPU
+python examples/fer48/train.py --recipe affectnet --data AffectNet --retrain --final-test
+torchrun --nproc-per-node 4 examples/fer48/train.py --recipe affectnet --data AffectNet --batch 136
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import dataclasses
+import math
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import sklearn
 import torch
-from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from torch import Tensor
 
 import cropvote
-from cropvote import CropVoteLoss, inject_crop_vote, settings, ten_crop, vote
+from batches import augment, epoch_rows
+from config import VALENCE_AROUSAL, Config, add_options, from_options
+from data import DataError, Faces, Split, load
+from keeping import WEIGHTS, KeptError
+from learner import Learner, read
+from machines import Machine, MachineError, machine
+from progress import Progress
+from results import RESULT, figures, scores, write
+from resuming import keep_run, open_run
+from scoring import MOOD, aims, chosen_by, per_class_table, score
 
-from data import DataError, Faces, Split, augment, load, to_input
-from model import FerResNet18, fer_resnet18
 
-VIEWS = ten_crop()
+class TrainError(Exception):
+    """The training cannot go on; the message says what to change."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """A run: everything that decides its figures."""
-
-    data: str = "toy"
-    after: str = "layer1"
-    vote: Literal["soft", "hard"] = "soft"
-    width: int = 16
-    epochs: int = 8
-    batch: int = 64
-    rate: float = 2e-3
-    limit: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    amp: bool = False
-    final_test: bool = False
-    out: str = ""
+#: What ends a run with one line and exit code 1; anything else is a bug, and shows where.
+EXPECTED = (DataError, KeptError, MachineError, TrainError, cropvote.CropVoteError, OSError)
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(argv)
+    config, resume, overwrite = parse(argv)
     try:
-        result = train(config)
-    except (DataError, OSError, cropvote.CropVoteError) as error:
+        with machine(config.device, config.precision, config.fast) as here:
+            train_and_retrain(config, here, resume, overwrite)
+    except EXPECTED as error:
         sys.exit(f"train.py: {error}")
-    print(f"\n{report(result)}\n{Path(result['out']).resolve()}: result.json, confusion_matrix.png, model.pt")
 
 
-def train(config: Config) -> dict[str, Any]:
-    """The whole run. Returns what result.json holds."""
+def train_and_retrain(config: Config, here: Machine, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train; with ``retrain`` once more, on training and validation faces, for the number of epochs that was best."""
+    if not config.retrain:
+        return train(config, here, resume, overwrite)
+    found = train(dataclasses.replace(config, final_test=False), here, resume, overwrite)
+    out, epochs = str(Path(found["out"]) / "retrained"), found["epochs"]["best_epoch"]
+    return train(dataclasses.replace(config, learn="train+val", epochs=epochs, out=out), here, resume, overwrite)
+
+
+def train(config: Config, here: Machine, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """One training, from its last epoch on where it is resumed. Returns what result.json holds."""
+    with here.in_turn():  # the first process decodes, the others read its cache
+        faces = read_faces(config)
+    mood = config.target == VALENCE_AROUSAL
+    outputs = MOOD if mood else faces.classes
+    learned, val = faces.splits["train"].to(here.device), faces.splits.get("val")
+    scored = None if config.learn == "train+val" and not config.final_test else scored_split(config, faces)
+    labels, targets = learned.labels.cpu(), aims(learned, mood)
+    steps = count_steps(config, labels, here)
     torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    faces = load(config.data, config.limit, config.seed)
-    splits = {name: split.to(device) for name, split in faces.splits.items()}
-    print(f"{faces.name}: {', '.join(f'{len(s)} {s.name}' for s in splits.values())} faces; {faces.note}.")
+    learner = Learner(config, outputs, steps, here)
+    order = torch.Generator().manual_seed(config.seed)
+    torch.manual_seed(config.seed + here.rank)  # every process augments in its own way
+    out, run = open_run(config, faces, outputs, learner, order, here, resume, overwrite)
+    curve = run["curve"]
+    announce(config, faces, steps, len(curve), here)
 
-    model = fer_resnet18(len(faces.classes), config.width).to(device)
-    gmacs, parameters = count(model, config.after)
-    if config.after != "none":
-        inject_crop_vote(model, after=config.after, views=VIEWS, vote=config.vote, input_size=48)
-    loss_of = CropVoteLoss(nn.CrossEntropyLoss())
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.rate)
-    batches = len(splits["train"]) // config.batch
-    if batches == 0:
-        raise DataError(f"{len(splits['train'])} training faces are less than one batch of {config.batch}.")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.rate, total_steps=config.epochs * batches)
+    with Progress(out, config.epochs, steps * config.batch, len(curve), shown=here.first) as progress:
+        for epoch in range(len(curve), config.epochs):
+            learner.model.train()
+            started, rate, total = time.monotonic(), learner.rate, torch.zeros((), device=here.device)
+            drawn = epoch_rows(labels, config.per_class, order)[: steps * config.batch]
+            batches = here.mine(drawn).to(here.device).split(config.batch // here.size)
+            for step, batch in enumerate(batches):
+                total += learner.learn(augment(learned.images[batch], config), targets[batch])
+                progress.step(config.batch, epoch, total, step + 1, learner.rate)
+            learner.end_epoch()
 
-    best, best_state, curve, start = -1.0, {}, [], time.monotonic()
-    for epoch in range(config.epochs):
-        model.train()
-        total = torch.zeros((), device=device)
-        order = torch.randperm(len(splits["train"])).to(device)
-        title = f"epoch {epoch + 1}/{config.epochs}"
-        for step in (bar := tqdm(range(batches), desc=title, leave=False, disable=None)):  # None: not in a log file
-            rows = order[step * config.batch : (step + 1) * config.batch]
-            x, y = augment(splits["train"].images[rows]), splits["train"].labels[rows]
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                loss = loss_of(model(x), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
-            if step % 10 == 9:
-                bar.set_postfix(loss=f"{total.item() / (step + 1):.3f}")
-        score = evaluate(model, splits["val"], config)
-        curve.append({"epoch": epoch + 1, "loss": total.item() / batches, "accuracy": score[config.vote]["accuracy"]})
-        print("epoch {epoch}: loss {loss:.3f}, {split} {accuracy:.1%}".format(**curve[-1], split=splits["val"].name))
-        if curve[-1]["accuracy"] > best:
-            best = curve[-1]["accuracy"]
-            best_state = {key: value.clone() for key, value in model.state_dict().items()}
-    seconds = time.monotonic() - start
+            loss, seconds = here.mean(total).item() / steps, time.monotonic() - started
+            if not math.isfinite(loss):
+                raise TrainError(
+                    f"epoch {epoch + 1}: the loss is {loss}; a lower --rate? {out} keeps the {epoch} before it."
+                )
+            curve.append({"epoch": epoch + 1, "loss": loss, "rate": rate, "seconds": round(seconds, 2)})
+            curve[-1]["faces_per_second"] = round(steps * config.batch / seconds, 1)
+            if val is not None:
+                logits = read(learner.kept, val.images, here, config.after != "none")
+                curve[-1]["score"] = chosen_by(score(logits, aims(val, mood), outputs), config.vote)
+            if val is None or all(curve[-1]["score"] > row["score"] for row in curve[:-1]):
+                run["best"] = {key: value.cpu().clone() for key, value in learner.kept.state_dict().items()}
+            keep_run(out, run, learner, order, here)
+            progress.epoch(curve[-1], "concordance" if mood else f"{config.vote} accuracy")
 
-    model.load_state_dict(best_state)
-    scored = splits["test" if config.final_test else "val"]
-    votes = evaluate(model, scored, config, faces.classes)
-    measured = {"parameters": parameters, "gmacs": gmacs, "seconds": round(seconds, 1), "curve": curve, "votes": votes}
-    return write(measured, model, faces, scored, config)
-
-
-@torch.no_grad()
-def evaluate(
-    model: FerResNet18, split: Split, config: Config, classes: tuple[str, ...] = (), batch: int = 128
-) -> dict[str, dict[str, Any]]:
-    """Accuracy by soft and hard vote, from the same rows; a plain network's prediction stands under both.
-
-    With ``classes``, the accuracy of each and the predictions too.
-    """
-    model.eval()
-    voting = config.after != "none"
-    if voting:
-        settings(model).eval_output = "views"
-    rows = []
-    for images in split.images.split(batch):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
-            rows.append(model(to_input(images)).float())
-    if voting:
-        settings(model).eval_output = "vote"
-    views = len(VIEWS) if voting else 1
-    return {how: _score(vote(torch.cat(rows), views, how), split, classes) for how in ("soft", "hard")}
-
-
-def _score(outputs: Tensor, split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
-    predicted = outputs.argmax(1)
-    right = predicted == split.labels
-    score: dict[str, Any] = {"accuracy": right.float().mean().item()}
-    if classes:
-        per_class = {name: right[split.labels == i] for i, name in enumerate(classes)}
-        score["per_class"] = {name: r.float().mean().item() if len(r) else None for name, r in per_class.items()}
-        score["predicted"] = predicted.tolist()
-    return score
-
-
-def count(model: FerResNet18, after: str) -> tuple[float, int]:
-    """Multiply-adds of one image in 1e9 (half of what PyTorch counts), and parameters; the model stays as it is."""
-    was, device = model.training, next(model.parameters()).device
-    model.eval()
-    if after != "none":
-        inject_crop_vote(model, after=after, views=VIEWS, input_size=48)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, 48, 48, device=device))
-    if after != "none":
-        cropvote.remove_crop_vote(model)
-    model.train(was)
-    return counter.get_total_flops() / 2e9, sum(p.numel() for p in model.parameters())
-
-
-def write(measured: dict[str, Any], model: FerResNet18, faces: Faces, scored: Split, config: Config) -> dict[str, Any]:
-    """Put result.json, confusion_matrix.png and model.pt into the run's folder; return what result.json holds."""
-    out = Path(config.out or f"runs/{faces.name}-{config.after}-{config.seed}")
-    out.mkdir(parents=True, exist_ok=True)
-    predicted = {how: score.pop("predicted") for how, score in measured["votes"].items()}
-    classes = range(len(faces.classes))
-    matrix = confusion_matrix(scored.labels.cpu(), predicted[config.vote], labels=classes, normalize="true")
-    result = {
-        "config": asdict(config),
-        "versions": versions(scored.labels.device),
-        "data": {"name": faces.name, "note": faces.note, "faces": {s.name: len(s) for s in faces.splits.values()}},
-        "split": scored.name,
-        "chosen_on": faces.splits["val"].name,
-        **measured,
-        "confusion_matrix": matrix.round(4).tolist(),
-        "out": str(out),
-    }
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    axes = figure.subplots()
-    display = ConfusionMatrixDisplay(100 * matrix, display_labels=faces.classes)
-    display.plot(ax=axes, cmap="Blues", values_format=".0f", xticks_rotation=35, im_kw={"vmin": 0, "vmax": 100})
-    accuracy = result["votes"][config.vote]["accuracy"]
-    title = "plain network" if config.after == "none" else f"ten views after {config.after}, {config.vote} vote"
-    axes.set(title=f"{faces.name} {scored.name}, {title}: {accuracy:.1%}\n% of the true class")
-    figure.savefig(out / "confusion_matrix.png", dpi=150)
-    torch.save(model.state_dict(), out / "model.pt")
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    learner.model.load_state_dict(run["best"])
+    rows = None if scored is None else read(learner.model, scored.images, here, config.after != "none")
+    result = {**figures(config, faces, outputs, curve, here), **scores(config, scored, rows, mood, outputs)}
+    result["out"] = str(out)
+    if here.first:
+        write(out, learner.model, result, rows, faces, scored)
+        print(f"\n{report(result)}")
     return result
 
 
+def read_faces(config: Config) -> Faces:
+    """The faces that the config asks for, and that it can be trained and scored on."""
+    faces = load(
+        config.data, limit=config.limit, seed=config.seed, validation=config.validation, split_seed=config.split_seed,
+        label_order=config.label_order, contempt=config.contempt, strict=config.strict,
+        cache=Path(config.cache) if config.cache else None,
+    )  # fmt: skip
+    splits = dict(faces.splits)
+    if config.final_test and "test" not in splits:
+        raise DataError(f"--final-test: {config.data} has no test faces; it has {', '.join(splits)}.")
+    if config.target == VALENCE_AROUSAL and any(split.mood is None for split in splits.values()):
+        raise DataError(f"--target {VALENCE_AROUSAL}: {faces.name} ({faces.layout}) has none.")
+    if config.learn == "train+val":
+        splits["train"] = splits["train"].join(splits.pop("val"))
+    return dataclasses.replace(faces, splits=splits)
+
+
+def scored_split(config: Config, faces: Faces) -> Split:
+    """The faces that the figures are about: validation, or with ``final_test`` the test."""
+    return faces.splits["test" if config.final_test else "val"]
+
+
+def count_steps(config: Config, labels: Tensor, here: Machine) -> int:
+    """Whole batches of an epoch; the few faces that are left over change from epoch to epoch."""
+    steps = len(epoch_rows(labels, config.per_class, torch.Generator())) // config.batch
+    if steps == 0:
+        raise TrainError(f"{len(labels)} training faces are less than one batch of {config.batch}.")
+    if config.batch % here.size:
+        raise TrainError(f"--batch {config.batch} is shared by {here.size} processes: give a multiple of {here.size}.")
+    return steps
+
+
+def announce(config: Config, faces: Faces, steps: int, done: int, here: Machine) -> None:
+    if not here.first:
+        return
+    sizes = ", ".join(f"{len(split):,} {split.name}" for split in faces.splits.values())
+    print(f"{faces.name} ({faces.layout}): {sizes} faces; {faces.note}.")
+    if faces.skipped:
+        print(f"Left out, as unreadable: {len(faces.skipped)} ({'; '.join(faces.skipped[:3])} ...).")
+    shares = f", {config.batch // here.size} in each of {here.size} processes" if here.size > 1 else ""
+    print(f"{here.name()}: {steps} steps an epoch of {config.batch} faces{shares}; rate {config.rate:g}.")
+    if done:
+        print(f"Going on after epoch {done}.")
+
+
 def report(result: dict[str, Any]) -> str:
-    plain = result["config"]["after"] == "none"
-    scores = [f"{'plain' if plain else how} {s['accuracy']:.1%}" for how, s in result["votes"].items()]
-    note = "" if result["config"]["final_test"] else ", where the epoch was chosen"
-    return f"{result['data']['name']} {result['split']}{note}: {', '.join(scores[: 1 if plain else 2])}"
+    """What the run reached, the classes one by one, and where everything lies."""
+    where = result["split"] or "no split"
+    chosen = " (which chose the epoch)" if result["split"] == result["data"]["names"].get("val") else ""
+    lines = [f"{result['data']['name']} {where}{chosen}: {result['summary']}"]
+    if result.get("epochs"):
+        shown = "best {best:.3f} (epoch {best_epoch}), last {last:.3f}, mean of the last five {last_five:.3f}"
+        lines.append(f"epochs on validation: {shown.format(**result['epochs'])}")
+    if "soft" in result["votes"]:
+        lines += ["", per_class_table(result["votes"].get(result["config"]["vote"], result["votes"]["soft"])), ""]
+    return "\n".join([*lines, f"{Path(result['out']).resolve()}: {RESULT}, {WEIGHTS}, pictures, logits, model card"])
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "cropvote": cropvote.__version__,
-        "torch": torch.__version__,
-        "scikit-learn": sklearn.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.type}: {name}",
-    }
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("train.py: --device cuda: PyTorch sees no CUDA device here; use --device auto or cpu.")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def parse(argv: list[str] | None) -> Config:
+def parse(argv: list[str] | None) -> tuple[Config, bool, bool]:
     summary, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--data", default=Config.data, metavar="toy|CSV", help="toy faces (default), or the path of fer2013.csv")
-    add("--after", default=Config.after, choices=["none", "input", "layer1", "layer2", "layer3"], help="where to split")
-    add("--vote", default=Config.vote, choices=["soft", "hard"], help="the vote that chooses the epoch")
-    add("--width", type=_positive, default=Config.width, help="channels of the first stage; the paper's is 64")
-    add("--epochs", type=_positive, default=Config.epochs)
-    add("--batch", type=_positive, default=Config.batch)
-    add("--rate", type=float, default=Config.rate, help="highest learning rate of the one-cycle schedule")
-    add("--limit", type=_positive, help="use at most this many faces of every split")
-    add("--seed", type=int, default=Config.seed)
-    add("--device", default=Config.device, choices=["auto", "cpu", "cuda"])
-    add("--amp", action="store_true", help="bfloat16 autocast")
-    add("--final-test", action="store_true", help="score the test split (FER2013's PrivateTest): once, at the very end")
-    add("--out", default=Config.out, metavar="FOLDER", help="default: runs/DATA-AFTER-SEED")
-    return Config(**vars(parser.parse_args(argv)))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
+    add_options(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    options = vars(parser.parse_args(argv))
+    again = options.pop("resume"), options.pop("overwrite")
+    if all(again):
+        parser.error("--resume and --overwrite exclude each other")
+    try:
+        return (from_options(options), *again)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import guards
+import networks
+import oracle
 from cropvote import (
     CropVoteError,
     Views,
@@ -18,10 +21,6 @@ from cropvote import (
     trials,
     walk,
 )
-
-import guards
-import networks
-import oracle
 from hazards.table import IMAGES, hazard, refused, right
 from toolchain import table as tools
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import guards
+import networks
 from cropvote import (
     CropVoteError,
     calls,
@@ -22,9 +24,6 @@ from cropvote import (
     trials,
     walk,
 )
-
-import guards
-import networks
 from hazards.table import IMAGES, hazard, refused, right
 from toolchain import table as tools
 

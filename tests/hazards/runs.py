@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import guards
+import networks
+import oracle
 from cropvote import (
     CropVoteError,
     CropVoteLoss,
@@ -20,10 +23,6 @@ from cropvote import (
     settings,
     swapping,
 )
-
-import guards
-import networks
-import oracle
 from hazards.table import IMAGES, hazard, right
 from toolchain import table as tools
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import oracle
 from cropvote import (
     CropVoteError,
     inject_crop_vote,
 )
-
-import oracle
 from toolchain.table import agree, images
 
 IMAGES = images(10)  # ten images and ten views: the worst numbers for a check of divisibility

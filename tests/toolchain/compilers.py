@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cropvote import CropVoteLoss, inject_crop_vote, remove_crop_vote, settings
-
 import networks
+from cropvote import CropVoteLoss, inject_crop_vote, remove_crop_vote, settings
 from toolchain.table import SIDE, TARGETS, agree, expected, images, tool, voting
 
 

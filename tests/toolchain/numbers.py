@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cropvote import inject_crop_vote, settings
-
 import networks
 import oracle
+from cropvote import inject_crop_vote, settings
 from toolchain.table import SIDE, agree, expected, images, tool, voting
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from cropvote import CropVoteLoss
-
 from toolchain.table import (
     TARGETS,
     agree,

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cropvote import CropVoteLoss, inject_crop_vote
-
 import networks
 import oracle
+from cropvote import CropVoteLoss, inject_crop_vote
 
 SIDE = 48
 TARGETS = torch.tensor([0, 4, 6, 1])

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cropvote import CropVoteLoss, inject_crop_vote
-
 import networks
 import oracle
+from cropvote import CropVoteLoss, inject_crop_vote
 from toolchain.table import (
     SIDE,
     TARGETS,

@@ -1,0 +1,187 @@
+"""Class folders, ``{train,val,test}/CLASS/*``: which set they are, which class each folder is, and their faces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .cache import DataError
+from .fer_csv import header, tables
+from .sources import EXPRESSIONS, ORDERS, PUBLISHED, Asked, Faces, Listing, Split, canonical, order_asked, read_split
+from .toy import SIDE
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+#: What the folders of the splits are called.
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+NOTES = {
+    "RAF-DB": "the official test faces are the test",
+    "AffectNet": "the official validation faces are the test; none of them chooses anything",
+    "FER2013": "folders put PublicTest and PrivateTest together, so the test is not PrivateTest",
+    "folders": "class folders of no set that is known",
+}
+#: Split -> class folder, by its number or canonical name -> its files, relative to the set's folder.
+Found = dict[str, dict[str, list[str]]]
+
+
+def missing(root: Path) -> Path | None:
+    """What a folder lacks of this layout: None, or its folder ``train``."""
+    return root / "train" if split_folder(root, SPLITS["train"]) is None else None
+
+
+def split_folder(root: Path, names: tuple[str, ...]) -> Path | None:
+    inside = sorted(root.iterdir()) if root.is_dir() else []
+    return next((child for child in inside if child.name.lower() in names and child.is_dir()), None)
+
+
+def read(root: Path, asked: Asked) -> Faces:
+    """The faces of the class folders.
+
+    Raises:
+        DataError: splits with different classes, two folders of one class, labels 0..6 of unknown order, no picture.
+    """
+    folders = {key: folder for key, names in SPLITS.items() if (folder := split_folder(root, names))}
+    found = {key: classes_in(folder) for key, folder in folders.items()}
+    for key, inside in found.items():
+        if set(inside) != set(found["train"]):
+            theirs, ours = ", ".join(inside) or "none", ", ".join(found["train"]) or "none"
+            raise DataError(f"{root}: {folders[key].name} has the classes {theirs}, but train has {ours}.")
+    name, keys, classes = recognise(root, found, asked)
+    names = {key: folder.name for key, folder in folders.items()}
+    if name == "AffectNet" and "test" not in found and "val" in found:
+        found["test"], names["test"] = found.pop("val"), names.pop("val")
+    splits: dict[str, Split] = {}
+    skipped: list[str] = []
+    for key, of_class in found.items():
+        files = tuple(file for folder in keys for file in of_class[folder])
+        labels = np.repeat(np.arange(len(keys)), [len(of_class[folder]) for folder in keys])
+        if keys == tuple("1234567"):
+            check_labels_csv(root, key, files, labels)
+        grey = name == "FER2013" and all(small_and_grey(root / file) for file in files[:1])
+        splits[key], lost = read_split(root, Listing(names[key], files, labels), asked, grey)
+        skipped += lost
+    layout = f"class folders {keys[0]} to {keys[-1]} in {', '.join(names.values())}"
+    return Faces(name, layout, classes, splits, NOTES[name], tuple(skipped))
+
+
+def classes_in(folder: Path) -> dict[str, list[str]]:
+    """The class folders of a split, by number or canonical name, and their files."""
+    found: dict[str, list[str]] = {}
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.name.startswith("."):
+            continue
+        name = canonical(child.name)
+        if name in found:
+            raise DataError(f"{child}: a second folder of the class {name}.")
+        found[name] = [f"{folder.name}/{child.name}/{file}" for file in pictures_in(child)]
+    return found
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """The names of the picture files in a folder, sorted."""
+    inside = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(path.name for path in inside if path.is_file())
+
+
+def recognise(root: Path, found: Found, asked: Asked) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Which set it is, its folders in the order of the labels, and the classes that they are.
+
+    Raises:
+        DataError: no class folder, an order that must be told, or one told that does not fit.
+    """
+    sizes = {folder: len(files) for folder, files in found["train"].items()}
+    if not sizes:
+        raise DataError(f"{root / 'train'}: no class folder in it.")
+    told = order_asked(asked.label_order)
+    keys = tuple(sorted(sizes))
+    if keys in (tuple("1234567"), tuple("01234567"), tuple("0123456")):
+        name, classes = numbered(root, keys, found, told)
+        return name, keys, classes
+    name = named(root, found)
+    known = ORDERS.get(name, ())
+    classes = told[: len(keys)] if told else tuple(c for c in known if c in sizes) if known else keys
+    if set(classes) != set(keys):
+        raise DataError(f"--label-order {asked.label_order}: it names {', '.join(told)}; train has {', '.join(keys)}.")
+    return name, classes, classes
+
+
+def numbered(root: Path, keys: tuple[str, ...], found: Found, told: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The set and the classes of numbered folders: 1..7 is RAF-DB, 0..7 AffectNet, 0..6 what the counts say."""
+    sizes = [len(found["train"][folder]) for folder in keys]
+    by_count = [
+        (name, ORDERS[order][: len(keys)])
+        for name in PUBLISHED
+        for order in PUBLISHED
+        if sizes == [published(name).get(expression) for expression in ORDERS[order][: len(keys)]]
+    ]
+    if told:
+        if len(told) != len(keys) and told != ORDERS["AffectNet"]:
+            raise DataError(
+                f"{root}: --label-order names {len(told)} classes; train has {len(keys)}: {', '.join(keys)}."
+            )
+        classes = told[: len(keys)]
+        names = [name for name, _ in by_count] or [name for name in PUBLISHED if ORDERS[name][: len(keys)] == classes]
+        return next((name for name in names if fits(name, found)), "folders"), classes
+    if keys[0] == "1":
+        return "RAF-DB", ORDERS["RAF-DB"]
+    if len(keys) == 8:
+        return "AffectNet", ORDERS["AffectNet"]
+    if len(by_count) != 1:
+        shown = ", ".join(f"{folder}: {size:,}" for folder, size in zip(keys, sizes, strict=True))
+        raise DataError(
+            f"{root}: the numbers of faces ({shown}) do not tell which classes the folders 0..6 are; give "
+            "--label-order: rafdb, affectnet, fer2013, or seven names with commas."
+        )
+    return by_count[0]
+
+
+def fits(name: str, found: Found) -> bool:
+    """AffectNet has no test folder, the others have one."""
+    return ("test" not in found) == (name == "AffectNet")
+
+
+def published(name: str) -> dict[str, int]:
+    """The published numbers of a set's training faces by class."""
+    return dict(zip(ORDERS[name], PUBLISHED[name]["train"], strict=True))
+
+
+def named(root: Path, found: Found) -> str:
+    """The set that folders with names are: told by the numbers of faces, by contempt, or by what a face looks like."""
+    sizes = {folder: len(files) for folder, files in found["train"].items()}
+    if not set(sizes) <= EXPRESSIONS:
+        return "folders"
+    for name in PUBLISHED:
+        if all(published(name).get(expression) == size for expression, size in sizes.items()):
+            return name
+    if "contempt" in sizes and "val" in found and fits("AffectNet", found):
+        return "AffectNet"
+    first = next((file for files in found["train"].values() for file in files), "")
+    return "FER2013" if set(sizes) == set(ORDERS["FER2013"]) and small_and_grey(root / first) else "folders"
+
+
+def small_and_grey(path: Path) -> bool:
+    """Whether a picture is grey and 48x48, as FER2013's are."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size == (SIDE, SIDE) and picture.mode == "L"
+    except (OSError, ValueError):
+        return False
+
+
+def check_labels_csv(root: Path, key: str, files: tuple[str, ...], labels: np.ndarray) -> None:
+    """RAF-DB's folders come with their labels in a csv as well: the two must agree.
+
+    Raises:
+        DataError: an image with another label there.
+    """
+    path = root / f"{key}_labels.csv"
+    if not path.is_file():
+        return
+    if not {"image", "label"} <= header(path):
+        raise DataError(f"{path}: no columns image and label.")
+    said = {image: label for table in tables(path) for image, label in zip(table["image"], table["label"], strict=True)}
+    for file, label in zip(files, labels.tolist(), strict=True):
+        other = said.get(file.rpartition("/")[2], str(label + 1))
+        if other != str(label + 1):
+            raise DataError(f"{path}: {file} has the label {other} there, but lies in folder {label + 1}.")

@@ -1,0 +1,99 @@
+"""Write a finished network as ONNX, votes included, for any batch; and check the file against PyTorch.
+
+    python examples/fer48/export.py --model runs/FER2013-layer1-0
+
+Classes and preprocessing stand in the file's metadata, as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import cropvote
+from batches import to_input
+from cropvote import settings
+from data.toy import toy_faces
+from keeping import KeptError, load_model
+
+#: Batches that the file is tried with, and how far its outputs may be from PyTorch's, relative to the largest.
+BATCHES, TOLERANCE = (1, 2, 19), 1e-3
+
+
+class ExportError(Exception):
+    """The file was not written, or does not compute what the network does."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    try:
+        model, card = load_model(options.model)
+        out = Path(options.out or Path(card["folder"]) / "model.onnx")
+        worst = export(model, card, out)
+    except (KeptError, ExportError, cropvote.CropVoteError, OSError) as error:
+        sys.exit(f"export.py: {error}")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, any batch; largest difference to PyTorch {worst:.1e}, relative")
+
+
+def export(model: nn.Module, card: dict[str, Any], out: Path) -> float:
+    """Write the file; its largest relative difference to PyTorch on toy faces."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch.onnx.export needs it, and says so less plainly
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed: pip install cropvote[onnx].") from error
+    if card["after"] != "none":
+        settings(model).views_per_pass = None
+    example = torch.zeros(2, 3, 48, 48)
+    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
+    torch.onnx.export(
+        model, (example,), str(out), dynamo=True, dynamic_shapes=(batch,), input_names=["faces"],
+        output_names=["vote"], external_data=False, verbose=False,
+    )  # fmt: skip
+    written = onnx.load(str(out))
+    for key in ("target", "outputs", "preprocessing", "after", "views", "vote", "data", "summary"):
+        written.metadata_props.add(key=key, value=json.dumps(card[key], ensure_ascii=False))
+    onnx.checker.check_model(written)
+    onnx.save(written, str(out))
+    return check(model, onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"]))
+
+
+def check(model: nn.Module, session: Any) -> float:
+    """The largest difference between file and network over several batches, relative to the largest output.
+
+    Raises:
+        ExportError: it is more than TOLERANCE.
+    """
+    worst = 0.0
+    for size in BATCHES:
+        x = to_input(torch.from_numpy(toy_faces(size, seed=size)[0]).unsqueeze(1)).contiguous()
+        with torch.no_grad():
+            expected = model(x)
+        found = torch.from_numpy(session.run(None, {"faces": x.numpy()})[0])
+        if found.shape != expected.shape:
+            raise ExportError(f"{size} faces: the file gives {tuple(found.shape)}, PyTorch {tuple(expected.shape)}.")
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    if not worst <= TOLERANCE:
+        raise ExportError(f"the file's outputs differ from PyTorch's by {worst:.1e} of the largest.")
+    return worst
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--out", metavar="FILE", help="default: model.onnx in that folder")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A network that learns: its optimizer, learning rate, average and state; and what it says of faces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from batches import to_input
+from config import VALENCE_AROUSAL, Config
+from cropvote import CropVoteLoss, per_view
+from keeping import build, start_from
+from machines import Machine
+
+
+class Learner:
+    """All that changes while a network learns.
+
+    ``model`` is the network itself, ``network`` the same one as it is run: shared among processes, compiled.
+    """
+
+    def __init__(self, config: Config, outputs: tuple[str, ...], steps: int, here: Machine) -> None:
+        mood = config.target == VALENCE_AROUSAL
+        self.config, self.here = config, here
+        model = build(len(outputs), config.width, config.after, "mean" if mood else config.vote)
+        if config.init:
+            start_from(model, config.init, outputs)
+        self.model = model.to(here.device).to(memory_format=self._layout())
+        self.loss = CropVoteLoss(nn.MSELoss() if mood else nn.CrossEntropyLoss(label_smoothing=config.label_smoothing))
+        self.optimizer = _optimizer(self.model, config, here)
+        self.schedule = _schedule(self.optimizer, config, steps)
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=here.precision == torch.float16)
+        self.averaged: AveragedModel | None = None
+        if config.ema:
+            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.network: nn.Module = self.model
+        if here.size > 1:
+            ids = [here.device.index] if here.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.model, device_ids=ids)
+        if config.fast:
+            self.network = torch.compile(self.network)  # type: ignore[assignment]
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is scored and kept: the averaged one, where there is one."""
+        return self.model if self.averaged is None else self.averaged.module
+
+    @property
+    def rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def learn(self, x: Tensor, targets: Tensor) -> Tensor:
+        """One step on a batch, (n, 3, H, W); returns its loss, on the device."""
+        with self.here.autocast():
+            loss: Tensor = self.loss(self.network(x.contiguous(memory_format=self._layout())), targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.config.schedule == "onecycle":
+            self.schedule.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        return loss.detach()
+
+    def end_epoch(self) -> None:
+        """The paper's rate falls after every epoch."""
+        if self.config.schedule == "exponential":
+            self.schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+        return parts if self.averaged is None else {**parts, "averaged": self.averaged}
+
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.config.fast else torch.contiguous_format
+
+
+def _optimizer(model: nn.Module, config: Config, here: Machine) -> torch.optim.Optimizer:
+    """Norms and biases are not decayed."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = config.fast and here.device.type == "cuda"
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.rate, momentum=0.9, nesterov=True, fused=fused)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, config.rate, fused=fused)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> LRScheduler:
+    if config.schedule == "exponential":
+        return ExponentialLR(optimizer, config.decay)
+    return OneCycleLR(optimizer, config.rate, total_steps=config.epochs * steps, pct_start=config.warmup)
+
+
+@torch.no_grad()
+def read(model: nn.Module, images: Tensor, here: Machine, voting: bool, batch: int = 256) -> Tensor:
+    """Every view's outputs for every face, (n, v, k) in float32 on the CPU; several processes share the faces exactly.
+
+    ``images`` are uint8 (n, c, 48, 48). A plain network's outputs are those of one view.
+    """
+    here.share_buffers(model)
+    model.eval()
+    batches = here.mine(torch.arange(len(images))).split(batch)  # one, if an empty one, in every process
+    rows = torch.cat([look(model, to_input(images[some].to(here.device)), here, voting).cpu() for some in batches])
+    whole = torch.empty(len(images), *rows.shape[1:])
+    for rank, theirs in enumerate(here.gather(rows)):
+        whole[rank :: here.size] = theirs
+    return whole
+
+
+@torch.no_grad()
+def look(model: nn.Module, x: Tensor, here: Machine, voting: bool) -> Tensor:
+    """Every view's outputs for one batch on the device, (n, 3, H, W) -> (n, v, k) in float32."""
+    with here.autocast():
+        found = per_view(model, x) if voting else model(x).unsqueeze(1)
+    return found.float()

@@ -1,0 +1,220 @@
+"""Say what a finished network sees in faces: class, probability, and how many of the ten views agree.
+
+    python examples/fer48/predict.py --model runs/FER2013-layer1-0 face.jpg faces/ --csv faces.csv
+    python examples/fer48/predict.py --model runs/FER2013-layer1-0 --detect photo.jpg --views pictures/
+    python examples/fer48/predict.py --model runs/FER2013-layer1-0 --webcam
+
+A picture is taken for a cropped face; with --detect faces are looked for first (pip install cropvote[detect]).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cropvote
+from batches import to_input
+from cropvote import agreement, plot_views, vote
+from data.pictures import ReadError, read_picture, shrink
+from detecting import DetectError, Detector, watch
+from keeping import KeptError, load_model
+from learner import look
+from machines import Machine, MachineError, machine
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+#: Faces that go through the network at once.
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face to look at: uint8 (3, 48, 48), RGB; where it came from; or why there is none."""
+
+    source: str
+    pixels: np.ndarray | None
+    box: tuple[int, int, int, int] | None = None
+    problem: str = ""
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    try:
+        with machine(options.device) as here:
+            model, card = load_model(options.model)
+            model = model.to(here.device)
+            detector = Detector() if options.detect or options.webcam is not None else None
+            if options.webcam is not None and detector is not None:
+                return show(model, card, here, detector, options.webcam)
+            failed, found = write(model, card, here, detector, options)
+    except (KeptError, MachineError, DetectError, cropvote.CropVoteError, OSError) as error:
+        sys.exit(f"predict.py: {error}")
+    if failed:
+        sys.exit(f"predict.py: {failed} of {failed + found} without a prediction, each named above.")
+    return None
+
+
+def write(
+    model: nn.Module, card: dict[str, Any], here: Machine, detector: Detector | None, options: argparse.Namespace
+) -> tuple[int, int]:
+    """A line, a row of the csv file and a picture for every face; how many have no prediction, and how many one."""
+    paths = pictures_in(options.images)
+    columns = ["image", "box", *answers(card), "problem"]
+    failed = found = 0
+    with ExitStack() as stack:
+        table = None
+        if options.csv:
+            table = csv.DictWriter(stack.enter_context(Path(options.csv).open("w", newline="")), columns)
+            table.writeheader()
+        bar = stack.enter_context(tqdm(total=len(paths), unit=" pictures", disable=None if len(paths) > 1 else True))
+        for faces in batched(faces_in(paths, detector, bar), BATCH):
+            for face, row in zip(faces, predict(model, card, faces, here), strict=True):
+                failed, found = failed + bool(face.problem), found + (not face.problem)
+                where = ",".join(map(str, face.box)) if face.box else ""
+                if table is not None:
+                    table.writerow({"image": face.source, "box": where, **row, "problem": face.problem})
+                if table is None or face.problem:
+                    bar.write(in_words(face, row, card), file=sys.stderr if face.problem else sys.stdout)
+                if options.views and face.pixels is not None:
+                    draw(model, card, face, here, Path(options.views), found)
+    return failed, found
+
+
+def predict(model: nn.Module, card: dict[str, Any], faces: list[Face], here: Machine) -> list[dict[str, Any]]:
+    """What the network says of every face, under the names of ``answers``; nothing of a face that could not be read."""
+    pixels = [face.pixels for face in faces if face.pixels is not None]
+    if not pixels:
+        return [{} for _ in faces]
+    x = to_input(torch.from_numpy(np.stack(pixels)).to(here.device))
+    rows = iter(read_rows(look(model, x, here, card["after"] != "none").cpu(), card))
+    return [next(rows) if face.pixels is not None else {} for face in faces]
+
+
+def read_rows(logits: Tensor, card: dict[str, Any]) -> list[dict[str, Any]]:
+    """(n, v, k) -> n rows: class, probability, agreement, every class's probability; or valence and arousal."""
+    outputs, views = card["outputs"], logits.shape[1]
+    voted = vote(logits.flatten(0, 1), views, card["vote"])
+    if card["target"] != "expression":
+        return [{name: round(float(value), 4) for name, value in zip(outputs, row, strict=True)} for row in voted]
+    shares, agreed = voted.softmax(1), agreement(logits)
+    return [
+        {
+            "class": outputs[int(share.argmax())],
+            "probability": round(float(share.max()), 4),
+            "agreement": round(float(same), 4),
+            **{name: round(float(value), 4) for name, value in zip(outputs, share, strict=True)},
+        }
+        for share, same in zip(shares, agreed, strict=True)
+    ]
+
+
+def answers(card: dict[str, Any]) -> list[str]:
+    """The columns of a prediction."""
+    return [*(["class", "probability", "agreement"] if card["target"] == "expression" else []), *card["outputs"]]
+
+
+def in_words(face: Face, row: dict[str, Any], card: dict[str, Any]) -> str:
+    where = face.source + (f" [{','.join(map(str, face.box))}]" if face.box else "")
+    if face.problem:
+        return f"{where}: {face.problem}"
+    if "class" not in row:
+        return f"{where}: " + ", ".join(f"{name} {row[name]:+.2f}" for name in card["outputs"])
+    views = "" if card["after"] == "none" else f", {round(10 * row['agreement'])} of 10 views agree"
+    return f"{where}: {row['class']} {100 * row['probability']:.0f} %{views}"
+
+
+def pictures_in(images: list[str]) -> list[Path]:
+    """The files named, and all pictures below the folders named, in alphabetical order."""
+    paths: list[Path] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            inside = sorted(path for path in image.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            if not inside:
+                raise DetectError(f"{image}: no picture in this folder ({', '.join(sorted(SUFFIXES))}).")
+            paths += inside
+        else:
+            paths.append(image)
+    return paths
+
+
+def faces_in(paths: Iterable[Path], detector: Detector | None, bar: Any) -> Iterator[Face]:
+    """Every picture's face or faces; a picture that cannot be read, or shows none, is a Face with a problem."""
+    for path in paths:
+        try:
+            picture = read_picture(path)
+        except ReadError as error:
+            yield Face(str(path), None, problem=str(error))
+        else:
+            boxes = [None] if detector is None else detector.boxes(np.asarray(picture))
+            if not boxes:
+                yield Face(str(path), None, problem="no face found")
+            for box in boxes:
+                yield Face(str(path), np.asarray(shrink(picture, box)).transpose(2, 0, 1), box)
+        bar.update()
+
+
+def batched(faces: Iterator[Face], size: int) -> Iterator[list[Face]]:
+    while some := list(islice(faces, size)):
+        yield some
+
+
+def draw(model: nn.Module, card: dict[str, Any], face: Face, here: Machine, folder: Path, number: int) -> None:
+    """The ten views of a face and what each says, as a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if card["after"] == "none":
+        raise DetectError(f"--views: the network in {card['folder']} does not vote.")
+    x = to_input(torch.from_numpy(face.pixels[None] if face.pixels is not None else np.empty(0)).to(here.device))
+    path = folder / f"{number:05d}-{Path(face.source).stem}.png"
+    plot_views(model, x[0], path, classes=card["outputs"], denormalise=lambda image: (image + 1) / 2)
+
+
+def show(model: nn.Module, card: dict[str, Any], here: Machine, detector: Detector, source: str) -> None:
+    """One line on the terminal, rewritten with every frame of the camera, until Ctrl+C or the end of a film."""
+    live = sys.stdout.isatty()
+    for number, frame in enumerate(watch(source)):
+        boxes = detector.boxes(frame)
+        cut = [np.asarray(shrink(frame, box)).transpose(2, 0, 1) for box in boxes]
+        faces = [Face(f"frame {number}", pixels, box) for pixels, box in zip(cut, boxes, strict=True)]
+        said = [in_words(face, row, card) for face, row in zip(faces, predict(model, card, faces, here), strict=True)]
+        line = "; ".join(said) or f"frame {number}: no face found"
+        print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", flush=True)
+    if live:
+        print()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMAGE|FOLDER", help="pictures, or folders of them")
+    add("--model", required=True, metavar="RUN", help="the folder of a finished run, or its model.safetensors")
+    add("--csv", metavar="FILE", help="a row for every face, instead of lines")
+    add("--views", metavar="FOLDER", help="a picture of the ten views of every face, and what each of them says")
+    add("--detect", action="store_true", help="look for faces in the pictures first")
+    add(
+        "--webcam", nargs="?", const="0", metavar="NUMBER|FILM", help="a camera (0 is the first) or a film; Ctrl+C ends"
+    )
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    options = parser.parse_args(argv)
+    if bool(options.images) == (options.webcam is not None):
+        parser.error("name pictures or folders, or --webcam: one of the two")
+    if options.webcam is not None and (options.csv or options.views):
+        parser.error("--webcam prints; it takes neither --csv nor --views")
+    return options
+
+
+if __name__ == "__main__":
+    main()

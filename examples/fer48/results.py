@@ -1,0 +1,164 @@
+"""What a run leaves behind: result.json, pictures, the logits of every view, and the model with its card."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn
+import torch
+from torch import Tensor, nn
+
+import cropvote
+from config import Config
+from cropvote import profile
+from data import Faces, Split
+from keeping import VIEWS, save_model, write_whole
+from machines import Machine
+from model import fer_resnet18
+from scoring import CURVE, MATRIX, aims, of_epochs, per_class_table, plot_confusion, plot_curves, score, summary
+
+RESULT, LOGITS, VALIDATION, README = "result.json", "logits.npz", "validation.txt", "MODEL_CARD.md"
+
+
+def figures(
+    config: Config, faces: Faces, outputs: tuple[str, ...], curve: list[dict[str, Any]], here: Machine
+) -> dict[str, Any]:
+    """All of result.json that does not depend on the scored faces."""
+    cost = costs(config, len(outputs))
+    return {
+        "config": dataclasses.asdict(config),
+        "versions": versions(here),
+        "data": {
+            "name": faces.name,
+            "layout": faces.layout,
+            "note": faces.note,
+            "faces": {name: len(split) for name, split in faces.splits.items()},
+            "names": {name: split.name for name, split in faces.splits.items()},
+            "skipped": len(faces.skipped),
+        },
+        "outputs": list(outputs),
+        **cost,
+        "seconds": round(sum(row["seconds"] for row in curve), 1),
+        "curve": curve,
+        "epochs": of_epochs(curve) if "score" in curve[0] else None,
+    }
+
+
+def scores(
+    config: Config, split: Split | None, logits: Tensor | None, mood: bool, outputs: tuple[str, ...]
+) -> dict[str, Any]:
+    """The part of result.json on the scored faces; empty where there are none."""
+    if split is None or logits is None:
+        return {"split": None, "votes": {}, "summary": "not scored"}
+    votes = score(logits, aims(split, mood), outputs)
+    return {"split": split.name, "votes": votes, "summary": summary(votes, len(split), config.after == "none")}
+
+
+def costs(config: Config, outputs: int) -> dict[str, Any]:
+    """Multiply-adds in 1e9 and MiB kept for the backward pass, both per face and for all views; and parameters."""
+    model = fer_resnet18(num_classes=outputs, width=config.width)
+    site = "baseline" if config.after == "none" else config.after
+    cost = profile(model, 48, sites=[] if config.after == "none" else [site], views=VIEWS)[site]
+    return {"parameters": cost.parameters, "gmacs": cost.gmacs, "train_mib": cost.train_memory_mib}
+
+
+def versions(here: Machine) -> dict[str, str]:
+    return {
+        "cropvote": cropvote.__version__,
+        "torch": torch.__version__,
+        "scikit-learn": sklearn.__version__,
+        "python": platform.python_version(),
+        "device": here.name(),
+        "processes": str(here.size),
+    }
+
+
+def write(
+    out: Path, model: nn.Module, result: dict[str, Any], logits: Tensor | None, faces: Faces, scored: Split | None
+) -> None:
+    """Put everything into the run's folder; result.json last, as the sign that the run is complete."""
+    config, title = result["config"], title_of(result)
+    if scored is not None and logits is not None:
+        stored = io.BytesIO()
+        np.savez_compressed(stored, logits=logits.numpy(), labels=scored.labels.cpu().numpy(), names=list(scored.names))
+        write_whole(out / LOGITS, lambda file: file.write(stored.getvalue()))
+        if "soft" in result["votes"]:
+            how = config["vote"] if config["vote"] in result["votes"] else "soft"
+            plot_confusion(out / MATRIX, result["votes"][how]["confusion"], tuple(result["outputs"]), title)
+    split = faces.splits.get("val")
+    measure = "concordance" if "mean" in result["votes"] else f"accuracy, {config['vote']} vote"
+    plot_curves(out / CURVE, result["curve"], title, measure, split.name if split else "")
+    if split is not None:
+        text = "\n".join(split.names) + "\n"
+        write_whole(out / VALIDATION, lambda file: file.write(text.encode()))
+    save_model(out, model, card(result))
+    write_whole(out / README, lambda file: file.write(model_card(result, title).encode()))
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(out / RESULT, lambda file: file.write(text.encode()))
+
+
+def title_of(result: dict[str, Any]) -> str:
+    after, split = result["config"]["after"], result["split"] or "not scored"
+    kind = "plain network" if after == "none" else f"ten views after {after}"
+    return f"{result['data']['name']} {split}, {kind}:\n{result['summary']}"
+
+
+def card(result: dict[str, Any]) -> dict[str, Any]:
+    """model.json: what a program needs to run the network."""
+    config = result["config"]
+    return {
+        "architecture": "fer_resnet18",
+        "width": config["width"],
+        "target": config["target"],
+        "outputs": result["outputs"],
+        "after": config["after"],
+        "views": "ten_crop",
+        "vote": "mean" if config["target"] != "expression" else config["vote"],
+        "preprocessing": {"size": 48, "channels": "RGB", "scale": "x / 127.5 - 1"},
+        "data": result["data"]["name"],
+        "split": result["split"],
+        "summary": result["summary"],
+        "versions": result["versions"],
+    }
+
+
+def model_card(result: dict[str, Any], title: str) -> str:
+    """The card for people: what the network is, what it reached and on what, and what it must not be used for."""
+    config, data = result["config"], result["data"]
+    title = title.replace("\n", " ")
+    how = config["vote"] if config["vote"] in result["votes"] else "soft"
+    table = [per_class_table(result["votes"][how]), ""] if "soft" in result["votes"] else []
+    where = (
+        "without a vote"
+        if config["after"] == "none"
+        else f"with a {config['vote']} vote of ten views after {config['after']}"
+    )
+    sizes = ", ".join(f"{count:,} {data['names'][name]}" for name, count in data["faces"].items())
+    chosen = f"The epoch was chosen on {data['names']['val']}" if "val" in data["names"] else "The last epoch was kept"
+    lines = [
+        f"# fer_resnet18, {data['name']}",
+        "",
+        f"A ResNet-18 for 48×48 faces (width {config['width']}, {result['parameters']:,} parameters, "
+        f"{result['gmacs']:.3f} GMACs a face), {where}. Outputs: {', '.join(result['outputs'])}.",
+        "",
+        f"**{title}.** {chosen}; seed {config['seed']}; {data['note']}.",
+        "",
+        *table,
+        f"Faces: {sizes} (layout: {data['layout']}). Recipe `{config['recipe']}`; all options are in result.json.",
+        "",
+        "Input: an RGB face, cropped, 48×48, `x / 127.5 - 1`. Run it with `predict.py`, or `export.py` makes it ONNX.",
+        "",
+        "The labels are what annotators thought that a picture shows, not what the person felt; the data lean to some "
+        "ages, skins and cultures, and so does the network. It is for research, not for decisions about people. The "
+        "data set's terms decide who may use the weights, and for what.",
+        "",
+        "Method: Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, doi 10.3390/electronics12183837.",
+        "",
+    ]
+    return "\n".join(lines)

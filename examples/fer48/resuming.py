@@ -1,0 +1,88 @@
+"""Nothing lost: a run's state after every epoch, and how a run goes on from it to the same figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, differences
+from data import Faces
+from keeping import STATE, KeptError, load_state, save_state
+from learner import Learner
+from machines import Machine
+from results import RESULT
+
+
+def open_run(
+    config: Config, faces: Faces, outputs: tuple[str, ...], learner: Learner, order: torch.Generator, here: Machine,
+    resume: bool, overwrite: bool,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """The run's folder and its record: a new one or, with ``resume``, the stored one, put back into the learner.
+
+    Raises:
+        KeptError: the folder holds a run and neither ``resume`` nor ``overwrite`` is asked for; or the stored run has
+            other options, classes, faces or processes than this one.
+    """
+    out = Path(config.out or f"runs/{faces.name}-{config.after}-{config.seed}")
+    run: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "outputs": list(outputs),
+        "faces": fingerprint(faces),
+        "processes": here.size,
+        "curve": [],
+        "best": {},
+    }
+    if (out / STATE).exists() and not (resume or overwrite):
+        raise KeptError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out names another.")
+    here.wait()  # nobody writes before everybody has looked
+    out.mkdir(parents=True, exist_ok=True)
+    if overwrite and here.first:
+        for name in (STATE, RESULT):
+            (out / name).unlink(missing_ok=True)
+    stored = None if overwrite else load_state(out)
+    if stored is None:
+        return out, run
+    check_same(out, config, run, stored)
+    learner.load_state_dict(stored["learner"])
+    order.set_state(stored["order"])
+    torch.set_rng_state(stored["random"][here.rank]["cpu"])
+    if here.device.type == "cuda" and "cuda" in stored["random"][here.rank]:
+        torch.cuda.set_rng_state(stored["random"][here.rank]["cuda"], here.device)
+    return out, {**run, "curve": stored["curve"], "best": stored["best"]}
+
+
+def keep_run(out: Path, run: dict[str, Any], learner: Learner, order: torch.Generator, here: Machine) -> None:
+    """Write the whole state, at once: weights, optimizer, schedule, scaler, average, random numbers, record."""
+    mine = {"cpu": torch.get_rng_state()}
+    if here.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(here.device)
+    random = here.gather(mine)
+    if here.first:
+        save_state(out, {**run, "learner": learner.state_dict(), "order": order.get_state(), "random": random})
+
+
+def check_same(out: Path, config: Config, run: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was another one."""
+    if stored["outputs"] != run["outputs"]:
+        theirs, ours = ", ".join(stored["outputs"]), ", ".join(run["outputs"])
+        raise KeptError(f"--resume {out}: its classes are {theirs}; this run's are {ours}.")
+    changed = differences(config, stored["config"])
+    if changed:
+        raise KeptError(f"--resume {out}: the run was started with {'; '.join(changed)}.")
+    if stored["faces"] != run["faces"]:
+        raise KeptError(f"--resume {out}: the faces, their labels or their split have changed since the run started.")
+    if stored["processes"] != run["processes"]:
+        raise KeptError(f"--resume {out}: it ran on {stored['processes']} processes, this is {run['processes']}.")
+
+
+def fingerprint(faces: Faces) -> str:
+    """Of the names and labels of every split: the same faces in the same order have the same one."""
+    digest = hashlib.sha256()
+    for name, split in faces.splits.items():
+        digest.update("\n".join([name, *split.names]).encode())
+        digest.update(split.labels.cpu().numpy().tobytes())
+    return digest.hexdigest()

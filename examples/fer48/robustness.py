@@ -1,0 +1,190 @@
+"""What moved, covered and coarse faces do to finished networks; the paper claims robustness, and shows no table.
+
+    python examples/fer48/robustness.py runs/compare/none-0 runs/compare/layer1-0
+
+Runs of the same site are averaged (seeds). Writes robustness.md, robustness.json and robustness.png into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from compare import name_of, spread
+from config import from_dict
+from keeping import KeptError, load_model, write_whole
+from learner import read
+from machines import Machine, machine
+from results import RESULT
+from scoring import predictions, with_interval
+from train import EXPECTED, read_faces, scored_split
+
+#: What is done to the faces, how much of it, and the unit.
+HARMS: dict[str, tuple[tuple[int, ...], str]] = {
+    "shift": ((0, 2, 4, 6, 8), "pixels, mean of left, right, up and down"),
+    "erase": ((0, 8, 16, 24), "pixels, the side of a grey square at a random place"),
+    "resolution": ((48, 32, 24), "pixels, the side to which a face is shrunk before it is enlarged again"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    try:
+        with machine(options.device) as here:
+            rows = [one_run(run, options.final_test, here) for run in options.runs]
+            write(Path(options.out), rows)
+    except EXPECTED as error:
+        sys.exit(f"robustness.py: {error}")
+
+
+def one_run(run: str, final_test: bool, here: Machine) -> dict[str, Any]:
+    """The accuracy of one network under every harm, on the faces that chose its epoch, or on the test faces."""
+    model, card = load_model(run)
+    stored = json.loads((Path(card["folder"]) / RESULT).read_text())
+    config = dataclasses.replace(from_dict(stored["config"]), final_test=final_test)
+    if config.target != "expression":
+        raise KeptError(f"{run}: was trained on {config.target}; this script counts right classes.")
+    split = scored_split(config, read_faces(config))
+    model = model.to(here.device)
+    row: dict[str, Any] = {
+        "run": run, "site": card["after"], "vote": card["vote"], "data": card["data"], "split": split.name,
+        "faces": len(split), "accuracy": {},
+    }  # fmt: skip
+    work = [(harm, amount) for harm, (amounts, _) in HARMS.items() for amount in amounts]
+    for harm, amount in tqdm(work, desc=run, leave=False, disable=None):
+        versions = harmed(split.images, harm, amount)
+        right = [
+            (predictions(read(model, images, here, card["after"] != "none"), card["vote"]) == split.labels)
+            .double()
+            .mean()
+            for images in versions
+        ]
+        row["accuracy"].setdefault(harm, {})[str(amount)] = float(torch.stack(right).mean())
+    return row
+
+
+def harmed(images: Tensor, harm: str, amount: int) -> list[Tensor]:
+    """Versions of the faces, uint8 (n, c, H, W), whose accuracies are averaged; every network gets the same ones."""
+    makers: dict[str, Callable[[Tensor, int], list[Tensor]]] = {"shift": shifted, "erase": erased, "resolution": coarse}
+    return makers[harm](images, amount)
+
+
+def shifted(images: Tensor, pixels: int) -> list[Tensor]:
+    """Four versions, moved right, left, down and up; the uncovered edge repeats the last row or column."""
+    if pixels == 0:
+        return [images]
+    height, width = images.shape[-2:]
+    wide = F.pad(images.float(), (pixels,) * 4, mode="replicate").to(torch.uint8)
+    places = ((pixels, 0), (pixels, 2 * pixels), (0, pixels), (2 * pixels, pixels))
+    return [wide[..., top : top + height, left : left + width] for top, left in places]
+
+
+def erased(images: Tensor, side: int) -> list[Tensor]:
+    """A grey square in every face, wholly inside it, at a place that is the same for every network."""
+    n, _, height, width = images.shape
+    generator = torch.Generator().manual_seed(0)
+    top = torch.randint(height - side + 1, (n, 1), generator=generator)
+    left = torch.randint(width - side + 1, (n, 1), generator=generator)
+    rows, columns = torch.arange(height), torch.arange(width)
+    inside = ((rows >= top) & (rows < top + side)).unsqueeze(2) & (
+        (columns >= left) & (columns < left + side)
+    ).unsqueeze(1)
+    return [images.masked_fill(inside.unsqueeze(1), 128)]
+
+
+def coarse(images: Tensor, side: int) -> list[Tensor]:
+    """Shrunk with antialias, and enlarged again, both bilinear."""
+    if side == images.shape[-1]:
+        return [images]
+    small = F.interpolate(images.float(), size=side, mode="bilinear", antialias=True)
+    large = F.interpolate(small.round(), size=images.shape[-1], mode="bilinear")
+    return [large.round().clamp(0, 255).to(torch.uint8)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a table for each harm; a line for each site, in %."""
+    parts = []
+    for harm, (amounts, unit) in HARMS.items():
+        lines = [
+            f"**{harm}** ({unit})",
+            "",
+            f"| network | {' | '.join(map(str, amounts))} |",
+            "|---" * (len(amounts) + 1) + "|",
+        ]
+        for (site, how), mine in groups(rows).items():
+            cells = [spread([row["accuracy"][harm][str(amount)] for row in mine]) for amount in amounts]
+            lines.append(f"| {name_of(site)}{'' if site == 'none' else f', {how}'} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Runs of the same site and vote: the seeds."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["site"], row["vote"]), []).append(row)
+    return found
+
+
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    if len({(row["data"], row["split"], row["faces"]) for row in rows}) > 1:
+        raise KeptError("these runs were scored on different faces; compare runs on the same data.")
+    one = rows[0]
+    example = with_interval(one["accuracy"]["shift"]["0"], one["faces"])
+    seeds = max(len(mine) for mine in groups(rows).values())
+    note = f"{one['data']} {one['split']}, {one['faces']:,} faces, % right{', mean ± sd of the runs' if seeds > 1 else ''}; the faces alone leave {example} (95 %)."  # noqa: E501
+    text = f"{table(rows)}\n\n{note}\n"
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "robustness.md", lambda file: file.write(text.encode()))
+    stored = json.dumps({"note": note, "harms": HARMS, "rows": rows}, indent=1)
+    write_whole(out / "robustness.json", lambda file: file.write(stored.encode()))
+    plot(out / "robustness.png", rows, f"{one['data']} {one['split']}")
+    print(f"\n{text}\n{out.resolve()}: robustness.md, robustness.json, robustness.png")
+
+
+def plot(path: Path, rows: list[dict[str, Any]], where: str) -> None:
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    colours = {"none": "#444444", "input": "#8a5aa8", "layer1": "#2f6db0", "layer2": "#2e8b57", "layer3": "#e08a1e"}
+    for axes, (harm, (amounts, _)) in zip(figure.subplots(1, len(HARMS), sharey=True), HARMS.items(), strict=True):
+        for (site, how), mine in groups(rows).items():
+            figures = [[100 * row["accuracy"][harm][str(amount)] for row in mine] for amount in amounts]
+            label = f"{name_of(site)}{'' if site == 'none' else f', {how}'}"
+            means = [statistics.mean(values) for values in figures]
+            sds = [statistics.stdev(values) if len(values) > 1 else 0 for values in figures]
+            axes.errorbar(amounts, means, sds, marker="o", ms=4, capsize=2, color=colours.get(site), label=label)
+        axes.set(title=harm, xlabel="pixels", xticks=amounts)
+        axes.grid(alpha=0.3)
+        if harm == "resolution":
+            axes.invert_xaxis()
+    figure.axes[0].set_ylabel("accuracy, %")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(where, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--final-test", action="store_true", help="on the test faces: once, at the very end")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--out", default="runs/robustness", metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
