@@ -34,6 +34,15 @@ from train import EXPECTED, read_faces, scored_split, train
 
 MIRRORED = "plain, averaged with its mirror image"
 VOTES = ("soft", "hard")
+#: The colour of every network in pictures.
+COLOURS = {
+    "none": "#444444",
+    MIRRORED: "#999999",
+    "input": "#8a5aa8",
+    "layer1": "#2f6db0",
+    "layer2": "#2e8b57",
+    "layer3": "#e08a1e",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,9 +153,13 @@ def name_of(site: str) -> str:
 
 def spread(values: list[float]) -> str:
     """``57.3 ± 0.4``: mean and standard deviation over the seeds, in %."""
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f}"
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+    mean, sd = mean_and_sd(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {sd:.1f}"
+
+
+def mean_and_sd(values: list[float]) -> tuple[float, float]:
+    """Shares -> their mean and sample standard deviation in %; 0 for a single one."""
+    return 100 * statistics.mean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def write(
@@ -181,21 +194,11 @@ def plot(path: Path, rows: list[dict[str, Any]], where: str) -> None:
     """Accuracy against multiply-adds; bars are one standard deviation over the seeds."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    colours = dict(
-        zip(
-            ["none", MIRRORED, *PLACES[1:]],
-            ["#444444", "#999999", "#8a5aa8", "#2f6db0", "#2e8b57", "#e08a1e"],
-            strict=True,
-        )
-    )
     for row in rows:
-        mean, sd = (
-            100 * statistics.mean(row["accuracy"]),
-            100 * (np.std(row["accuracy"], ddof=1) if len(row["accuracy"]) > 1 else 0),
-        )
+        mean, sd = mean_and_sd(row["accuracy"])
         hard, shift = row["vote"] == "hard", 1.03 if row["vote"] == "hard" else 1
         axes.errorbar(
-            row["gmacs"] * shift, mean, sd, fmt="s" if hard else "o", ms=7, capsize=3, color=colours[row["site"]],
+            row["gmacs"] * shift, mean, sd, fmt="s" if hard else "o", ms=7, capsize=3, color=COLOURS[row["site"]],
             mfc="white" if hard else None, label=None if hard else name_of(row["site"]),
         )  # fmt: skip
         if row["site"] == "none":
@@ -203,9 +206,10 @@ def plot(path: Path, rows: list[dict[str, Any]], where: str) -> None:
     axes.set(xscale="log", xlabel="GMACs per face, all views (log)", ylabel="accuracy, %", title=where)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, title="filled: soft vote, hollow: hard", title_fontsize=8)
+    legend = "filled: soft vote; hollow: hard, a little to the right"
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8, title=legend, title_fontsize=8)
     figure.savefig(path, dpi=150)
 
 

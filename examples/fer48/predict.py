@@ -70,6 +70,10 @@ def write(
 ) -> tuple[int, int]:
     """A line, a row of the csv file and a picture for every face; how many have no prediction, and how many one."""
     paths = pictures_in(options.images)
+    if options.views:
+        if card["after"] == "none":
+            raise KeptError(f"--views: the network in {card['folder']} does not vote.")
+        Path(options.views).mkdir(parents=True, exist_ok=True)
     columns = ["image", "box", *answers(card), "problem"]
     failed = found = 0
     with ExitStack() as stack:
@@ -171,10 +175,7 @@ def batched(faces: Iterator[Face], size: int) -> Iterator[list[Face]]:
 
 def draw(model: nn.Module, card: dict[str, Any], face: Face, here: Machine, folder: Path, number: int) -> None:
     """The ten views of a face and what each says, as a picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if card["after"] == "none":
-        raise DetectError(f"--views: the network in {card['folder']} does not vote.")
-    x = to_input(torch.from_numpy(face.pixels[None] if face.pixels is not None else np.empty(0)).to(here.device))
+    x = to_input(torch.from_numpy(np.array(face.pixels)[None]).to(here.device))
     path = folder / f"{number:05d}-{Path(face.source).stem}.png"
     plot_views(model, x[0], path, classes=card["outputs"], denormalise=lambda image: (image + 1) / 2)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from compare import name_of, spread
-from config import from_dict
+from compare import COLOURS, mean_and_sd, name_of, spread
+from config import differences, from_dict
 from keeping import KeptError, load_model, write_whole
 from learner import read
 from machines import Machine, machine
@@ -37,6 +36,9 @@ HARMS: dict[str, tuple[tuple[int, ...], str]] = {
     "erase": ((0, 8, 16, 24), "pixels, the side of a grey square at a random place"),
     "resolution": ((48, 32, 24), "pixels, the side to which a face is shrunk before it is enlarged again"),
 }
+
+#: In what the runs may differ; runs that differ in the seed alone are averaged.
+FREE = ("after", "vote", "seed")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +62,7 @@ def one_run(run: str, final_test: bool, here: Machine) -> dict[str, Any]:
     model = model.to(here.device)
     row: dict[str, Any] = {
         "run": run, "site": card["after"], "vote": card["vote"], "data": card["data"], "split": split.name,
-        "faces": len(split), "accuracy": {},
+        "faces": len(split), "config": dataclasses.asdict(config), "accuracy": {},
     }  # fmt: skip
     work = [(harm, amount) for harm, (amounts, _) in HARMS.items() for amount in amounts]
     for harm, amount in tqdm(work, desc=run, leave=False, disable=None):
@@ -139,12 +141,20 @@ def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, A
 
 
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
-    if len({(row["data"], row["split"], row["faces"]) for row in rows}) > 1:
-        raise KeptError("these runs were scored on different faces; compare runs on the same data.")
     one = rows[0]
+    for row in rows[1:]:
+        changed = [f"{key} {one[key]}, now {row[key]}" for key in ("data", "split", "faces") if one[key] != row[key]]
+        alike = dataclasses.replace(from_dict(row["config"]), **{key: one["config"][key] for key in FREE})
+        changed += differences(alike, one["config"])
+        if changed:
+            raise KeptError(
+                f"{one['run']} and {row['run']} differ in more than {', '.join(FREE)}: {'; '.join(changed)}."
+            )
     example = with_interval(one["accuracy"]["shift"]["0"], one["faces"])
     seeds = max(len(mine) for mine in groups(rows).values())
-    note = f"{one['data']} {one['split']}, {one['faces']:,} faces, % right{', mean ± sd of the runs' if seeds > 1 else ''}; the faces alone leave {example} (95 %)."  # noqa: E501
+    spreading = ", mean ± sd of the runs" if seeds > 1 else ""
+    where = f"{one['data']} {one['split']}, {one['faces']:,} faces"
+    note = f"{where}, % right{spreading}; the faces alone leave {example} (95 %)."
     text = f"{table(rows)}\n\n{note}\n"
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "robustness.md", lambda file: file.write(text.encode()))
@@ -156,14 +166,12 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def plot(path: Path, rows: list[dict[str, Any]], where: str) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    colours = {"none": "#444444", "input": "#8a5aa8", "layer1": "#2f6db0", "layer2": "#2e8b57", "layer3": "#e08a1e"}
     for axes, (harm, (amounts, _)) in zip(figure.subplots(1, len(HARMS), sharey=True), HARMS.items(), strict=True):
         for (site, how), mine in groups(rows).items():
-            figures = [[100 * row["accuracy"][harm][str(amount)] for row in mine] for amount in amounts]
+            figures = [[row["accuracy"][harm][str(amount)] for row in mine] for amount in amounts]
             label = f"{name_of(site)}{'' if site == 'none' else f', {how}'}"
-            means = [statistics.mean(values) for values in figures]
-            sds = [statistics.stdev(values) if len(values) > 1 else 0 for values in figures]
-            axes.errorbar(amounts, means, sds, marker="o", ms=4, capsize=2, color=colours.get(site), label=label)
+            means, sds = zip(*map(mean_and_sd, figures), strict=True)
+            axes.errorbar(amounts, means, sds, marker="o", ms=4, capsize=2, color=COLOURS[site], label=label)
         axes.set(title=harm, xlabel="pixels", xticks=amounts)
         axes.grid(alpha=0.3)
         if harm == "resolution":

@@ -142,8 +142,9 @@ def plot_curves(path: Path, curve: list[dict[str, Any]], title: str, measure: st
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in curve]
     marker = "o" if len(curve) < 30 else None
-    left.plot(epochs, [row["loss"] for row in curve], marker=marker, ms=3, color="#c0504d")
-    left.set(title="training loss, with augmentation", xlabel="epoch", ylim=(0, None))
+    losses = [row["loss"] for row in curve]
+    left.plot(epochs, losses, marker=marker, ms=3, color="#c0504d")
+    left.set(title="training loss, with augmentation", xlabel="epoch", ylim=(0, 1.1 * max(losses)))
     if "score" in curve[0]:
         scores = [row["score"] for row in curve]
         best = of_epochs(curve)

@@ -1,0 +1,429 @@
+"""The flagship's other scripts: compare, robustness, predict and export; and valence and arousal, from end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.data import astronaut
+from torchvision.transforms.v2 import functional as tv
+
+import check_data
+import compare
+import export
+import predict
+import robustness
+import train as training
+from batches import to_input
+from data import load
+from data.toy import CLASSES, toy_faces
+from keeping import load_model
+from machines import Machine
+
+#: Enough for a network to tell some faces from others.
+SMALL = ("--width", 4, "--epochs", 1, "--batch", 8, "--limit", 64, "--rate", 0.02, "--device", "cpu")
+HERE = Machine(torch.device("cpu"), torch.float32, fast=False)
+
+
+def call(script: Any, *arguments: object) -> None:
+    script.main([str(a) for a in arguments])
+
+
+def refused(script: Any, *arguments: object) -> str:
+    """The line with which a script ends, with an exit code that is not 0."""
+    with pytest.raises(SystemExit) as caught:
+        call(script, *arguments)
+    assert isinstance(caught.value.code, str)
+    return caught.value.code
+
+
+def logits(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    with np.load(run / "logits.npz") as stored:
+        return torch.from_numpy(stored["logits"]), torch.from_numpy(stored["labels"])
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison: plain and layer3, seeds 0 and 1."""
+    out = tmp_path_factory.mktemp("fer48") / "compare"
+    call(compare, *SMALL, "--sites", "none", "layer3", "--seeds", 0, 1, "--out", out)
+    return out
+
+
+# --- compare.py ------------------------------------------------------------------------------------------------------
+
+
+def test_the_comparison_holds_the_runs_figures(compared):
+    """Accuracy, cost and McNemar's counts, computed anew from each run's files."""
+    stored = json.loads((compared / "compare.json").read_text())
+    rows = {(row["site"], row["vote"]): row for row in stored["rows"]}
+    assert set(rows) == {("none", "soft"), ("layer3", "soft"), ("layer3", "hard"), (compare.MIRRORED, "soft")}
+    for seed in (0, 1):
+        (plain, labels), (views, _) = logits(compared / f"none-{seed}"), logits(compared / f"layer3-{seed}")
+        ours, theirs = views.mean(1).argmax(1) == labels, plain[:, 0].argmax(1) == labels
+        assert rows["layer3", "soft"]["accuracy"][seed] == pytest.approx(float(ours.double().mean()))
+        assert rows["none", "soft"]["accuracy"][seed] == pytest.approx(float(theirs.double().mean()))
+        test = rows["layer3", "soft"]["mcnemar"][seed]
+        assert (test["won"], test["lost"]) == (int((ours & ~theirs).sum()), int((theirs & ~ours).sum()))
+        counts = torch.stack([(views.argmax(2) == k).sum(1) for k in range(7)], 1)
+        winners = counts == counts.max(1, keepdim=True).values
+        probability = torch.where(winners, views.softmax(2).mean(1), -1.0)  # ties go to the likelier class
+        hard = (probability.argmax(1) == labels).double().mean()
+        assert rows["layer3", "hard"]["accuracy"][seed] == pytest.approx(float(hard))
+    result = json.loads((compared / "layer3-0" / "result.json").read_text())
+    for key in ("gmacs", "train_mib", "parameters"):
+        assert rows["layer3", "hard"][key] == result[key]
+    assert rows[compare.MIRRORED, "soft"]["gmacs"] == pytest.approx(2 * rows["none", "soft"]["gmacs"])
+    assert rows["none", "soft"]["parameters"] == rows["layer3", "soft"]["parameters"]
+
+
+def test_the_mirror_row_is_the_plain_network_on_both_images(compared):
+    stored = json.loads((compared / "compare.json").read_text())
+    row = next(row for row in stored["rows"] if row["site"] == compare.MIRRORED)
+    for seed in (0, 1):
+        model, _ = load_model(compared / f"none-{seed}")
+        val = load("toy", seed=seed, limit=64).splits["val"]
+        x = to_input(val.images)
+        with torch.no_grad():
+            both = model(x) + model(x.flip(-1))
+        assert row["accuracy"][seed] == pytest.approx(float((both.argmax(1) == val.labels).double().mean()))
+
+
+@pytest.mark.parametrize(("won", "lost"), [(10, 2), (3, 3), (0, 5), (0, 0)])
+def test_mcnemar_is_a_fair_coin(won, lost):
+    """Two-sided: twice the tail of the binomial distribution."""
+    labels = torch.zeros(won + lost + 4, dtype=torch.long)
+    ours, plain = labels.clone(), labels.clone()
+    plain[:won], ours[won : won + lost] = 1, 1
+    found = compare.mcnemar(ours, plain, labels)
+    n = won + lost
+    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2**n
+    assert found == {"won": won, "lost": lost, "p": pytest.approx(min(1.0, 2 * tail))}
+
+
+def test_complete_runs_are_not_repeated_and_others_go_on(compared, monkeypatch, capsys):
+    genuine, asked = compare.train, []
+
+    def counted(config, here, resume):
+        asked.append(Path(config.out).name)
+        return genuine(config, here, resume)
+
+    monkeypatch.setattr(compare, "train", counted)
+    options = (*SMALL, "--sites", "none", "layer3", "--seeds", 0, 1, "--out", compared)
+    before = (compared / "compare.json").read_text()
+    call(compare, *options)
+    assert asked == []
+    (compared / "layer3-1" / "result.json").unlink()
+    call(compare, *options)
+    assert asked == ["layer3-1"]
+    assert "Going on after epoch 1" in capsys.readouterr().out
+    assert (compared / "compare.json").read_text() == before
+    assert "was started with epochs 1, now 2" in refused(compare, *options, "--epochs", 2)
+
+
+def test_the_comparison_as_a_person_reads_it(compared):
+    text = (compared / "compare.md").read_text()
+    assert text.startswith("| network | vote | accuracy, % |")
+    for words in (
+        "| plain |",
+        "| ten views after layer3 | soft |",
+        "toy val, 64 faces",
+        "seeds 0, 1, mean ± sd",
+        "(95 %)",
+    ):
+        assert words in text
+    assert "chosen on these same faces" in text
+    assert (compared / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- robustness.py ---------------------------------------------------------------------------------------------------
+
+
+def test_shifts_repeat_the_edge():
+    images = torch.from_numpy(toy_faces(2, seed=0)[0]).unsqueeze(1)
+    assert torch.equal(robustness.shifted(images, 0)[0], images)
+    right, left, down, up = robustness.shifted(images, 3)
+    for y in range(48):
+        for x in range(48):
+            assert right[0, 0, y, x] == images[0, 0, y, max(x - 3, 0)]
+            assert left[0, 0, y, x] == images[0, 0, y, min(x + 3, 47)]
+            assert down[1, 0, y, x] == images[1, 0, max(y - 3, 0), x]
+            assert up[1, 0, y, x] == images[1, 0, min(y + 3, 47), x]
+
+
+@pytest.mark.parametrize("side", [0, 8, 48])
+def test_a_whole_square_is_covered_at_the_same_place_for_every_network(side):
+    images = torch.zeros(20, 3, 48, 48, dtype=torch.uint8)
+    (covered,) = robustness.erased(images, side)
+    hit = covered == 128
+    assert (hit.sum((1, 2, 3)) == 3 * side * side).all()
+    assert torch.equal(hit[:, 0].any(2).sum(1), torch.full((20,), side))
+    assert torch.equal(covered, robustness.erased(images, side)[0])
+    assert side in (0, 48) or len({place.numpy().tobytes() for place in hit}) > 10
+
+
+def test_coarse_faces_are_pillows():
+    """Shrunk by Pillow, which averages, and enlarged by torchvision."""
+    images = torch.from_numpy(toy_faces(3, seed=0)[0]).unsqueeze(1)
+    (found,) = robustness.coarse(images, 24)
+    for face, mine in zip(images, found, strict=True):
+        small = Image.fromarray(face[0].numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+        large = tv.resize(tv.pil_to_tensor(small).float(), [48, 48], antialias=False)
+        assert (mine.float() - large).abs().max() <= 2
+    assert torch.equal(robustness.coarse(images, 48)[0], images)
+
+
+def test_robustness_of_finished_runs(compared, tmp_path):
+    runs = [compared / f"{site}-{seed}" for site in ("none", "layer3") for seed in (0, 1)]
+    call(robustness, *runs, "--device", "cpu", "--out", tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert [row["site"] for row in stored["rows"]] == ["none", "none", "layer3", "layer3"]
+    for run, row in zip(runs, stored["rows"], strict=True):
+        accuracy = json.loads((run / "result.json").read_text())["votes"]["soft"]["accuracy"]
+        for harm, amount in (("shift", "0"), ("erase", "0"), ("resolution", "48")):
+            assert row["accuracy"][harm][amount] == pytest.approx(accuracy)
+        model, _ = load_model(run)
+        val = load("toy", seed=int(run.name[-1]), limit=64).splits["val"]
+        for harm, amount, makes in (("shift", 6, robustness.shifted), ("erase", 24, robustness.erased)):
+            with torch.no_grad():
+                right = [model(to_input(images)).argmax(1) == val.labels for images in makes(val.images, amount)]
+            assert row["accuracy"][harm][str(amount)] == pytest.approx(float(torch.stack(right).double().mean()))
+    text = (tmp_path / "out" / "robustness.md").read_text()
+    assert text.count("| plain |") == text.count("| ten views after layer3, soft |") == 3
+    assert (tmp_path / "out" / "robustness.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_robustness_refuses_networks_that_were_trained_otherwise(compared, tmp_path):
+    call(training, *SMALL, "--after", "none", "--width", 2, "--out", tmp_path / "narrow")
+    said = refused(robustness, compared / "none-0", tmp_path / "narrow", "--device", "cpu", "--out", tmp_path / "out")
+    assert "differ in more than after, vote, seed: width 4, now 2" in said
+
+
+# --- predict.py ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Eight toy faces as grey PNGs, in a folder with a folder."""
+    folder = tmp_path / "faces"
+    (folder / "more").mkdir(parents=True)
+    for number, face in enumerate(toy_faces(8, seed=9)[0]):
+        Image.fromarray(face).save(folder / ("more" if number > 5 else "") / f"{number}.png")
+    return folder
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("site", ["none", "layer3"])
+def test_a_folder_as_a_csv(compared, pictures, tmp_path, site):
+    """What the model says of the same pixels, computed by hand."""
+    call(predict, "--model", compared / f"{site}-0", pictures, "--csv", tmp_path / "out.csv", "--device", "cpu")
+    rows = table(tmp_path / "out.csv")
+    assert [Path(row["image"]).name for row in rows] == [f"{k}.png" for k in range(8)]
+    model, _ = load_model(compared / f"{site}-0")
+    with torch.no_grad():
+        expected = model(to_input(torch.from_numpy(toy_faces(8, seed=9)[0]).unsqueeze(1))).softmax(1)
+    for row, shares in zip(rows, expected, strict=True):
+        assert [float(row[name]) for name in CLASSES] == pytest.approx(shares.tolist(), abs=2e-4)
+        assert row["class"] == CLASSES[int(shares.argmax())]
+        assert float(row["probability"]) == pytest.approx(float(shares.max()), abs=2e-4)
+        assert round(10 * float(row["agreement"]), 6) in range(1, 11)
+        assert row["problem"] == ""
+
+
+def test_a_damaged_picture_is_named_and_the_others_are_read(compared, pictures, tmp_path, capsys):
+    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:200])
+    options = ("--model", compared / "layer3-0", pictures, pictures / "none.jpg", "--device", "cpu")
+    assert "2 of 9 without a prediction" in refused(predict, *options, "--csv", tmp_path / "out.csv")
+    problems = {Path(row["image"]).name: row["problem"] for row in table(tmp_path / "out.csv") if row["problem"]}
+    assert set(problems) == {"3.png", "none.jpg"}
+    assert problems["none.jpg"] == "no such file"
+    assert "3.png: " in capsys.readouterr().err
+    assert sum(bool(row["class"]) for row in table(tmp_path / "out.csv")) == 7
+
+
+def test_lines_and_pictures_of_the_views(compared, pictures, tmp_path, capsys):
+    call(
+        predict, "--model", compared / "layer3-0", pictures / "0.png", "--views", tmp_path / "views", "--device", "cpu"
+    )
+    said = capsys.readouterr().out
+    assert "0.png: " in said
+    assert "of 10 views agree" in said
+    (picture,) = (tmp_path / "views").iterdir()
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    plain = ("--model", compared / "none-0", pictures / "0.png", "--device", "cpu")
+    assert "does not vote" in refused(predict, *plain, "--views", tmp_path / "views")
+
+
+def test_faces_are_looked_for(compared, tmp_path, capsys):
+    """The astronaut's face (NASA, public domain) is found; a wall has none."""
+    pytest.importorskip("cv2")
+    Image.fromarray(astronaut()).save(tmp_path / "astronaut.png")
+    Image.new("RGB", (200, 200), "grey").save(tmp_path / "wall.png")
+    options = ("--model", compared / "layer3-0", "--detect", "--device", "cpu", "--csv", tmp_path / "out.csv")
+    call(predict, *options, tmp_path / "astronaut.png")
+    rows = table(tmp_path / "out.csv")
+    left, top, right, bottom = map(int, rows[0]["box"].split(","))
+    assert left < 225 < right
+    assert top < 110 < bottom
+    assert right - left < 200
+    assert "1 of 1 without a prediction" in refused(predict, *options, tmp_path / "wall.png")
+    assert "wall.png: no face found" in capsys.readouterr().err
+
+
+def test_a_film_instead_of_a_camera(compared, tmp_path, capsys):
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "film.avi"
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (512, 512))
+    for frame in (astronaut(), np.zeros((512, 512, 3), np.uint8)):
+        film.write(np.ascontiguousarray(frame[..., ::-1]))
+    film.release()
+    call(predict, "--model", compared / "layer3-0", "--webcam", path, "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert "of 10 views agree" in lines[0]
+    assert lines[1] == "frame 1: no face found"
+    assert "no such camera or film" in refused(
+        predict, "--model", compared / "layer3-0", "--webcam", tmp_path / "no.avi"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nowhere", "a.png"), "nowhere: no finished model there"),
+        (("--model", "{run}", "{empty}"), "no picture in this folder"),
+    ],
+)
+def test_prediction_misuse_is_one_line(compared, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"run": compared / "layer3-0", "empty": tmp_path / "empty"}
+    assert message in refused(predict, *(argument.format(**places) for argument in arguments))
+
+
+# --- export.py -------------------------------------------------------------------------------------------------------
+
+
+def test_onnx(compared, tmp_path, capsys):
+    """Any batch; classes and preprocessing in the file; the vote is the network's."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    call(export, "--model", compared / "layer3-0", "--out", path)
+    assert "largest difference to PyTorch" in capsys.readouterr().out
+    stored = {entry.key: json.loads(entry.value) for entry in onnx.load(str(path)).metadata_props}
+    assert tuple(stored["outputs"]) == CLASSES
+    assert stored["preprocessing"] == {"size": 48, "channels": "RGB", "scale": "x / 127.5 - 1"}
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    model, _ = load_model(compared / "layer3-0")
+    for size in (1, 5):
+        x = torch.randn(size, 3, 48, 48)
+        with torch.no_grad():
+            expected = model(x)
+        assert np.allclose(session.run(None, {"faces": x.numpy()})[0], expected, atol=1e-4)
+    other, _ = load_model(compared / "layer3-1")
+    with pytest.raises(export.ExportError, match="differ from PyTorch's"):
+        export.check(other, session)
+
+
+# --- valence and arousal; from one set to another --------------------------------------------------------------------
+
+
+def release(root: Path, faces: int = 40) -> Path:
+    """AffectNet's later layout, with toy faces; valence is high where a face is happy."""
+    for part, seed in (("train_set", 0), ("val_set", 1)):
+        (root / part / "annotations").mkdir(parents=True)
+        (root / part / "images").mkdir()
+        for number, (face, label) in enumerate(zip(*toy_faces(faces, seed), strict=True)):
+            Image.fromarray(face).convert("RGB").resize((96, 96)).save(root / part / "images" / f"{number}.png")
+            name = CLASSES[label]
+            place = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "angry").index(name)
+            said = {"exp": str(place), "val": "0.8" if name == "happy" else "-0.3", "aro": 0.1 * place - 0.3}
+            for kind, value in said.items():
+                np.save(root / part / "annotations" / f"{number}_{kind}.npy", np.array(value))
+    return root
+
+
+@pytest.fixture(scope="module")
+def affectnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return release(tmp_path_factory.mktemp("affectnet"))
+
+
+def options(data: Path, recipe: str) -> tuple[object, ...]:
+    """The paper's recipe, but small."""
+    small = ("--width", 4, "--epochs", 1, "--batch", 8, "--validation", 1, "--device", "cpu")
+    return ("--recipe", recipe, "--data", data, "--cache", data.parent / "cache", *small)
+
+
+def test_valence_and_arousal(affectnet, tmp_path, capsys):
+    out, target = tmp_path / "run", ("--target", "valence-arousal", "--after", "layer3")
+    call(training, *options(affectnet, "affectnet"), *target, "--final-test", "--out", out)
+    result = json.loads((out / "result.json").read_text())
+    assert result["outputs"] == ["valence", "arousal"]
+    assert set(result["votes"]) == {"mean"}
+    assert result["data"]["names"]["test"] == result["split"] == "val_set"
+    rows, _ = logits(out)
+    assert rows.shape == (40, 10, 2)
+    test = load(str(affectnet), cache=affectnet.parent / "cache", validation=1).splits["test"]
+    said, mood = rows.mean(1)[:, 0].double().numpy(), test.mood[:, 0].double().numpy()
+    lin = 2 * np.cov(said, mood)[0, 1] / (said.var(ddof=1) + mood.var(ddof=1) + (said.mean() - mood.mean()) ** 2)
+    assert result["votes"]["mean"]["concordance_each"]["valence"] == pytest.approx(lin, abs=1e-3)
+    assert "concordance valence" in capsys.readouterr().out
+    face = next((affectnet / "val_set" / "images").iterdir())
+    call(predict, "--model", out, face, "--device", "cpu")
+    assert "valence " in capsys.readouterr().out
+    assert "counts right classes" in refused(robustness, out, "--device", "cpu", "--out", tmp_path / "robustness")
+
+
+def test_from_affectnet_to_rafdb(affectnet, tmp_path, capsys):
+    """The paper's way, with one command each: weights that AffectNet gave go to RAF-DB's classes by name."""
+    call(training, *options(affectnet, "affectnet"), "--after", "layer3", "--out", tmp_path / "affectnet")
+    out = capsys.readouterr().out
+    assert "AffectNet (train_set and val_set with annotations)" in out
+    order = ("surprise", "fear", "disgust", "happy", "sad", "angry", "neutral")
+    for part, seed in (("train", 2), ("test", 3)):
+        for number, (face, label) in enumerate(zip(*toy_faces(28, seed), strict=True)):
+            folder = tmp_path / "set" / part / str(order.index(CLASSES[label]) + 1)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(face).convert("RGB").save(folder / f"{number}.jpg")
+    init = ("--init", tmp_path / "affectnet", "--after", "layer3", "--final-test")
+    call(training, *options(tmp_path / "set", "rafdb"), *init, "--out", tmp_path / "rafdb")
+    result = json.loads((tmp_path / "rafdb" / "result.json").read_text())
+    assert tuple(result["outputs"]) == order
+    assert result["config"]["decay"] == 0.95
+
+
+# --- what people look at ---------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    call(training, *SMALL, "--epochs", 2, "--after", "none", "--out", tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    curve = json.loads((tmp_path / "run" / "result.json").read_text())["curve"]
+    for name in ("loss", "score", "rate"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([row[name] for row in curve])
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    call(training, *SMALL, "--after", "none", "--out", tmp_path / "without")
+    assert not (tmp_path / "without" / "tensorboard").exists()
+
+
+def test_every_script_has_help_with_an_example(capsys):
+    for script in (compare, robustness, predict, export, check_data, training):
+        with pytest.raises(SystemExit) as caught:
+            call(script, "--help")
+        assert caught.value.code == 0
+        said = capsys.readouterr().out
+        assert Path(script.__file__).name in said
+        assert said.startswith("usage: ")
