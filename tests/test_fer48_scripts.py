@@ -30,6 +30,7 @@ from machines import Machine
 #: Enough for a network to tell some faces from others.
 SMALL = ("--width", 4, "--epochs", 1, "--batch", 8, "--limit", 64, "--rate", 0.02, "--device", "cpu")
 HERE = Machine(torch.device("cpu"), torch.float32, fast=False)
+EXAMPLE = Path(training.__file__).parent
 
 
 def call(script: Any, *arguments: object) -> None:
@@ -427,3 +428,15 @@ def test_every_script_has_help_with_an_example(capsys):
         said = capsys.readouterr().out
         assert Path(script.__file__).name in said
         assert said.startswith("usage: ")
+
+
+def test_the_readmes_commands_are_commands():
+    """Every line of the README's code is understood by its script, and names only options that there are."""
+    scripts = {"train": training, "compare": compare, "robustness": robustness, "predict": predict, "export": export}
+    text = (EXAMPLE / "README.md").read_text()
+    lines = [line.partition("#")[0].split() for line in text.splitlines() if "examples/fer48/" in line]
+    commands = [line for line in lines if line[:1] in (["python"], ["torchrun"])]
+    assert len(commands) > 10
+    for command in commands:
+        place = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        {**scripts, "check_data": check_data}[Path(command[place]).stem].parse(command[place + 1 :])

@@ -41,6 +41,10 @@ class Progress:
             self.bar.set_postfix_str(f"loss {loss}, rate {rate:.1e}", refresh=False)
             self.loss = total.detach().to("cpu", non_blocking=True, copy=True), steps
 
+    def scoring(self, epoch: int) -> None:
+        """The epoch's batches are done; its validation faces are read now."""
+        self.bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}, validation")
+
     def epoch(self, row: dict[str, Any], measure: str) -> None:
         """After an epoch: one line that stays."""
         if not self.shown:

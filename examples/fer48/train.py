@@ -86,6 +86,7 @@ def train(config: Config, here: Machine, resume: bool = False, overwrite: bool =
                 total += learner.learn(augment(learned.images[batch], config), targets[batch])
                 progress.step(config.batch, epoch, total, step + 1, learner.rate)
             learner.end_epoch()
+            progress.scoring(epoch)
 
             loss, seconds = here.mean(total).item() / steps, time.monotonic() - started
             if not math.isfinite(loss):
