@@ -10,6 +10,7 @@ from .plots import plot_agreement, plot_views
 from .probe import sites
 from .reading import per_view
 from .splitting import split_views
+from .stopping import SureVotes, choose_confidence, vote_until_sure
 from .surgery import inject_crop_vote, remove_crop_vote, settings
 from .trials import Site
 from .uncertainty import agreement, mutual_information, predictive_entropy
@@ -27,10 +28,12 @@ __all__ = [
     "Site",
     "SiteCost",
     "Suggestion",
+    "SureVotes",
     "Tokens",
     "View",
     "Views",
     "agreement",
+    "choose_confidence",
     "d4",
     "five_crop",
     "grid",
@@ -50,4 +53,5 @@ __all__ = [
     "suggest_site",
     "ten_crop",
     "vote",
+    "vote_until_sure",
 ]

@@ -14,8 +14,8 @@ from .errors import OptionError, RowsError
 from .layouts import Layout
 from .options import Settings
 from .outputs import Place, describe, map_tensors, prediction_places, tensors_of
+from .plans import Cut
 from .splitting import join_views, part_views, split_views
-from .views import Views
 from .voting import vote
 
 __all__: list[str] = []
@@ -24,16 +24,20 @@ __all__: list[str] = []
 class Plan(NamedTuple):
     """What a call, or one pass of it, does."""
 
-    views: Views
+    cuts: tuple[Cut, ...]  # one for each site
     voted: bool
-    drawn: int | None = None  # so many of the views, at random
     per_pass: int | None = None  # the tail runs on so many views at a time
-    front: list[Tensor] | None = None  # the map that the first pass leaves for the others
+    front: list[Tensor] | None = None  # the maps that the first pass leaves for the others ...
+    front_at: int = 0  # ... at this site
 
     @property
     def rows(self) -> int:
         """The rows of a sample."""
-        return len(self.views) if self.drawn is None else self.drawn
+        return self.cuts[-1].rows
+
+    def samples(self, called: int) -> int:
+        """The samples of a call with so many: those whose maps were kept, where another one stands in for them."""
+        return self.front[0].shape[0] // self.cuts[self.front_at].groups if self.front else called
 
 
 #: What calls that run just now do otherwise than their settings say, per thread: by the settings, what the next call of
@@ -47,8 +51,8 @@ def plan_of(settings: Settings, training: bool, split: object = None) -> Plan:
     if plan is not None:  # never under a compiler, which need not know of this: nothing here is compiled
         return plan
     if training:
-        return Plan(settings.views, settings.train_output == "vote", settings.train_views)
-    return Plan(settings._evaluated, settings.eval_output == "vote", None, settings.views_per_pass)
+        return Plan(settings._trained, settings.train_output == "vote")
+    return Plan(settings._evaluated, settings.eval_output == "vote", settings.views_per_pass)
 
 
 def is_steered(settings: Settings, split: object) -> bool:
@@ -66,29 +70,47 @@ def following(plans: dict[object, Plan | None]) -> Iterator[None]:
         _PLANS.reset(token)
 
 
-def split_by(plan: Plan, x: Tensor, layout: Layout) -> Tensor:
-    """Cut the views of a call: all that its plan holds, or some of them drawn at random."""
-    if plan.drawn is None:
-        return split_views(x, plan.views, layout=layout)
-    if torch._C._get_tracing_state() is not None:
-        raise OptionError("train_views draws views at random, which torch.jit.trace would freeze: trace in eval mode.")
-    recorded = torch.compiler.is_compiling()
-    drawn = draw(len(plan.views), plan.drawn, x.device if recorded else torch.device("cpu"))
-    if recorded or type(drawn) is not Tensor:  # numbers that are not known now
-        every = part_views(split_views(x, plan.views, layout=layout), len(plan.views))
-        return join_views(every.index_select(1, drawn.to(x.device)))
-    return split_views(x, plan.views.take(drawn.tolist()), layout=layout)
+def split_by(cut: Cut, x: Tensor, layout: Layout) -> Tensor:
+    """Cut the views of a call at one site: all of them, those that are wanted, or some drawn at random."""
+    if cut.drawn is not None:
+        if torch._C._get_tracing_state() is not None:
+            raise OptionError(
+                "train_views draws views at random, which torch.jit.trace would freeze: trace in eval mode."
+            )
+        recorded = torch.compiler.is_compiling()
+        drawn = draw(len(cut.views), cut.drawn, x.device if recorded else torch.device("cpu"), cut.groups)
+        if recorded or type(drawn) is not Tensor:  # numbers that are not known now
+            every = part_views(split_views(x, cut.views, layout=layout), cut.total)
+            return join_views(every.index_select(1, drawn.to(x.device)))
+        cut = cut.keeping(drawn.tolist())
+    if cut.kept is None:
+        return split_views(x, cut.views, layout=layout)
+    if len(cut.each) == 1 and cut.each[0] is not None:
+        return split_views(x, cut.each[0], layout=layout)
+    maps = part_views(x, cut.groups)
+    found = [
+        part_views(split_views(maps[:, group], views, layout=layout), len(views))
+        for group, views in enumerate(cut.each)
+        if views is not None
+    ]
+    rows = join_views(torch.cat(found, dim=1))
+    if x.dim() == 4 and x.stride(1) == 1 and x.stride(3) != 1:
+        return rows.contiguous(memory_format=torch.channels_last)
+    return rows
 
 
-def draw(total: int, count: int, device: torch.device) -> Tensor:
-    """The ascending indices of ``count`` of ``total`` views, drawn from the global random numbers and the rank.
+def draw(total: int, count: int, device: torch.device, groups: int = 1) -> Tensor:
+    """The ascending indices of ``count`` views, drawn from the global random numbers and the rank.
 
-    Every process uses up as many random numbers, so that those which were in step stay so, and draws its own views.
+    There are ``total`` views of each group, one group after the other; each group gives as many, or one more. Every
+    process uses up as many random numbers, so that those which were in step stay so, and draws its own views.
     """
     rank, size = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return torch.rand(size, total, device=device)[rank].argsort()[:count].sort().values
+    scores = torch.rand(size, groups * total, device=device)[rank].view(groups, total)
+    turns = scores.argsort(dim=1).argsort(dim=1) + scores  # first every group's first, then every group's second, ...
+    return turns.flatten().argsort()[:count].sort().values
 
 
 def in_passes(plan: Plan, settings: Settings, samples: int, run: Callable[[int, Plan], Any]) -> Any:
@@ -97,12 +119,14 @@ def in_passes(plan: Plan, settings: Settings, samples: int, run: Callable[[int, 
     Raises:
         RowsError: the model returns more than its predictions, which would have to be put together as well.
     """
-    total, step = len(plan.views), plan.per_pass or len(plan.views)
-    parts = [plan.views.take(range(start, min(start + step, total))) for start in range(0, total, step)]
+    *before, last = plan.cuts
+    kept = tuple(range(last.total)) if last.kept is None else last.kept
+    step = plan.per_pass or len(kept)
     front: list[Tensor] = []
     rows, output = [], None
-    for i, views in enumerate(parts):
-        part = Plan(views, voted=False, front=front)
+    for i, start in enumerate(range(0, len(kept), step)):
+        cut = last.keeping(kept[start : start + step])
+        part = Plan((*before, cut), voted=False, front=front, front_at=len(before))
         found = run(i, part)
         output = found if i == 0 else output
         tensors = dict(tensors_of(found))
@@ -112,8 +136,8 @@ def in_passes(plan: Plan, settings: Settings, samples: int, run: Callable[[int, 
                 f"predictions: set it to None."
             )
         (tensor,) = tensors.values()
-        _check_rows(tensor, samples, len(views))
-        rows.append(part_views(tensor, len(views)))
+        _check_rows(tensor, samples, cut.rows)
+        rows.append(part_views(tensor, cut.rows))
     joined = join_views(torch.cat(rows, dim=1))
     return map_tensors(lambda place, x: finish(plan, joined, settings), output)
 
@@ -130,6 +154,7 @@ def conclude(plan: Plan, output: Any, samples: int, settings: Settings) -> Any:
     as is all that is no prediction.
     """
     places = prediction_places(output)
+    samples = plan.samples(samples)
 
     def see(place: Place, rows: Tensor) -> Tensor:
         if place not in places or (place != places[0] and rows.shape[0] == samples and plan.rows > 1):

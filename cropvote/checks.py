@@ -1,4 +1,4 @@
-"""What an injected model remembers: its site, its settings, and for which calls the site was found to be valid."""
+"""What an injected model remembers: its sites, its settings, and for which calls the sites were found to be valid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .errors import InputTypeError, SiteError, SurgeryError
 from .fakes import example_from_call
 from .layouts import Layout, Tokens
 from .options import Settings
-from .probe import check_site
+from .plans import parts_of
+from .probe import check_sites
 
 __all__: list[str] = []
 
@@ -30,21 +31,32 @@ FLAGS = (bool, int, float, str, type(None))
 
 
 class Injection:
-    """What an injected model and its site share, and copies of them keep: a plain attribute of both.
+    """What an injected model and its sites share, and copies of them keep: a plain attribute of all.
 
-    It is ``_cropvote`` in the model, and ``_cropvote_split`` in the module that carries the split.
+    It is ``_cropvote`` in the model, and ``_cropvote_split`` in the modules that carry a split, whose number among the
+    sites, in forward order, is their ``_cropvote_place``.
     """
 
-    def __init__(self, site: str, layout: Layout | None, settings: Settings, parameters: dict[str, Any]) -> None:
-        self.site = site
-        self.stated = layout  # by the user, or None
-        self.layout = layout  # None: found by the check
+    def __init__(self, stated: dict[str, Layout | None], settings: Settings, parameters: dict[str, Any]) -> None:
+        self.sites = tuple(stated)  # in forward order, as the views of the settings are
+        self.stated = stated  # the layouts, by the user, or None
+        self.layouts = tuple(stated.values())  # None: found by the check
         self.settings = settings
         self.parameters = parameters  # the names of the forward's arguments, with the defaults of flags
         self.checked: frozenset[Call] = frozenset()  # the kinds of call for which the site is known to be valid
         self.sizes: frozenset[Size] = frozenset()  # and with which sizes of image
         self.failure = ""
         self.root: weakref.ref[nn.Module] | None = None  # the model that votes, whose mode decides
+
+    @property
+    def site(self) -> str:
+        """The sites, in words."""
+        return repr(self.sites[0]) if len(self.sites) == 1 else " and ".join(map(repr, self.sites))
+
+    @property
+    def on_tokens(self) -> bool:
+        """Whether a site's map is a grid of tokens."""
+        return any(isinstance(layout, Tokens) for layout in self.layouts)
 
     def adopt(self, model: nn.Module) -> None:
         """Follow the mode of the model that votes; a shallow copy of it follows the first one's."""
@@ -94,7 +106,7 @@ class Injection:
         if call not in self.checked:
             return False
         first = first_tensor(args, kwargs)
-        if isinstance(self.layout, Tokens):  # as many tokens may be another grid
+        if self.on_tokens:  # as many tokens may be another grid
             if torch._C._get_tracing_state() is not None:
                 raise SurgeryError("torch.jit.trace would freeze the grid of the tokens: use torch.export.")
             known = [shape for kind, shape in self.sizes if kind == call]
@@ -117,33 +129,42 @@ class Injection:
         if is_traced():
             mode = "training" if model.training else "eval"
             raise SurgeryError(
-                f"the site {self.site!r} was not yet checked in {mode} mode with such arguments, and cannot be while "
+                f"the site {self.site} was not yet checked in {mode} mode with such arguments, and cannot be while "
                 f"the model is compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it "
                 f"once as it is."
             )
         arguments = self.arguments(args, kwargs)
         samples, *image = first_tensor(args, kwargs).shape
         sizes = {size for _, size in self.sizes}
-        if isinstance(self.stated, Tokens) and sizes and tuple(image) not in sizes:
+        tokens = [layout for layout in self.stated.values() if isinstance(layout, Tokens)]
+        if tokens and sizes and tuple(image) not in sizes:
             raise SurgeryError(
-                f"{self.stated} was stated for images of another shape than {tuple(image)}: remove_crop_vote, and "
+                f"{tokens[0]} was stated for images of another shape than {tuple(image)}: remove_crop_vote, and "
                 f"inject again with the tokens of these."
             )
         try:
             example = example_from_call(args, kwargs, samples)
-            known = self.stated if isinstance(self.layout, Tokens) else self.layout
-            modes, layout = check_site(model, self.site, self.settings.views, known, example)
+            plan = dict(zip(self.sites, parts_of(self.settings.views), strict=True))
+            known = self.stated if self.on_tokens else dict(zip(self.sites, self.layouts, strict=True))
+            modes, splits = check_sites(model, plan, known, example)
         except SiteError as error:
             # of several arguments, another's first axis may have the batch's length by chance
             if len(arguments) == 1 and not self.checked:
                 self.failure = str(error)
             raise
-        if self.layout not in (None, layout):
+        order = tuple(split.name for split in splits)
+        if order != self.sites:
             raise SurgeryError(
-                f"the map at {self.site!r} is {layout} for these images, but was {self.layout} when it was checked: "
-                f"remove_crop_vote, and inject again with input_size= for this size."
+                f"the forward reaches {' before '.join(map(repr, order))}, which the model defines in another order: "
+                f"remove_crop_vote, and inject again with input_size=, which tells it before."
             )
-        self.layout = layout
+        for split, before in zip(splits, self.layouts, strict=True):
+            if before not in (None, split.layout):
+                raise SurgeryError(
+                    f"the map at {split.name!r} is {split.layout} for these images, but was {before} when it was "
+                    f"checked: remove_crop_vote, and inject again with input_size= for this size."
+                )
+        self.layouts = tuple(split.layout for split in splits)
         tensors = sum(kind == TENSOR for _, kind in arguments)
         if tensors == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
             self.mark(modes, arguments, tuple(image))

@@ -20,20 +20,20 @@ from .costs import Profile, profile
 from .errors import CropVoteError, MissingExtraError, OptionError
 from .fakes import example_of
 from .layouts import Tokens
+from .plans import NAMES, After
 from .plots import check_path
 from .probe import sites
 from .trials import Site
-from .views import Views, d4, five_crop, hflip, ten_crop
 
 __all__: list[str] = []
 
-VIEWS: dict[str, Callable[[], Views]] = {"ten": ten_crop, "five": five_crop, "hflip": hflip, "d4": d4}
 EXAMPLES = """MODEL is timm:NAME, torchvision:NAME, or package.module:function, which is called without arguments.
 Nothing is downloaded: the weights are random.
 
   cropvote sites timm:resnet18
   cropvote profile torchvision:resnet50 --size 224
   cropvote profile mynet:build --size 3x48x48 --views five --plot cost.png
+  cropvote profile timm:resnet18 --after layer1=hflip --after layer3=five
 """
 
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("model", metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:function")
         add("--size", help="the image: 48, 48x64 or 3x48x48; needless for timm models")
-        add("--views", choices=VIEWS, default="ten", help="ten (default), five, hflip or d4")
+        add("--views", choices=NAMES, default="ten", help="ten (default), five, hflip or d4")
         form = command.add_mutually_exclusive_group()
         form.add_argument("--markdown", action="store_true", help="print a Markdown table")
         form.add_argument("--json", action="store_true", help="print JSON")
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             add("--all", action="store_true", help="also the modules that are no valid sites, and why")
         else:
             add("--sites", nargs="+", metavar="SITE", help="only these")
+            add("--after", action="append", metavar="SITE=VIEWS", help="a plan over several sites; once for each site")
             add("--measure", action="store_true", help="also milliseconds per image")
             add("--device", help="where to measure: cpu, cuda ...")
             add("--plot", metavar="FILE", type=Path, help="also draw cost against memory (.png, .svg, .pdf)")
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sites(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argparse.Namespace) -> str:
-    found = sites(model, size, views=VIEWS[arguments.views](), all=arguments.all)
+    found = sites(model, size, views=NAMES[arguments.views](), all=arguments.all)
     if arguments.json:
         return json.dumps([{**site._asdict(), "layout": _layout(site)} for site in found], indent=1)
     head = ["site", "shape", "layout", "distinct", *["why not"] * arguments.all]
@@ -124,8 +125,8 @@ def _profile(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
     table: Profile = profile(
         model,
         size,
-        arguments.sites,
-        VIEWS[arguments.views](),
+        _asked(arguments),
+        NAMES[arguments.views](),
         measure=arguments.measure,
         device=_device(arguments.device),
     )
@@ -134,6 +135,21 @@ def _profile(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
     if arguments.json:
         return json.dumps(table.to_dict(), indent=1)
     return table.to_markdown() if arguments.markdown else str(table)
+
+
+def _asked(arguments: argparse.Namespace) -> list[After] | None:
+    """The sites of --sites, and the plan of --after."""
+    if not arguments.after:
+        return arguments.sites
+    plan = {}
+    for text in arguments.after:
+        site, equals, views = text.rpartition("=")
+        if not equals or not site or views not in NAMES:
+            raise OptionError(f"--after must be like layer1=hflip, with views of {', '.join(NAMES)}, got {text!r}.")
+        if site in plan:
+            raise OptionError(f"--after names the site {site!r} twice.")
+        plan[site] = NAMES[views]()
+    return [*(arguments.sites or []), plan]
 
 
 def _size(text: str | None) -> int | tuple[int, ...] | None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .errors import InputTypeError, OptionError, SiteError
+from .errors import InputTypeError, OptionError, SiteError, ViewsError
 from .fakes import Example, example_of, on_fake_copy
 from .layouts import Layout
 from .meters import BASELINE, Meter, SiteCost, measured, size_of
-from .probe import candidates, judged, refusal
-from .surgery import check_name
+from .plans import After
+from .probe import candidates, checked_plan, judged, refusal
+from .surgery import check_name, plan_after
 from .trials import Probe
-from .views import Views, ten_crop
+from .views import Views, hflip, ten_crop
 from .walk import INPUT
 
 __all__ = ["Profile", "Suggestion", "profile", "suggest_site"]
@@ -138,12 +139,12 @@ class Suggestion(NamedTuple):
     """What :func:`suggest_site` advises.
 
     Fields:
-        site: the site's name, for ``inject_crop_vote(model, after=...)``.
+        site: the site's name, or a plan over two sites, for ``inject_crop_vote(model, after=...)``.
         reason: why, in a sentence.
         cost: its row of the table.
     """
 
-    site: str
+    site: After
     reason: str
     cost: SiteCost
 
@@ -151,7 +152,7 @@ class Suggestion(NamedTuple):
 def profile(
     model: nn.Module,
     input_size: int | tuple[int, ...] | None = None,
-    sites: list[str] | None = None,
+    sites: Sequence[After] | None = None,
     views: Views | None = None,
     *,
     measure: bool = False,
@@ -168,7 +169,8 @@ def profile(
     Args:
         model: an image classifier that was not injected.
         input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
-        sites: only these sites, by name; all valid ones by default.
+        sites: only these sites, by name; all valid ones by default. A plan over several sites, as ``after`` of
+            :func:`inject_crop_vote` takes it, is a row too.
         views: the views, :func:`ten_crop` by default.
         measure: also measure milliseconds per image, in eval mode: the median of rounds that take turns.
         device: where to measure; where the model is by default.
@@ -197,26 +199,29 @@ def profile(
         ``train_memory_mib`` and ``gmacs``.
     """
     views, example = _asked(model, input_size, views)
-    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
-    for name in names or []:
+    asked: list[After] = [] if sites is None else [sites] if isinstance(sites, (str, Mapping)) else list(sites)
+    names = [one for one in asked if isinstance(one, str)]
+    plans = [plan_after(model, one) for one in asked if not isinstance(one, str)]
+    for name in names:
         check_name(model, name)
 
-    def count(fake: nn.Module) -> list[tuple[SiteCost, Layout]]:
+    def count(fake: nn.Module) -> list[tuple[SiteCost, After, Layout | None]]:
         meter = Meter(Probe(fake, example, views, None))
-        wanted = candidates(meter.probe) if names is None else [*dict.fromkeys([INPUT, *names])]
-        rows: list[tuple[SiteCost, Layout]] = [(meter.baseline, "NCHW")]
+        wanted = candidates(meter.probe) if sites is None else [*dict.fromkeys([INPUT, *names])]
+        rows: list[tuple[SiteCost, After, Layout | None]] = []
         for site in judged(meter.probe, wanted):
             if not site.reason:
-                rows.append((meter.cost(site), site.layout))
-            elif names is not None and site.name in names:
+                rows.append((meter.cost(site), site.name, site.layout))
+            elif site.name in names:
                 raise SiteError(refusal(meter.probe, site.name, site.reason))
-        return rows
+        rows += [(meter.cost_of(checked_plan(meter.probe, plan)), plan, None) for plan in plans]
+        return [(meter.baseline, "", None), *rows]
 
     rows = on_fake_copy(model, count)
-    costs = [cost for cost, _ in rows]
+    costs = [cost for cost, _, _ in rows]
     if measure:
-        layouts = {cost.site: layout for cost, layout in rows}
-        times = measured(model, example, views, layouts, device, batch, rounds)
+        places = {cost.site: (after, layout) for cost, after, layout in rows[1:]}
+        times = measured(model, example, views, places, device, batch, rounds)
         costs = [cost._replace(milliseconds=times[cost.site]) for cost in costs]
     return Profile(type(model).__name__, size_of(example), views, costs)
 
@@ -228,6 +233,7 @@ def suggest_site(
     max_macs_ratio: float | None = None,
     max_memory_mib: float | None = None,
     views: Views | None = None,
+    max_sites: int = 1,
 ) -> Suggestion:
     """The earliest valid site inside the network whose cost is within a budget.
 
@@ -240,9 +246,11 @@ def suggest_site(
         max_macs_ratio: at most so many times the plain network's multiply-adds.
         max_memory_mib: at most so many MiB kept per image for the backward pass.
         views: the views, :func:`ten_crop` by default.
+        max_sites: with 2, also plans that mirror the map at the site and cut the crops at a later one, where the budget
+            does not allow all views at once; views that are not crops and their mirror images have no such plan.
 
     Returns:
-        A :class:`Suggestion`: the site, the reason, and its cost.
+        A :class:`Suggestion`: the site or plan, the reason, and its cost.
 
     Raises:
         SiteError: no site fits; the message names the cheapest.
@@ -265,19 +273,24 @@ def suggest_site(
             raise OptionError(f"{asked} must be a number above 0, got {limit!r}.")
     views, example = _asked(model, input_size, views)
 
-    def look(fake: nn.Module) -> tuple[SiteCost | None, list[SiteCost]]:
+    if max_sites not in (1, 2) or isinstance(max_sites, bool):
+        raise OptionError(f"max_sites must be 1 or 2, got {max_sites!r}.")
+    halves = _mirrored_halves(views) if max_sites == 2 else None
+
+    def look(fake: nn.Module) -> tuple[tuple[After, SiteCost] | None, list[SiteCost]]:
         meter = Meter(Probe(fake, example, views, None))
+        names = [name for name in candidates(meter.probe) if name != INPUT and not meter.probe.site(name).reason]
         seen: list[SiteCost] = []
-        for name in candidates(meter.probe):
-            site = meter.probe.site(name)
-            if name == INPUT or site.reason:
+        for place, name in enumerate(names):
+            cost = meter.cost(meter.probe.site(name))
+            if _fits(cost, budget):
+                if not meter.probe.why_not_swapped([name]):
+                    return (name, cost), seen
                 continue
-            cost = meter.cost(site)
-            fits = all(getattr(cost, field) <= limit for field, limit in budget.items())
-            if fits and not meter.probe.why_not_swapped([name]):
-                return cost, seen
-            if not fits:
-                seen.append(cost)
+            seen.append(cost)
+            found = halves and _cut_later(meter, name, names[place + 1 :], halves, budget)
+            if found:
+                return found, seen
         return None, seen
 
     found, dearer = on_fake_copy(model, look)
@@ -290,10 +303,41 @@ def suggest_site(
             f"no site of this {type(model).__name__} costs at most {asked}; the cheapest is {cheapest.site!r}, with "
             f"{_in_words(cheapest)}. Fewer views cost less: five_crop(), hflip(), or eval_views= and train_views=."
         )
-    before = f"; {dearer[-1].site!r}, before it, has {_in_words(dearer[-1])}" if dearer else ""
-    return Suggestion(
-        found.site, f"the earliest site that costs at most {asked}: it has {_in_words(found)}{before}", found
-    )
+    after, cost = found
+    before = f"; {dearer[-1].site!r}, {'before it' if isinstance(after, str) else 'alone'}, has " if dearer else ""
+    what = "the earliest site that costs" if isinstance(after, str) else "the earliest plan over two sites that costs"
+    reason = f"{what} at most {asked}: it has {_in_words(cost)}{before + _in_words(dearer[-1]) if dearer else ''}"
+    return Suggestion(after, reason, cost)
+
+
+def _fits(cost: SiteCost, budget: dict[str, float]) -> bool:
+    return all(getattr(cost, field) <= limit for field, limit in budget.items())
+
+
+def _mirrored_halves(views: Views) -> tuple[Views, Views] | None:
+    """The mirroring and the crops, where the views are some crops and then the same ones of the mirrored map."""
+    half = views.entries[: len(views) // 2]
+    if any(view.mirror for view in half) or (*half, *(view._replace(mirror=True) for view in half)) != views.entries:
+        return None
+    return hflip(), Views(half, scale=views.scale)
+
+
+def _cut_later(
+    meter: Meter, name: str, later: list[str], halves: tuple[Views, Views], budget: dict[str, float]
+) -> tuple[After, SiteCost] | None:
+    """The plan that mirrors at ``name`` and crops as early behind it as the budget allows; earlier is dearer."""
+    found = None
+    for crops in reversed(later):
+        plan = {name: halves[0], crops: halves[1]}
+        try:
+            cost = meter.cost_of(checked_plan(meter.probe, plan))
+        except (SiteError, ViewsError):
+            continue
+        if not _fits(cost, budget):
+            break
+        if cost.distinct == len(halves[0]) * len(halves[1]):  # on small maps some views coincide
+            found = plan, cost
+    return found
 
 
 UNIT = {"ratio": "times the plain multiply-adds", "train_memory_mib": "MiB per image in training"}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .calls import conclude, in_passes, plan_of, split_by
-from .errors import InputTypeError
+from .calls import Plan, conclude, following, in_passes, plan_of, split_by
+from .errors import InputTypeError, OptionError, SurgeryError
 from .layouts import Layout, check_layout
 from .options import EvalViews, Output, Settings
+from .plans import joined, parts_of
 from .views import Views
 from .voting import How
 
@@ -34,12 +36,17 @@ class CropVote(nn.Module):
         views_per_pass: run the tail on so many views at a time in eval mode: the same vote in less memory.
         layout: where the map's height and width are: ``"NCHW"``, ``"NHWC"`` or :class:`Tokens`.
 
+    Layers nest: a layer in ``tail`` cuts every view of this one into views of its own, and the outer one alone votes,
+    over all of them (its own views outermost). They share the outer one's settings, so that what is not ``views`` or
+    ``layout`` is said to the outer one.
+
     Shape:
         n c H W -> (n v) k in training, n k in eval
 
     Raises:
         InputTypeError: ``tail`` is no module, ``views`` no :class:`Views`.
-        OptionError: an unknown vote, output or layout.
+        OptionError: an unknown vote, output or layout, or an option of a layer in ``tail`` that the outer one decides.
+        SurgeryError: ``tail`` holds several layers side by side.
         ViewsError: when called, a map that these views do not fit.
         RowsError: when called, a tail whose output is not one row per view.
 
@@ -76,8 +83,11 @@ class CropVote(nn.Module):
         check_layout(layout)
         self.tail = tail
         self.layout = layout
-        self.settings = Settings(
-            views=views,
+        self.place = 0  # of the layers in one another, the outermost first
+        inner: list[CropVote] = _layers_in(tail)
+        parts = parts_of(Settings(views=views).views)
+        self.settings: Settings = Settings(
+            views=joined((*parts, *parts_of(inner[0].settings.views))) if inner else parts[0],
             vote=vote,
             train_output=train_output,
             eval_output=eval_output,
@@ -85,15 +95,66 @@ class CropVote(nn.Module):
             eval_views=eval_views,
             views_per_pass=views_per_pass,
         )
+        self.nested = bool(inner)
+        for place, layer in enumerate(inner, start=1):
+            layer.place, layer.settings = place, self.settings
 
     def forward(self, x: Tensor) -> Any:
         if not self.settings.enabled:
             return self.tail(x)
+        if self.place:
+            return self._forward_inside(x)
         plan = plan_of(self.settings, self.training)
         if plan.per_pass is not None:
-            return in_passes(plan, self.settings, x.shape[0], lambda _, part: self.tail(split_by(part, x, self.layout)))
-        rows = self.tail(split_by(plan, x, self.layout))
-        return conclude(plan, rows, x.shape[0], self.settings)
+            if self.nested and torch.compiler.is_compiling():
+                raise SurgeryError("views_per_pass of layers in one another cannot be compiled: set it to None.")
+            return in_passes(plan, self.settings, x.shape[0], lambda i, part: self._rows(part, x[:1] if i else x))
+        return conclude(plan, self._rows(plan, x), x.shape[0], self.settings)
+
+    def _rows(self, plan: Plan, x: Tensor) -> Any:
+        """The rows of every view that a plan cuts; the layers inside follow it."""
+        maps = self._cut(plan, x)
+        if not self.nested or torch.compiler.is_compiling():
+            return self.tail(maps)
+        with following({(self.settings, "inside"): plan}):
+            return self.tail(maps)
+
+    def _cut(self, plan: Plan, x: Tensor) -> Tensor:
+        if plan.front is not None and plan.front_at == self.place:
+            if not plan.front:
+                plan.front.append(x)
+            x = plan.front[0]
+        return split_by(plan.cuts[self.place], x, self.layout)
+
+    def _forward_inside(self, x: Tensor) -> Any:
+        """Cut what the layer around this one makes; the vote is its affair."""
+        plan = plan_of(self.settings, self.training, split=(self.settings, "inside"))
+        return self.tail(self._cut(plan, x))
 
     def extra_repr(self) -> str:
         return repr(self.settings)
+
+
+def _layers_in(tail: nn.Module) -> list[CropVote]:
+    """The layers in ``tail``, the outermost first, each in the tail of the one before it.
+
+    Raises:
+        SurgeryError: several side by side.
+        OptionError: one with an option that the layer around it decides.
+    """
+    found = [module for module in tail.modules() if isinstance(module, CropVote)]
+    if not found:
+        return []
+    first = found[0]
+    if set(found[1:]) != {module for module in first.tail.modules() if isinstance(module, CropVote)}:
+        raise SurgeryError(
+            f"the tail holds {len(found)} CropVote layers side by side; they can only stand in one another."
+        )
+    plain = Settings(views=first.settings.views)
+    for name, value in first.settings._fields().items():
+        if value != getattr(plain, name):
+            raise OptionError(
+                f"the layer in the tail says {name}={value!r}, which is for the outer layer to say: a layer inside has "
+                f"its views and layout, no more."
+            )
+    return found

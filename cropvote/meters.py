@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +16,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .calls import split_by
 from .errors import OptionError
 from .fakes import Example, Spec, map_first_tensor, tensors_in
-from .layouts import Layout
-from .splitting import split_views
+from .layouts import Layout, sides
+from .options import NAMED, eval_indices
+from .plans import After, cuts_of, in_words, joined
 from .surgery import inject_crop_vote
 from .swapping import restore_forward, swap_forward
-from .trials import Probe, Site
+from .trials import Probe, Site, Split
 from .views import Views
 from .walk import INPUT
 
@@ -36,7 +40,7 @@ class SiteCost(NamedTuple):
     """What one network costs per image: the plain one (``baseline``), or one that votes.
 
     Fields:
-        site: the split's site, or "baseline".
+        site: the split's site, or "baseline"; of a plan over several sites, each with its views.
         shape: its output's shape without the batch; empty for the baseline.
         gmacs: multiply-adds / 1e9, in eval mode, for all views.
         ratio: ``gmacs`` over the baseline's.
@@ -75,6 +79,7 @@ class _Run(NamedTuple):
     front: float  # of them, before the split
     kept: int  # bytes
     peak: int  # bytes
+    maps: list[tuple[int, ...]]  # the shapes of the maps that were split
 
 
 class Meter:
@@ -85,45 +90,66 @@ class Meter:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         self.fixed = {tensor.untyped_storage()._cdata for tensor in tensors}
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        plain = self._run(None, self.views, 1)
+        plain = self._run([], 1)
         self.plain = plain
         #: Whether all work grows with the batch; a table of position biases, say, may be made once a call.
-        self.linear = self._run(None, self.views, 2).macs == 2 * plain.macs
+        self.linear = self._run([], 2).macs == 2 * plain.macs
         self.baseline = SiteCost(
-            BASELINE, (), plain.macs / 1e9, 1.0, self._memory(None), plain.peak / MIB, self.parameters, 1.0, 1, {}
+            BASELINE, (), plain.macs / 1e9, 1.0, self._memory([]), plain.peak / MIB, self.parameters, 1.0, 1, {}
         )
 
     def cost(self, site: Site) -> SiteCost:
-        run = self._run(site, self.views, 1)
+        """Of a split at a single site."""
+        splits = [Split(site.name, self.views, site.layout)]
+        run = self._run(splits, 1)
         total = len(self.views)
-        one = run if total == 1 else self._run(site, self.views.take([0]), 1) if not self.linear else None
+        one = run if total == 1 else self._run(splits, 1, indices=[0]) if not self.linear else None
         view = (run.macs - run.front) / total if one is None else (run.macs - one.macs) / max(total - 1, 1)
         fewer = {n: (run.macs - (total - n) * view) / 1e9 for n in (1, 2, 5, total) if n <= total}
+        return self._row(site.name, splits, run, site.distinct, fewer)
+
+    def cost_of(self, splits: list[Split]) -> SiteCost:
+        """Of a plan over several sites; of fewer views are those meant that ``eval_views`` calls by name."""
+        run = self._run(splits, 1)
+        maps = zip(splits, run.maps, strict=True)
+        distinct = math.prod(split.views.distinct(*sides(shape, split.layout)) for split, shape in maps)
+        views = joined([split.views for split in splits])
+        fewer = {len(views): run.macs / 1e9}
+        for named in NAMED:
+            with suppress(OptionError):
+                indices = eval_indices(views, named)  # type: ignore[arg-type]  # one of its names
+                fewer[len(indices)] = self._run(splits, 1, indices=indices).macs / 1e9
+        return self._row(in_words({split.name: split.views for split in splits}), splits, run, distinct, fewer)
+
+    def _row(self, name: str, splits: list[Split], run: _Run, distinct: int, fewer: dict[int, float]) -> SiteCost:
         plain = self.plain.macs
         return SiteCost(
-            site.name,
-            site.shape,
+            name,
+            self.probe.shape(splits[0].name),
             run.macs / 1e9,
             run.macs / plain if plain else float("nan"),
-            self._memory(site),
+            self._memory(splits),
             run.peak / MIB,
             self.parameters,
             1 - run.front / plain if plain else float("nan"),
-            site.distinct,
-            fewer,
+            distinct,
+            dict(sorted(fewer.items())),
         )
 
-    def _memory(self, site: Site | None) -> float:
+    def _memory(self, splits: list[Split]) -> float:
         """MiB that autograd keeps for one image in training mode, as the slope between two batches."""
         training = self.model.training
         self.model.train()
         try:
-            small, large = (self._run(site, self.views, batch, grad=True).kept for batch in BATCHES)
+            small, large = (self._run(splits, batch, grad=True).kept for batch in BATCHES)
         finally:
             self.model.train(training)
         return (large - small) / (BATCHES[1] - BATCHES[0]) / MIB
 
-    def _run(self, site: Site | None, views: Views, batch: int, grad: bool = False) -> _Run:
+    def _run(self, splits: list[Split], batch: int, grad: bool = False, indices: Sequence[int] | None = None) -> _Run:
+        """One call, split as the plan says, of whose views only those of ``indices`` are cut."""
+        cuts = cuts_of(joined([split.views for split in splits]), indices) if splits else ()
+        maps: list[tuple[int, ...]] = []
         kept: dict[int, int] = {}
         fixed = self.fixed
 
@@ -135,36 +161,40 @@ class Meter:
 
         front = 0
 
-        def split(x: Tensor) -> Tensor:
+        def cut(place: int, x: Tensor) -> Tensor:
             nonlocal front
-            front = counter.get_total_flops()
-            return split_views(x, views, layout=site.layout) if site else x
+            front = counter.get_total_flops() if place == 0 else front
+            maps.append(tuple(x.shape[1:]))
+            return split_by(cuts[place], x, splits[place].layout)
+
+        def at(place: int) -> Any:
+            return lambda module, base, *a, **k: cut(place, base.forward(module, *a, **k))
 
         modes = {module: module.training for module in self.model.modules()}
         if not grad:
             self.model.eval()
         args, kwargs = self.probe.example[:2]
         args = tuple(_images(leaf, batch) for leaf in args)
-        holder = None if site is None or site.name == INPUT else self.probe.holders[site.name]
+        inside = {place: self.probe.holders[s.name] for place, s in enumerate(splits) if s.name != INPUT}
         live, counter = _Live(self.fixed, args), FlopCounterMode(display=False)
         saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         meters = (saving,) if grad else (live, counter)  # FlopCounterMode would keep the graph of a call with gradients
-        if holder is not None:
-            swap_forward(holder, lambda module, base, *a, **k: split(base.forward(module, *a, **k)))
+        for place, holder in inside.items():
+            swap_forward(holder, at(place))
         try:
             with torch.set_grad_enabled(grad), ExitStack() as stack:
                 for meter in meters:
                     stack.enter_context(meter)
-                if site is not None and site.name == INPUT:
-                    args, kwargs = map_first_tensor(split, args, kwargs)
+                if splits and 0 not in inside:
+                    args, kwargs = map_first_tensor(lambda x: cut(0, x), args, kwargs)
                 output = self.model(*args, **kwargs)
             del output
         finally:
-            if holder is not None:
+            for holder in inside.values():
                 restore_forward(holder)
             for module, mode in modes.items():
                 module.training = mode
-        return _Run(counter.get_total_flops() / 2, front / 2, sum(kept.values()), live.peak)
+        return _Run(counter.get_total_flops() / 2, front / 2, sum(kept.values()), live.peak, maps)
 
 
 def _images(leaf: Any, batch: int) -> Any:
@@ -200,7 +230,7 @@ def measured(
     model: nn.Module,
     example: Example,
     views: Views,
-    layouts: dict[str, Layout],
+    networks_at: dict[str, tuple[After, Layout | None]],
     device: str | torch.device | None,
     batch: int,
     rounds: int,
@@ -219,10 +249,10 @@ def measured(
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     images = torch.randn(batch, *size_of(example), generator=torch.Generator().manual_seed(0)).to(where, dtype)
     networks = {BASELINE: twin}
-    for site, layout in layouts.items():
-        if site != BASELINE:  # the same weights, in a model of its own
-            copied = copy.deepcopy(twin, {id(tensor): tensor for tensor in tensors})
-            networks[site] = inject_crop_vote(copied, site, views=views, input_size=size_of(example), layout=layout)
+    for name, (after, layout) in networks_at.items():  # the same weights, in models of their own
+        copied = copy.deepcopy(twin, {id(tensor): tensor for tensor in tensors})
+        alone = views if isinstance(after, str) else None
+        networks[name] = inject_crop_vote(copied, after, views=alone, input_size=size_of(example), layout=layout)
     with torch.no_grad():
         for network in networks.values():
             network(images)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from .errors import InputTypeError, OptionError
+from .plans import AnyViews, Cut, ViewProduct, cuts_of, drawn_cuts, parts_of
 from .views import CENTRE, Views, ten_crop
 from .voting import How, check_rule
 
@@ -20,13 +22,15 @@ class Settings:
     """How a :class:`CropVote` layer or an injected model behaves; checked whenever a field is assigned.
 
     Fields:
-        views: the views, fixed once made (the sites that accept them were checked with these).
+        views: the views, fixed once made (the sites that accept them were checked with these). With several sites, or
+            layers in one another, every combination of their views, the first site's outermost: ``views.parts`` holds
+            those of each.
         vote: the rule of the vote, see :func:`vote`.
         train_output: ``"views"`` (a row per view) or ``"vote"`` (a row per sample) in training mode.
         eval_output: the same in eval mode.
         train_views: so many of the views, drawn anew for every batch in training mode; ``None`` for all. They are drawn
             from PyTorch's global random numbers and the process's rank, so that a checkpoint's second run draws
-            the same, and no two processes need to.
+            the same, and no two processes need to. With several sites they are spread evenly over the first one's.
         eval_views: in eval mode only these views are cut, run and voted over: their indices, ``"centre"``,
             ``"centre+mirror"``, or ``None`` for all. A model trained with all its views may vote with a few.
         views_per_pass: in eval mode the tail runs on so many views at a time: the same vote in less memory. In an
@@ -46,7 +50,7 @@ class Settings:
         Settings(views=<Views: 10 of 5/6 of the side, 5 mirrored>, vote='hard', train_output='views', ...)
     """
 
-    views: Views
+    views: AnyViews
     vote: How
     train_output: Output
     eval_output: Output
@@ -54,12 +58,13 @@ class Settings:
     eval_views: EvalViews
     views_per_pass: int | None
     enabled: bool
-    _evaluated: Views  # those of eval mode
+    _trained: tuple[Cut, ...]  # what is cut at each site in training mode
+    _evaluated: tuple[Cut, ...]  # and in eval mode
 
     def __init__(
         self,
         *,
-        views: Views | None = None,
+        views: AnyViews | None = None,
         vote: How = "soft",
         train_output: Output = "views",
         eval_output: Output = "vote",
@@ -86,7 +91,8 @@ class Settings:
         if not isinstance(fields["eval_views"], (str, type(None))):
             fields["eval_views"] = indices
         self.__dict__.update(fields)
-        self.__dict__["_evaluated"] = fields["views"] if fields["eval_views"] is None else fields["views"].take(indices)
+        self.__dict__["_trained"] = drawn_cuts(fields["views"], fields["train_views"] or len(fields["views"]))
+        self.__dict__["_evaluated"] = cuts_of(fields["views"], indices)
 
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self._fields()
@@ -109,14 +115,14 @@ class Settings:
 
     def rows(self, training: bool) -> int:
         """How many views of a sample a call computes."""
-        return (self.train_views or len(self.views)) if training else len(self._evaluated)
+        return (self._trained if training else self._evaluated)[-1].rows
 
     def _fields(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
 
 def _check(fields: dict[str, Any]) -> None:
-    if not isinstance(fields["views"], Views):
+    if not isinstance(fields["views"], (Views, ViewProduct)):
         raise InputTypeError(f"views must be a Views, such as ten_crop(), got {fields['views']!r}.")
     check_rule(fields["vote"])
     for name in ("train_output", "eval_output"):
@@ -139,8 +145,8 @@ def _check(fields: dict[str, Any]) -> None:
         )
 
 
-def eval_indices(views: Views, asked: EvalViews) -> tuple[int, ...]:
-    """The indices, ascending, of the views that ``eval_views`` asks for.
+def eval_indices(views: AnyViews, asked: EvalViews, name: str = "eval_views") -> tuple[int, ...]:
+    """The indices, ascending, of the views that ``eval_views``, or an option of another name, asks for.
 
     Raises:
         OptionError: an index outside the views, one given twice, none at all, or a name without such a view.
@@ -150,18 +156,21 @@ def eval_indices(views: Views, asked: EvalViews) -> tuple[int, ...]:
         return tuple(range(len(views)))
     if isinstance(asked, str):  # str is a Sequence, too
         if asked not in NAMED:
-            raise OptionError(f"eval_views must be indices, one of {tuple(NAMED)}, or None, got {asked!r}.")
-        centred = {view.mirror: i for i, view in enumerate(views) if view[:2] == CENTRE and view.turns % 4 == 0}
-        missing = [name for mirror, name in NAMED[asked] if mirror not in centred]
+            raise OptionError(f"{name} must be indices, one of {tuple(NAMED)}, or None, got {asked!r}.")
+        centred = {}
+        for i, combined in enumerate(itertools.product(*parts_of(views))):
+            if all(view[:2] == CENTRE and view.turns % 4 == 0 for view in combined):
+                centred[sum(view.mirror for view in combined) % 2 == 1] = i
+        missing = [what for mirror, what in NAMED[asked] if mirror not in centred]
         if missing:
-            raise OptionError(f"eval_views={asked!r}, but {views!r} holds no {missing[0]}: give indices.")
+            raise OptionError(f"{name}={asked!r}, but {views!r} holds no {missing[0]}: give indices.")
         return tuple(sorted(centred[mirror] for mirror, _ in NAMED[asked]))
     indices = [i for i in asked if type(i) is int] if isinstance(asked, Sequence) else []
     if not isinstance(asked, Sequence) or len(indices) < len(asked):
-        raise InputTypeError(f"eval_views must be whole numbers, one of {tuple(NAMED)}, or None, got {asked!r}.")
+        raise InputTypeError(f"{name} must be whole numbers, one of {tuple(NAMED)}, or None, got {asked!r}.")
     if not indices or len(set(indices)) < len(indices) or min(indices) < 0 or max(indices) >= len(views):
         raise OptionError(
-            f"eval_views must be different indices from 0 to {len(views) - 1}, at least one, got {list(asked)}."
+            f"{name} must be different indices from 0 to {len(views) - 1}, at least one, got {list(asked)}."
         )
     return tuple(sorted(indices))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputTypeError, MissingExtraError, OptionError
+from .plans import parts_of
 from .reading import per_view, settings_in
 from .splitting import split_views
 from .uncertainty import agreement
@@ -59,7 +60,9 @@ def plot_views(
         logits = per_view(model, image[None])
     names = _names(classes, logits.shape[2])
     rule, views = settings_in(model).vote, settings_in(model).views
-    shown = split_views(_drawable(image, denormalise)[None], views)
+    shown = _drawable(image, denormalise)[None]
+    for part in parts_of(views):
+        shown = split_views(shown, part)
     columns = min(len(views), 5)
     rows = -(-len(views) // columns)
     figure = figure_of((1.9 * columns, 2.25 * rows + 0.5))

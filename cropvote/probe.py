@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from torch import nn
 
 from .errors import InputTypeError, OptionError, SiteError, ViewsError
 from .fakes import Example, example_of, on_fake_copy
 from .layouts import Layout
-from .trials import Probe, Site
+from .trials import Probe, Site, Split
 from .views import Views, ten_crop
 from .walk import INPUT
 
@@ -40,7 +42,9 @@ def sites(
         SurgeryError: the model does not run on such an input.
 
     Example:
-        >>> from torch import nn
+        >>> from contextlib import suppress
+
+    from torch import nn
         >>> from cropvote import sites
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
         >>> [(site.name, site.shape) for site in sites(net, 32)]
@@ -76,43 +80,52 @@ def refusal(probe: Probe, name: str, reason: str) -> str:
     return f"after={name!r} cannot be a site: {reason}{advice}"
 
 
-def check_site(
-    model: nn.Module, name: str, views: Views, layout: Layout | None, example: Example
-) -> tuple[frozenset[bool], Layout]:
-    """Raise SiteError unless ``name`` is a valid site in the model's present mode.
+def check_sites(
+    model: nn.Module, plan: dict[str, Views], stated: dict[str, Layout | None], example: Example
+) -> tuple[frozenset[bool], list[Split]]:
+    """Raise SiteError unless the names of ``plan`` are valid sites together in the model's present mode.
 
     Returns:
-        The modes (``training``) in which it is one, and the layout of its map. The other mode may take another path
-        (auxiliary heads, say); it is checked again when it is first used.
+        The modes (``training``) in which they are, and the splits in forward order with the layouts of their maps. The
+        other mode may take another path (auxiliary heads, say); it is checked again when it is first used.
 
     Raises:
         SiteError: with the reason, and the names of valid sites.
         ViewsError: the map at the site is too small for the views.
         PlainModelError: the model does not run on such an input.
     """
+    first = next(iter(plan.values()))
 
-    def check(fake: nn.Module) -> tuple[list[bool], Layout, str]:
-        probe = Probe(fake, example, views, layout)
-        try:
-            found, reason = probe.verdict(name)
-        except ViewsError as error:
-            raise ViewsError(f"after={name!r} on {probe.asked()}: {error}") from error
-        reason = reason or probe.why_not_swapped([name])
-        if reason:
-            return [], found, refusal(probe, name, reason)
+    def check(fake: nn.Module) -> tuple[list[bool], list[Split]]:
+        probe = Probe(fake, example, first, None)
+        found = checked_plan(probe, plan, stated)
         modes = [model.training]
-        try:
+        with suppress(Exception):  # whatever it is, the other mode is not checked, and will be when it is used
             fake.train(not model.training)
-            if not Probe(fake, example, views, found).verdict(name)[1]:
+            again, _, reason = Probe(fake, example, first, None).verdict_of(plan, stated)
+            if not reason and again == found:
                 modes.append(not model.training)
-        except Exception:  # whatever it is, the other mode is not checked, and will be when it is used
-            return modes, found, ""
-        return modes, found, ""
+        return modes, found
 
-    modes, found, reason = on_fake_copy(model, check)
-    if reason:
-        raise SiteError(reason)
+    modes, found = on_fake_copy(model, check)
     return frozenset(modes), found
+
+
+def checked_plan(probe: Probe, plan: dict[str, Views], stated: dict[str, Layout | None] | None = None) -> list[Split]:
+    """The splits of a plan in forward order.
+
+    Raises:
+        SiteError: with the reason, and the names of valid sites.
+        ViewsError: the map at a site is too small for its views.
+    """
+    try:
+        found, name, reason = probe.verdict_of(plan, stated or dict.fromkeys(plan))
+    except ViewsError as error:
+        raise ViewsError(f"after={' and '.join(map(repr, plan))} on {probe.asked()}: {error}") from error
+    reason = reason or probe.why_not_swapped(list(plan))
+    if reason:
+        raise SiteError(refusal(probe, name, reason))
+    return found
 
 
 def candidates(probe: Probe, every: bool = False) -> list[str]:

@@ -12,6 +12,7 @@ from .errors import OptionError, RowsError, SurgeryError
 from .layer import CropVote
 from .options import Settings
 from .outputs import describe, prediction_places, tensors_of
+from .plans import cuts_of
 from .splitting import part_views
 from .surgery import settings, unwrap
 
@@ -55,7 +56,7 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         raise SurgeryError("per_view reads a model in eval mode, and this one is in training mode: model.eval() first.")
     if not found.enabled:
         raise OptionError("per_view reads a model that votes; this one's settings say enabled=False.")
-    plan = Plan(found.views, voted=False, per_pass=found.views_per_pass)
+    plan = Plan(cuts_of(found.views), voted=False, per_pass=found.views_per_pass)
     with following({found: plan}), torch.compiler.set_stance("force_eager"):  # compiled parts keep to the settings
         output = model(*args, **kwargs)
     rows = dict(tensors_of(output)).get(prediction_places(output)[0])
@@ -68,7 +69,7 @@ def settings_in(model: nn.Module) -> Settings:
     """Those of an injected model or a layer, or of the one layer inside a network."""
     inner = unwrap(model) if isinstance(model, nn.Module) else None
     if inner is not None and "_cropvote" not in vars(inner):
-        layers = [module for module in inner.modules() if isinstance(module, CropVote)]
+        layers = [module for module in inner.modules() if isinstance(module, CropVote) and module.place == 0]
         if len(layers) > 1:
             raise SurgeryError(f"this {type(inner).__name__} holds {len(layers)} CropVote layers: pass one of them.")
         if layers:

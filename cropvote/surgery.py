@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from .calls import Plan, conclude, following, in_passes, is_steered, plan_of, split_by
 from .checks import Injection, first_tensor, is_traced, parameters_of
-from .errors import InputTypeError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
+from .errors import InputTypeError, OptionError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
 from .fakes import example_of, map_first_tensor, tensors_in
 from .layer import CropVote
 from .layouts import Layout, check_layout
 from .options import EvalViews, Output, Settings
-from .probe import check_site
+from .plans import After, joined
+from .probe import check_sites
 from .swapping import check_restorable, own_forward, restore_forward, swap_forward
 from .views import Views
 from .voting import How
@@ -30,7 +32,7 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 def inject_crop_vote(
     model: Model,
-    after: str,
+    after: After,
     *,
     views: Views | None = None,
     vote: How = "soft",
@@ -40,9 +42,13 @@ def inject_crop_vote(
     train_views: int | None = None,
     eval_views: EvalViews = None,
     views_per_pass: int | None = None,
-    layout: Layout | None = None,
+    layout: Layout | Mapping[str, Layout] | None = None,
 ) -> Model:
     """Split the map behind a module of ``model`` into views, and vote over the views' predictions. In place.
+
+    With several sites, ``after={"layer1": hflip(), "layer3": five_crop()}``, the views multiply, and the vote is one:
+    every view of the first site is cut into the views of the next. A sample's rows have the first site's views
+    outermost, so that this example gives ten views in the order of :func:`ten_crop`.
 
     The model keeps its parameters, keys, class name, attributes and methods; an optimizer made before still works.
     In training mode it returns a row per view, (N·V, K), for :class:`CropVoteLoss`; in eval mode the vote, (N, K).
@@ -60,8 +66,9 @@ def inject_crop_vote(
 
     Args:
         model: an image classifier that maps a batch of images to (N, K).
-        after: the site's name in ``model.named_modules()``, or ``"input"`` to split the images themselves.
-        views: the views, :func:`ten_crop` by default.
+        after: the site's name in ``model.named_modules()``, or ``"input"`` to split the images themselves; or a dict of
+            such names, in any order, and the views at each.
+        views: the views at a single site, :func:`ten_crop` by default.
         vote: the rule, see :func:`vote`.
         input_size: the images' size: a side, (H, W), or (C, H, W).
         train_output: ``"views"`` or ``"vote"`` in training mode.
@@ -69,8 +76,8 @@ def inject_crop_vote(
         train_views: so many views, drawn anew for every batch in training mode, see :class:`Settings`.
         eval_views: the views of eval mode, which alone are computed, see :class:`Settings`.
         views_per_pass: run the network behind the site on so many views at a time in eval mode.
-        layout: where the height and width of the site's map are, "NCHW", "NHWC" or :class:`Tokens`; by default what
-            the check finds, or for tokens what the model says of them.
+        layout: where the height and width of the site's map are, "NCHW", "NHWC" or :class:`Tokens`, or a dict of them
+            by site; by default what the check finds, or for tokens what the model says of them.
 
     Returns:
         The model.
@@ -95,39 +102,87 @@ def inject_crop_vote(
         Gómez-Sirvent et al., Electronics 2023, 12(18), 3837.
     """
     _check_model(model)
-    check_name(model, after)
-    options = Settings(
-        views=views,
-        vote=vote,
-        train_output=train_output,
-        eval_output=eval_output,
-        train_views=train_views,
-        eval_views=eval_views,
-        views_per_pass=views_per_pass,
-    )
-    if layout is not None:
-        check_layout(layout)
-    injection = Injection(after, layout, options, parameters_of(model))
+    plan = plan_after(model, after, views)
+    stated = _stated(plan, layout)
+
+    def injection_at(names: Sequence[str]) -> Injection:
+        options = Settings(
+            views=joined([plan[name] for name in names]),
+            vote=vote,
+            train_output=train_output,
+            eval_output=eval_output,
+            train_views=train_views,
+            eval_views=eval_views,
+            views_per_pass=views_per_pass,
+        )
+        return Injection({name: stated[name] for name in names}, options, parameters_of(model))
+
+    injection = injection_at(list(plan))
     example = example_of(model, input_size)
     if example is not None:
         try:
-            modes, injection.layout = check_site(model, after, options.views, layout, example)
+            modes, splits = check_sites(model, plan, stated, example)
+            injection = injection_at([split.name for split in splits])
+            injection.layouts = tuple(split.layout for split in splits)
             injection.mark(modes, injection.arguments((torch.empty(0),), {}), example.args[0].shape[1:])
         except PlainModelError:
             if input_size is not None:
                 raise  # the size that a timm model carries may be another than the one it was built for: check later
-    holder = None if after == INPUT else holder_of(model, after)
-    swap_forward(model, _vote_forward)
-    if holder is not None:
-        try:
-            swap_forward(holder, _split_forward)
-        except SurgeryError:
-            restore_forward(model)
-            raise
-        vars(holder)["_cropvote_split"] = injection
+    _swap(model, injection)
+    return model
+
+
+def _swap(model: nn.Module, injection: Injection) -> None:
+    """Give the model and the modules that carry the splits their forwards, or change nothing."""
+    holders = {place: holder_of(model, name) for place, name in enumerate(injection.sites) if name != INPUT}
+    swapped: list[nn.Module] = []
+    try:
+        for module, forward in ((model, _vote_forward), *((holder, _split_forward) for holder in holders.values())):
+            swap_forward(module, forward)
+            swapped.append(module)
+    except SurgeryError:
+        for module in swapped:
+            restore_forward(module)
+        raise
+    for place, holder in holders.items():
+        vars(holder).update(_cropvote_split=injection, _cropvote_place=place)
     vars(model)["_cropvote"] = injection
     injection.adopt(model)
-    return model
+
+
+def plan_after(model: nn.Module, after: After, views: Views | None = None) -> dict[str, Views]:
+    """The sites and their views, in the order in which the model defines them.
+
+    Raises:
+        UnknownSiteError: no module of such a name.
+        InputTypeError: names or views of another type.
+        OptionError: no site, or views beside those of several sites.
+    """
+    if not isinstance(after, Mapping):
+        check_name(model, after)
+        return {after: Settings(views=views).views}  # type: ignore[dict-item]  # of one site
+    if not after:
+        raise OptionError('after names no site: give {"layer1": hflip(), "layer3": five_crop()}, say.')
+    if views is not None:
+        raise OptionError("views are those of a single site; with several, after holds the views of each.")
+    for name, of_site in after.items():
+        check_name(model, name)
+        if not isinstance(of_site, Views):
+            raise InputTypeError(f"after[{name!r}] must be a Views, such as five_crop(), got {of_site!r}.")
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return {name: after[name] for name in sorted(after, key=lambda name: -1 if name == INPUT else order[name])}
+
+
+def _stated(plan: dict[str, Views], layout: Layout | Mapping[str, Layout] | None) -> dict[str, Layout | None]:
+    """The layout that the user states for each site, or None."""
+    stated = layout if isinstance(layout, Mapping) else dict.fromkeys(plan, layout)
+    unknown = [name for name in stated if name not in plan]
+    if unknown:
+        raise OptionError(f"layout names {unknown[0]!r}, which is no site of this injection: {', '.join(plan)}.")
+    for one in stated.values():
+        if one is not None:
+            check_layout(one)
+    return {name: stated.get(name) for name in plan}
 
 
 def remove_crop_vote(model: Model) -> Model:
@@ -168,6 +223,7 @@ def remove_crop_vote(model: Model) -> Model:
     for module, mark in marked:
         restore_forward(module)
         del vars(module)[mark]
+        vars(module).pop("_cropvote_place", None)
     return model
 
 
@@ -220,8 +276,8 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
     plan = plan_of(injection.settings, injection.training(module))
     if plan.per_pass is not None:
         return _in_passes(module, base, args, kwargs, injection, plan)
-    if injection.site == INPUT:
-        args, kwargs = map_first_tensor(lambda x: _split(x, injection, plan), args, kwargs)
+    if injection.sites[0] == INPUT:
+        args, kwargs = map_first_tensor(lambda x: _split(x, injection, plan, 0), args, kwargs)
     if is_steered(injection.settings, injection):  # a call of the model inside this one is a call of its own
         with following({injection.settings: None, injection: plan}):
             rows = base.forward(module, *args, **kwargs)
@@ -243,9 +299,12 @@ def _in_passes(
             f"{len(tensors)} tensors: set it to None."
         )
 
+    def change(x: Tensor, i: int, part: Plan) -> Tensor:
+        x = x[:1] if i else x
+        return _split(x, injection, part, 0) if injection.sites[0] == INPUT else x
+
     def run(i: int, part: Plan) -> Any:
-        change = (lambda x: _split(x, injection, part)) if injection.site == INPUT else (lambda x: x[:1] if i else x)
-        found, named = map_first_tensor(change, args, kwargs)
+        found, named = map_first_tensor(lambda x: change(x, i, part), args, kwargs)
         with following({injection.settings: None, injection: part}):
             return base.forward(module, *found, **named)
 
@@ -257,22 +316,26 @@ def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> A
     injection: Injection | None = getattr(module, "_cropvote_split", None)
     if injection is None or not injection.settings.enabled:
         return base.forward(module, *args, **kwargs)
+    place: int = module._cropvote_place  # type: ignore[assignment]
     plan = plan_of(injection.settings, injection.training(module), split=injection)
-    if plan.front:
-        return _split(plan.front[0], injection, plan)
-    x = base.forward(module, *args, **kwargs)
-    if plan.front is not None:
-        plan.front.append(x)
-    return _split(x, injection, plan)
+    if plan.front and plan.front_at == place:
+        return _split(plan.front[0], injection, plan, place)
+    return _split(base.forward(module, *args, **kwargs), injection, plan, place)
 
 
-def _split(x: Tensor, injection: Injection, plan: Plan) -> Tensor:
-    if injection.layout is None:
+def _split(x: Tensor, injection: Injection, plan: Plan, place: int) -> Tensor:
+    """Cut the views of a call at its site number ``place``; the maps of its first pass stay for the others."""
+    layout = injection.layouts[place]
+    if layout is None:
         raise SurgeryError(
-            f"the site {injection.site!r} was not yet checked, so where its channels are is not known: call the model "
+            f"the site {injection.site} was not yet checked, so where its channels are is not known: call the model "
             f"itself once, or pass input_size= to inject_crop_vote."
         )
-    return split_by(plan, x, injection.layout)
+    if plan.front is not None and plan.front_at == place:
+        if not plan.front:
+            plan.front.append(x)
+        x = plan.front[0]
+    return split_by(plan.cuts[place], x, layout)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -281,7 +344,7 @@ def _check_model(model: nn.Module) -> None:
     kind = type(model).__name__
     injection = _injection(model)
     if injection is not None:
-        raise SurgeryError(f"this {kind} votes already, after={injection.site!r}: remove_crop_vote(model) first.")
+        raise SurgeryError(f"this {kind} votes already, after={injection.site}: remove_crop_vote(model) first.")
     if isinstance(model, WRAPPERS) or kind == "FullyShardedDataParallel":
         raise SurgeryError(f"the model is wrapped in {kind}: inject into model.module before it is wrapped.")
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
@@ -305,7 +368,9 @@ def _check_model(model: nn.Module) -> None:
 def check_name(model: nn.Module, after: str) -> None:
     """Raise UnknownSiteError, or InputTypeError, unless the model has a module of that name."""
     if not isinstance(after, str):
-        raise InputTypeError(f'after must be a module\'s name, such as "layer1", or "input", got {after!r}.')
+        raise InputTypeError(
+            f'after must be a module\'s name, such as "layer1", or "input", or a dict of them, got {after!r}.'
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     if after == INPUT and INPUT in modules:
         raise SiteError('after="input" means the images, but this model has a module of that name: rename the module.')

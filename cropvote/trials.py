@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from .walk import INPUT, Walk
 
 __all__ = ["Site"]
 
-#: The bits of a trial: data of the images, and of the views.
+#: The bits of a trial: data of the images, and of the views of the first site; those of the next have the bits above.
 IMAGES, VIEWS = 1, 2
 
 
@@ -38,6 +40,14 @@ class Site(NamedTuple):
     layout: Layout
     distinct: int
     reason: str = ""
+
+
+class Split(NamedTuple):
+    """One split of a plan: at a site, into its views, of a map of that layout."""
+
+    name: str
+    views: Views
+    layout: Layout
 
 
 class Probe(Walk):
@@ -73,11 +83,60 @@ class Probe(Walk):
         Raises:
             ViewsError: only the map's size is at fault.
         """
+        layout, reason = self._alone(name)
+        return layout, reason or self._trial([Split(name, self._many_views(), layout)])
+
+    def verdict_of(self, plan: dict[str, Views], stated: dict[str, Layout | None]) -> tuple[list[Split], str, str]:
+        """The splits of a plan in forward order, the site that is at fault or nothing, and why.
+
+        Raises:
+            ViewsError: only the size of a map is at fault.
+        """
+        splits: list[Split] = []
+        for name in sorted(plan, key=self._turn):
+            layout, reason = self._found(name, plan[name], stated[name])
+            if not reason and splits and self._turn(splits[-1].name) == self._turn(name):
+                reason = f"it returns what {splits[-1].name!r} returns: that is one place."
+            if not reason and isinstance(layout, Tokens):
+                layout, reason = self._grid_behind(splits, name, layout)
+            if reason:
+                return [], name, reason
+            splits.append(Split(name, plan[name], layout))
+        reason = self._trial([Split(s.name, self._many_views(s.views), s.layout) for s in splits])
+        return splits, splits[-1].name, reason
+
+    def _found(self, name: str, views: Views, layout: Layout | None) -> tuple[Layout, str]:
+        """The same as :meth:`_alone` for other views and another stated layout than the probe's."""
+        usual = self.views, self.layout
+        self.views, self.layout = views, layout
+        try:
+            return self._alone(name)
+        finally:
+            self.views, self.layout = usual
+
+    def _alone(self, name: str) -> tuple[Layout, str]:
+        """The layout of a site's map, and what forbids a site there whatever comes behind it."""
         reason = (self.why_not_images() if name == INPUT else self.why_not_cut(name)) or self.why_not_votable()
-        if reason:
-            return self.layout or "NCHW", reason
-        layout, reason = self._find_layout(name)
-        return layout, reason or self._trial(name, self._many_views(), layout)
+        return (self.layout or "NCHW", reason) if reason else self._find_layout(name)
+
+    def _turn(self, name: str) -> int:
+        """When the forward reaches a site; the same for modules that return the same tensor."""
+        if name == INPUT:
+            return -1
+        seen = self.seen.get(self.holders[name])
+        return seen.group if seen else 1 << 60
+
+    def _grid_behind(self, splits: list[Split], name: str, layout: Tokens) -> tuple[Layout, str]:
+        """The grid of a site's tokens where sites before it cut the grid, and why it is unknown."""
+        plain = grid = (layout.height, layout.width)
+        for split in splits:
+            size = sides(self.shape(split.name), split.layout)
+            if split.views.crop_size(*size) == size:
+                continue
+            if size != plain:
+                return layout, f"its tokens behind the views at {split.name!r} are of a grid that is not known."
+            grid = split.views.crop_size(*grid)
+        return layout._replace(height=grid[0], width=grid[1]), ""
 
     def why_not_swapped(self, names: list[str]) -> str:
         """Why the model cannot do with subclasses of its classes, which the split and the vote need, or nothing."""
@@ -91,16 +150,17 @@ class Probe(Walk):
             "isinstance would do."
         )
 
-    def _many_views(self) -> Views:
+    def _many_views(self, views: Views | None = None) -> Views:
         """The views, the first of them repeated until their number is a large prime.
 
         A tail's number of windows or masks may divide the rows of ten views by chance, whatever the views' size.
         """
-        count = max(len(self.views), 23)
+        views = self.views if views is None else views
+        count = max(len(views), 23)
         while any(count % n == 0 for n in range(2, count)):
             count += 1
-        entries = self.views.entries
-        return Views(entries + entries[:1] * (count - len(entries)), scale=self.views.scale)
+        entries = views.entries
+        return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale)
 
     def _find_layout(self, name: str) -> tuple[Layout, str]:
         """Where the channels are: height and width can shrink, channels cannot. The layout, or why it is unknown."""
@@ -128,7 +188,7 @@ class Probe(Walk):
         if len(able) == 1:
             return able[0], ""
         if not able and self._crops(name):
-            return "NCHW", self._trial(name, self.views, "NCHW")
+            return "NCHW", self._trial([Split(name, self.views, "NCHW")])
         return "NCHW", (
             f"its map of shape {shape} can shrink along {'all' if able else 'none'} of its axes, so which of them are "
             f'height and width cannot be told: pass layout="NCHW" if they are the last two, layout="NHWC" if the '
@@ -214,37 +274,45 @@ class Probe(Walk):
             if 0 in smaller:
                 continue
             scale = (Fraction(smaller[0], size[0]), Fraction(smaller[1], size[1]))
-            if not self._trial(name, Views([(0, 0)], scale=scale), layout):
+            if not self._trial([Split(name, Views([(0, 0)], scale=scale), layout)]):
                 return True
         try:
-            return layout == "NCHW" and self._crops(name) and not self._trial(name, self.views, layout)
+            return layout == "NCHW" and self._crops(name) and not self._trial([Split(name, self.views, layout)])
         except ViewsError:
             return False
 
-    def _trial(self, name: str, views: Views, layout: Layout) -> str:
+    def _trial(self, splits: list[Split]) -> str:
         """Split for real, with the mechanism that the live model gets, and look at what comes out."""
         paths = Paths()
-        splits: list[int] = []
+        ran: list[tuple[int, int]] = []
         votes: list[nn.Module] = []
 
-        def split(x: Tensor) -> Tensor:
-            y = split_views(x, views, layout=layout)
-            splits.append(y.shape[0])
-            paths.set(y, VIEWS)
+        def split(place: int, x: Tensor) -> Tensor:
+            name, views, layout = splits[place]
+            try:
+                y = split_views(x, views, layout=layout)
+            except ViewsError as error:
+                raise ViewsError(f"at {name!r}: {error}" if len(splits) > 1 else str(error)) from error
+            ran.append((place, y.shape[0]))
+            paths.set(y, VIEWS << place)
             return y
+
+        def at(place: int) -> Any:
+            return lambda module, base, *a, **k: split(place, base.forward(module, *a, **k))
 
         def root(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
             votes.append(module)
             return base.forward(module, *args, **kwargs)
 
-        holder = None if name == INPUT else self.holders[name]
+        holders = [self.holders[s.name] for s in splits if s.name != INPUT]
         try:
             with paths:
                 args, kwargs = self.inputs(paths, IMAGES)
-                if holder is None:
-                    args, kwargs = map_first_tensor(split, args, kwargs)
-                else:
-                    swap_forward(holder, lambda module, base, *a, **k: split(base.forward(module, *a, **k)))
+                for place, one in enumerate(splits):
+                    if one.name == INPUT:
+                        args, kwargs = map_first_tensor(lambda x: split(0, x), args, kwargs)
+                    else:
+                        swap_forward(self.holders[one.name], at(place))
                 swap_forward(self.model, root)
                 try:
                     output = self.model(*args, **kwargs)
@@ -253,28 +321,32 @@ class Probe(Walk):
         except ViewsError:
             raise
         except Exception as error:
-            return self._cannot_take(name, views, layout, error)
+            return self._cannot_take(splits, error)
         finally:
-            if holder is not None:
+            for holder in holders:
                 restore_forward(holder)
         if len(votes) != 1:
             return f"the model's forward, where the vote would stand, ran {len(votes)} times in one call."
-        if splits != [BATCH * len(views)]:
-            return f"the split ran {len(splits)} times in one forward."
-        return self._rows(output, splits[0], paths)
+        counts = itertools.accumulate((len(s.views) for s in splits), operator.mul, initial=BATCH)
+        if ran != list(enumerate(list(counts)[1:])):
+            if len(splits) == 1:
+                return f"the split ran {len(ran)} times in one forward."
+            order = ", ".join(splits[place].name for place, _ in ran)
+            return f"the splits did not run once each, one behind the other, in one forward, but: {order or 'none'}."
+        return self._rows(output, ran[-1][1], paths, VIEWS << len(splits) - 1)
 
-    def _rows(self, output: Any, expected: int, paths: Paths) -> str:
+    def _rows(self, output: Any, expected: int, paths: Paths, last: int) -> str:
         """Why the predictions after the split are not one row per view."""
         found = dict(tensors_of(output))
         for place in self.predictions:
             rows, plain = found.get(place), self.found[place]
             bits = 0 if rows is None else paths.of(rows)
-            if place != self.predictions[0] and rows is not None and rows.shape == plain.shape and not bits & VIEWS:
+            if place != self.predictions[0] and rows is not None and rows.shape == plain.shape and not bits & ~IMAGES:
                 continue  # a head in front of the site
             if rows is None or rows.shape != (expected, plain.shape[1]):
                 wanted = f"{named(place)} {(expected, plain.shape[1])}".strip()
                 return f"the model returns {describe(output)} after the split, not {wanted}, one row per view."
-            if bits & IMAGES:
+            if bits & (last - 1):
                 return "the model's output also depends on the images by a path around it."
         try:
             map_tensors(lambda place, x: x.clone(), output)
@@ -282,11 +354,15 @@ class Probe(Walk):
             return str(error)
         return ""
 
-    def _cannot_take(self, name: str, views: Views, layout: Layout, error: Exception) -> str:
+    def _cannot_take(self, splits: list[Split], error: Exception) -> str:
+        *before, (name, views, layout) = splits
+        tokens = " A table of positions, or windows, may fix the grid." if isinstance(layout, Tokens) else ""
+        if before:
+            place = f"the network behind it, or between it and {before[-1].name!r},"
+            return f"{place} cannot take the views: {first_line(error)}.{tokens}"
         shape = self.shape(name)
         crop = resized(shape, layout, views.crop_size(*sides(shape, layout)))
         return (
             f"the network behind it cannot take the views of its map, of shape {crop} instead of {shape}: "
-            f"{first_line(error)}."
-            + (" A table of positions, or windows, may fix the grid." if isinstance(layout, Tokens) else "")
+            f"{first_line(error)}.{tokens}"
         )

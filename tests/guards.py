@@ -22,7 +22,11 @@ from cropvote import (
 
 
 def no_probe(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "verdict", lambda probe, name: (probe.layout or "NCHW", ""))
+    def trusted(probe: trials.Probe, plan: dict, stated: dict) -> tuple[list[trials.Split], str, str]:
+        splits = [trials.Split(name, views, stated[name] or "NCHW") for name, views in plan.items()]
+        return splits, splits[-1].name, ""
+
+    patch.setattr(trials.Probe, "verdict_of", trusted)
 
 
 def no_paths(patch: pytest.MonkeyPatch) -> None:
@@ -48,7 +52,7 @@ def views_outermost(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "_many_views", lambda probe: probe.views)
+    patch.setattr(trials.Probe, "_many_views", lambda probe, views=None: views or probe.views)
 
 
 def channels_first(patch: pytest.MonkeyPatch) -> None:

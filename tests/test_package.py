@@ -29,6 +29,7 @@ ORDER = [
     "voting",
     "uncertainty",
     "outputs",
+    "plans",
     "options",
     "calls",
     "layer",
@@ -40,6 +41,7 @@ ORDER = [
     "checks",
     "surgery",
     "reading",
+    "stopping",
     "meters",
     "plots",
     "costs",
@@ -52,7 +54,7 @@ def test_public_names_are_sorted_documented_and_there():
     for name in cropvote.__all__:
         documentation = getattr(cropvote, name).__doc__
         assert documentation, name
-        if name not in ("CropVoteError", "Site", "SiteCost", "Settings", "Suggestion"):
+        if name not in ("CropVoteError", "Site", "SiteCost", "Settings", "Suggestion", "SureVotes"):
             assert "Example:" in documentation, name
     public = {name for module in MODULES for name in importlib.import_module(f"cropvote.{module}").__all__}
     assert public - set(errors.__all__) | {"CropVoteError"} == set(cropvote.__all__)

@@ -576,4 +576,4 @@ def test_where_the_channels_of_images_are_is_seen_without_a_convolution():
         wanted = (model(images) + model(images.flip(2))) / 2
         inject_crop_vote(model, after="input", views=hflip())
         assert torch.allclose(model(images), wanted, atol=1e-6)
-    assert model._cropvote.layout == "NHWC"
+    assert model._cropvote.layouts == ("NHWC",)

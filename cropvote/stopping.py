@@ -1,0 +1,201 @@
+"""Votes that stop when sure: a few views for every sample, all of them for the samples that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Plan, following
+from .checks import is_traced
+from .errors import InputTypeError, OptionError, RowsError, SurgeryError
+from .options import EvalViews, Settings, eval_indices
+from .outputs import describe, prediction_places, tensors_of
+from .plans import cuts_of
+from .reading import settings_in
+from .splitting import part_views
+from .surgery import unwrap
+from .voting import How, vote
+
+__all__ = ["SureVotes", "choose_confidence", "vote_until_sure"]
+
+
+class SureVotes(NamedTuple):
+    """What :func:`vote_until_sure` returns.
+
+    Fields:
+        votes: (N, K), as the model's own vote.
+        used: (N,), how many views each sample voted with.
+    """
+
+    votes: Tensor
+    used: Tensor
+
+
+def vote_until_sure(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    first: EvalViews = "centre+mirror",
+    confidence: float | None = 0.7,
+    how: How | None = None,
+) -> SureVotes:
+    """Vote with a few views of every sample, and with all views of those samples for which these were not sure.
+
+    A sample is sure where the probability of its winner (the softmax of the vote) is above ``confidence``; with 1
+    every sample goes on to all views. With ``how="hard"`` and ``confidence=None`` it is sure where the views that are
+    left cannot change the winner: the vote's class is then the one of all views, always. The network in front of
+    the split runs once for every sample (in front of the first split that the first views do not need as a whole).
+
+    Args:
+        model: an injected model in eval mode, a :class:`CropVote` layer, or a network that holds one at its end.
+        x: the images (of a layer, the maps); one tensor.
+        first: the views of the first vote: their indices, ``"centre"``, or ``"centre+mirror"``.
+        confidence: the probability above which a sample stops; None for the exact stop of a hard vote.
+        how: the rule of both votes, by default that of the model's settings.
+
+    Shape:
+        n c H W -> n k and n
+
+    Returns:
+        The votes, and the number of views behind each.
+
+    Raises:
+        SurgeryError: the model does not vote, is in training mode, or is compiled or traced around this call.
+        OptionError: unknown views or rule, a confidence outside 0 to 1, or None for a rule other than "hard".
+        RowsError: the model returns more than its predictions.
+        InputTypeError: ``x`` is no tensor.
+
+    Example:
+        >>> import torch, torchvision
+        >>> from cropvote import inject_crop_vote, vote_until_sure
+        >>> model = inject_crop_vote(torchvision.models.resnet18(num_classes=7), after="layer1", input_size=64).eval()
+        >>> with torch.no_grad():
+        ...     votes, used = vote_until_sure(model, torch.zeros(2, 3, 64, 64), confidence=1.0)
+        >>> votes.shape, used
+        (torch.Size([2, 7]), tensor([10, 10]))
+    """
+    found = settings_in(model)
+    rule = found.vote if how is None else how
+    model = unwrap(model)
+    _check(model, found, x, rule, confidence)
+    wanted = eval_indices(found.views, first, "first")
+    total = len(found.views)
+    every, some = cuts_of(found.views), cuts_of(found.views, wanted)
+    depth = max(i for i, cut in enumerate(some) if cut.groups == every[i].groups)  # so far all maps are there
+    front: list[Tensor] = []
+    rows = _rows(model, found, x, Plan(some, voted=False, front=front, front_at=depth), len(x))
+    votes = vote(rows.flatten(0, 1), len(wanted), rule)
+    used = torch.full((len(x),), len(wanted), device=votes.device)
+    unsure = torch.nonzero(~_sure(rows, votes, total, confidence)).flatten()
+    if len(wanted) == total or len(unsure) == 0:
+        return SureVotes(votes, used)
+    left = [i for i in range(total) if i not in wanted]
+    rest = cuts_of(found.views, left, whole=depth)
+    groups = front[0].unflatten(0, (len(x), -1)) if len(x) else front[0]
+    kept = groups.index_select(0, unsure.to(front[0].device)).flatten(0, 1)
+    more = _rows(model, found, x, Plan(rest, voted=False, front=[kept], front_at=depth), len(unsure))
+    both = torch.cat([rows.index_select(0, unsure.to(rows.device)), more], dim=1)
+    order = torch.tensor([*wanted, *left], device=both.device).argsort()
+    voted = vote(both.index_select(1, order).flatten(0, 1), total, rule)
+    return SureVotes(votes.index_copy(0, unsure, voted), used.index_fill(0, unsure, total))
+
+
+def choose_confidence(
+    per_view_logits: Tensor,
+    targets: Tensor,
+    *,
+    first: Sequence[int] = (4, 9),
+    max_loss: float = 0.001,
+    how: How = "soft",
+) -> float:
+    """The least confidence whose stopping votes lose at most ``max_loss`` of accuracy against the votes of all views.
+
+    For validation data: what is chosen on the test data flatters.
+
+    Args:
+        per_view_logits: (N, V, K), as :func:`per_view` gives them.
+        targets: the classes, (N,).
+        first: the indices of the views of the first vote.
+        max_loss: how much accuracy may be lost, as a share of the samples.
+        how: the rule.
+
+    Returns:
+        A confidence for :func:`vote_until_sure`; 1.0 where nothing less keeps the accuracy.
+
+    Raises:
+        RowsError: the logits are not (N, V, K), or there are none.
+        InputTypeError: ``targets`` are not one class per sample.
+        OptionError: views that are not there, or a negative loss.
+
+    Example:
+        >>> import torch
+        >>> from cropvote import choose_confidence
+        >>> logits = torch.tensor([[[4.0, 0]] * 10, [[0.2, 0]] * 4 + [[0.1, 0]] + [[0, 9.0]] * 5])
+        >>> choose_confidence(logits, torch.tensor([0, 1]), first=[4]) < 0.98
+        True
+    """
+    if per_view_logits.dim() != 3 or len(per_view_logits) == 0:
+        raise RowsError(f"per_view_logits must be (N, V, K), got {tuple(per_view_logits.shape)}.")
+    samples, total, _ = per_view_logits.shape
+    if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.is_floating_point():
+        raise InputTypeError(f"targets must be a tensor of {samples} classes, one per sample.")
+    if not max_loss >= 0:
+        raise OptionError(f"max_loss must be a share of the samples, 0 or more, got {max_loss!r}.")
+    chosen = sorted(set(first))
+    if not chosen or len(chosen) != len(first) or not 0 <= chosen[0] <= chosen[-1] < total:
+        raise OptionError(f"first must be different indices from 0 to {total - 1}, at least one, got {list(first)}.")
+    whole = vote(per_view_logits.flatten(0, 1), total, how).argmax(1) == targets
+    early = vote(per_view_logits[:, chosen].flatten(0, 1), len(chosen), how)
+    winner, order = early.softmax(1).max(1).values.sort(descending=True)
+    lost = (whole.long() - (early.argmax(1) == targets).long())[order].cumsum(0)  # by stopping the surest so many
+    # so many may stop; those of one probability stop together
+    able = [0, *(n + 1 for n in range(samples) if n + 1 == samples or winner[n] > winner[n + 1])]
+    count = max(n for n in able if n == 0 or float(lost[n - 1]) <= max_loss * samples)
+    return 1.0 if count == 0 else 0.0 if count == samples else float(winner[count])
+
+
+def _check(model: nn.Module, found: Settings, x: Any, rule: How, confidence: float | None) -> None:
+    if is_traced():
+        raise SurgeryError(
+            "vote_until_sure runs a model twice, the second time for as many samples as need it, which cannot be "
+            "recorded: call it outside of torch.compile, export and vmap."
+        )
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise InputTypeError(f"vote_until_sure takes the images, one tensor, got {type(x).__name__}.")
+    if model.training:
+        raise SurgeryError("vote_until_sure is for eval mode, and this model is in training mode: model.eval() first.")
+    if not found.enabled:
+        raise OptionError("vote_until_sure needs a model that votes; this one's settings say enabled=False.")
+    if confidence is None and rule != "hard":
+        raise OptionError(f'confidence=None stops a hard vote exactly, how="hard"; the rule here is {rule!r}.')
+    if confidence is not None and rule in ("mean", "median"):
+        raise OptionError(f"the rule {rule!r} is for regression, whose numbers say nothing of how sure they are.")
+    if confidence is not None and (isinstance(confidence, bool) or not 0 <= confidence <= 1):
+        raise OptionError(f"confidence must be a probability, 0 to 1, or None, got {confidence!r}.")
+
+
+def _rows(model: nn.Module, found: Settings, x: Tensor, plan: Plan, samples: int) -> Tensor:
+    """The logits (M, v, K) of the views that a plan cuts; where the front is kept, one image goes through it again."""
+    kept = bool(plan.front)
+    with following({found: plan}), torch.compiler.set_stance("force_eager"):
+        output = model(x[:1] if kept else x)
+    tensors = dict(tensors_of(output))
+    rows = tensors.get(prediction_places(output)[0])
+    if rows is None or len(tensors) != 1 or rows.dim() != 2 or rows.shape[0] != samples * plan.rows:
+        raise RowsError(
+            f"the model returned {describe(output)}; vote_until_sure needs one tensor with a row for each of "
+            f"{plan.rows} views of {samples} samples."
+        )
+    return part_views(rows, plan.rows)
+
+
+def _sure(rows: Tensor, votes: Tensor, total: int, confidence: float | None) -> Tensor:
+    """(N,) bool: whose vote stands."""
+    if confidence is not None:
+        return votes.softmax(1).max(1).values > confidence
+    counts = torch.nn.functional.one_hot(rows.argmax(2), max(rows.shape[2], 2)).sum(1)
+    first, second = counts.topk(2, dim=1).values.unbind(1)
+    return first - second > total - rows.shape[1]
