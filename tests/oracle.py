@@ -195,6 +195,22 @@ def tail_rows(model: nn.Module, site: str, x: Tensor, cut: Cutter = ten_views) -
     return torch.stack(rows, dim=1)
 
 
+def nested_rows(model: nn.Module, sites: Sequence[tuple[str, Cutter]], x: Tensor) -> Tensor:
+    """(N, V, K) of a split at several sites in forward order: each site's output replaced by hand, view by view."""
+    (site, cut), *later = sites
+    module = model.get_submodule(site)
+    caught: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: caught.append(output.clone()))
+    model(x)
+    handle.remove()
+    rows = []
+    for view in cut(caught[0]):
+        handle = module.register_forward_hook(lambda _module, _args, _output, view=view: view.clone())
+        rows.append(nested_rows(model, later, x) if later else model(x).unsqueeze(1))
+        handle.remove()
+    return torch.cat(rows, dim=1)
+
+
 def loss_on_views(rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean over all samples and views of the (label-smoothed) cross-entropy with the sample's class, differentiable."""
     count, views, classes = rows.shape

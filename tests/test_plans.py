@@ -1,0 +1,527 @@
+"""Views over several sites: the order, what is computed, the checks, the costs, and the promises of a single site."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections import Counter
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import networks
+import oracle
+from cropvote import (
+    CropVote,
+    CropVoteError,
+    CropVoteLoss,
+    Views,
+    five_crop,
+    grid,
+    hflip,
+    inject_crop_vote,
+    per_view,
+    plot_views,
+    profile,
+    remove_crop_vote,
+    settings,
+    split_views,
+    suggest_site,
+    ten_crop,
+)
+from cropvote.calls import draw
+from cropvote.plans import Cut, ViewProduct, cuts_of, drawn_cuts
+
+IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
+TWO = {"layer1": hflip(), "layer3": five_crop()}
+BY_HAND = [("layer1", oracle.flip_views), ("layer3", oracle.five_views)]
+
+
+def voting(plan: dict[str, Views] | None = None, make=networks.fer, **options: object) -> nn.Module:
+    return inject_crop_vote(make(), after=plan or TWO, **{"input_size": 48, **options})
+
+
+def by_hand(sites=BY_HAND, make=networks.fer) -> torch.Tensor:
+    with torch.no_grad():
+        return oracle.nested_rows(make(), sites, IMAGES).float()
+
+
+def counted(module: nn.Module) -> list[int]:
+    found: list[int] = []
+    module.register_forward_hook(lambda module, args, output: found.append(output.shape[0]))
+    return found
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "sites"),
+    [
+        (TWO, BY_HAND),
+        ({"layer3": five_crop(), "layer1": hflip()}, BY_HAND),
+        ({"layer2": five_crop(), "layer3": hflip()}, [("layer2", oracle.five_views), ("layer3", oracle.flip_views)]),
+        (
+            {"layer1": five_crop(), "layer2": five_crop()},
+            [("layer1", oracle.five_views), ("layer2", oracle.five_views)],
+        ),
+        (
+            {"conv1": hflip(), "layer1": five_crop(), "layer4": hflip()},
+            [("conv1", oracle.flip_views), ("layer1", oracle.five_views), ("layer4", oracle.flip_views)],
+        ),
+    ],
+    ids=["two", "any order of writing", "crops first", "crops of crops", "three sites"],
+)
+def test_the_rows_are_those_of_nested_replacements(plan, sites):
+    model, wanted = voting(plan), by_hand(sites)
+    assert torch.allclose(per_view(model, IMAGES), wanted, atol=1e-5)
+    assert torch.allclose(model(IMAGES), wanted.mean(1), atol=1e-5)
+    settings(model).vote = "hard"
+    assert torch.allclose(model(IMAGES), oracle.vote(wanted, "hard").float(), atol=1e-5)
+    settings(model).eval_output = "views"
+    assert torch.allclose(model(IMAGES), oracle.sample_major(list(wanted.unbind(1))), atol=1e-5)
+
+
+def test_images_as_the_first_site():
+    model = voting({"input": hflip(), "layer2": five_crop()})
+    wanted = [oracle.tail_rows(networks.fer(), "layer2", x, oracle.five_views) for x in oracle.flip_views(IMAGES)]
+    assert torch.allclose(per_view(model, IMAGES), torch.cat(wanted, 1).float(), atol=1e-5)
+
+
+def test_the_order_is_that_of_ten_crop():
+    """Mirrored early, cropped late: each row shows the same part of the face as ten_crop's."""
+    front = nn.Sequential(nn.Identity(), nn.Identity(), nn.Flatten())
+    x = torch.arange(144.0).view(2, 1, 6, 12)
+    model = inject_crop_vote(front.eval(), after={"0": hflip(), "1": five_crop()}, eval_output="views")
+    assert torch.equal(model(x), split_views(x, ten_crop()).flatten(1))
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
+def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
+    """Every subset, followed by hand through the groups of maps that each cut takes and gives."""
+    views = ViewProduct([grid(1, n, scale=(1, 0.5)) for n in sizes])
+    every = list(itertools.product(*map(range, sizes)))
+    wanted = sorted(data.draw(st.sets(st.integers(0, len(every) - 1), min_size=1)))
+    maps: list[tuple[int, ...]] = [()]
+    for cut, size in zip(cuts_of(views, wanted), sizes, strict=True):
+        assert cut.groups == len(maps)
+        made = [(*one, i) for one in maps for i in range(size)]
+        assert cut.total == len(made)
+        maps = made if cut.kept is None else [made[i] for i in cut.kept]
+        assert cut.rows == len(maps)
+    assert maps == [every[i] for i in wanted]
+    assert len(views) == len(every)
+    assert [views[i] for i in (0, -1)] == [tuple(p[0] for p in views.parts), tuple(p[-1] for p in views.parts)]
+
+
+# --- fewer views -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["centre", "centre+mirror", [4], [0, 5], [1, 2, 9], [7], list(range(10))])
+def test_only_the_views_asked_for_are_computed_at_each_site(asked):
+    columns = {"centre": [4], "centre+mirror": [4, 9]}.get(asked, asked) if isinstance(asked, str) else asked
+    model = voting(eval_views=asked)
+    front, middle, tail = counted(model.bn1), counted(model.layer2), counted(model.layer4)
+    assert torch.allclose(model(IMAGES), by_hand()[:, columns].mean(1), atol=1e-5)
+    halves = len({column // 5 for column in columns})
+    assert (front, middle, tail) == ([3], [3 * halves], [3 * len(columns)])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_views_that_differ_between_the_groups_keep_the_memory_format(layout):
+    x = torch.randn(4, 3, 12, 12).to(memory_format=layout)  # two samples of two maps
+    from cropvote.calls import split_by
+
+    rows = split_by(Cut(five_crop(), 2).keeping([0, 3, 9]), x, "NCHW")
+    every = split_views(x, five_crop()).view(2, 10, 3, 10, 10)
+    assert torch.equal(rows, every[:, [0, 3, 9]].flatten(0, 1))
+    assert rows.is_contiguous(memory_format=layout)
+
+
+def still(model: nn.Module) -> nn.Module:
+    model.eval()
+    model.training = True  # BatchNorm in eval mode, so that rows do not depend on the others
+    return model
+
+
+def whose(rows: torch.Tensor, every: torch.Tensor) -> list[list[int]]:
+    """Which views' logits these rows are: for each sample, the indices."""
+    near = (rows.unflatten(0, (len(every), -1)).unsqueeze(2) - every.unsqueeze(1)).abs().amax(3)
+    assert near.amin(2).max() < 1e-5
+    return near.argmin(2).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10])
+def test_a_few_views_are_drawn_and_spread_over_the_first_site(count):
+    model, every = still(voting(train_views=count)), by_hand()
+    middle = counted(model.layer2)
+    drawn = [whose(model(IMAGES), every) for _ in range(12)]
+    for samples in drawn:
+        assert all(views == samples[0] for views in samples)
+        assert samples[0] == sorted(set(samples[0]))
+        assert len(samples[0]) == count
+        halves = Counter(view // 5 for view in samples[0])
+        assert max(halves.values()) - min([*halves.values(), *([0] if len(halves) < 2 and count > 1 else [])]) <= 1
+    assert set(middle) == {3 * min(count, 2)}
+    assert count == 10 or len({tuple(samples[0]) for samples in drawn}) > 3
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_every_combination_is_drawn_as_often(count):
+    torch.manual_seed(0)
+    seen = Counter()
+    for _ in range(3000):
+        maps: list[tuple[int, ...]] = [()]
+        for cut in drawn_cuts(ViewProduct([hflip(), grid(1, 3, scale=(1, 0.5))]), count):
+            made = [(*one, i) for one in maps for i in range(len(cut.views))]
+            chosen = (
+                range(cut.total) if cut.drawn is None else draw(len(cut.views), cut.drawn, CPU, cut.groups).tolist()
+            )
+            maps = [made[i] for i in chosen]
+        seen.update(maps)
+    assert len(seen) == 6
+    share = count / 6
+    for times in seen.values():
+        assert abs(times - 3000 * share) < 4 * (3000 * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_the_parts_draw_the_same_again(reentrant):
+    def gradient(checkpointed: bool) -> torch.Tensor:
+        model = still(voting(train_views=3))
+        for stage in (model.layer1, model.layer3) if checkpointed else ():
+            plain = stage.forward
+            stage.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=reentrant)
+        torch.manual_seed(3)
+        images = IMAGES.clone().requires_grad_()
+        CropVoteLoss(nn.CrossEntropyLoss())(model(images), torch.tensor([0, 1, 2])).backward()
+        return images.grad
+
+    assert torch.allclose(gradient(True), gradient(False), atol=1e-7)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 10])
+def test_passes_give_what_one_pass_gives(step):
+    model = voting(views_per_pass=step)
+    tail, middle = counted(model.layer4), counted(model.layer2)
+    assert torch.allclose(model(IMAGES), by_hand().mean(1), atol=1e-5)
+    assert max(tail) <= 3 * step
+    assert sum(tail) == 30
+    assert middle == [6, *[2] * (len(middle) - 1)]  # once on all images
+    settings(model).eval_views = [1, 4, 8]
+    assert torch.allclose(model(IMAGES), by_hand()[:, [1, 4, 8]].mean(1), atol=1e-5)
+
+
+# --- the promises ----------------------------------------------------------------------------------------------------
+
+
+def test_undo_is_exact():
+    model = networks.fer()
+    before = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
+    expected = model(IMAGES)
+    inject_crop_vote(model, after=TWO, input_size=48)
+    assert list(model.state_dict()) == list(networks.fer().state_dict())
+    assert type(model).__name__ == "FerResNet18"
+    assert remove_crop_vote(model) is model
+    after = [(name, type(module), dict(vars(module))) for name, module in model.named_modules()]
+    assert [(name, kind, set(own)) for name, kind, own in before] == [
+        (name, kind, set(own)) for name, kind, own in after
+    ]
+    assert torch.equal(model(IMAGES), expected)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(duplicate):
+    model = voting()
+    twin = duplicate(model)
+    settings(model).eval_views = "centre"
+    assert settings(twin).eval_views is None
+    assert torch.allclose(twin(IMAGES), by_hand().mean(1), atol=1e-5)
+    assert torch.allclose(model(IMAGES), by_hand()[:, 4], atol=1e-5)
+    remove_crop_vote(twin)
+    assert torch.equal(twin(IMAGES), networks.fer()(IMAGES))
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_views": [4, 9]}, {"eval_views": [0, 2, 6]}])
+def test_compiled_and_exported(options):
+    columns = options.get("eval_views", list(range(10)))
+    model, wanted = voting(**options), by_hand()[:, columns].mean(1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.allclose(compiled(IMAGES), wanted, atol=1e-5)
+    batch = {0: torch.export.Dim("batch", min=1)}
+    for strict in (False, True):
+        program = torch.export.export(voting(**options), (IMAGES,), dynamic_shapes=(batch,), strict=strict).module()
+        assert torch.allclose(program(IMAGES), wanted, atol=1e-5)
+        assert program(IMAGES[:1]).shape == (1, 7)
+
+
+def test_a_few_views_compiled():
+    model, every = still(voting(train_views=3)), by_hand()
+    run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    drawn = [whose(run(IMAGES), every) for _ in range(8)]
+    assert all(views == samples[0] and len(set(views)) == 3 for samples in drawn for views in samples)
+    assert len({tuple(samples[0]) for samples in drawn}) > 2
+
+
+def test_gradients_are_those_of_the_rows():
+    model, plain = still(voting()), networks.fer()
+    targets = torch.tensor([0, 1, 2])
+    CropVoteLoss(nn.CrossEntropyLoss(), views=10)(model(IMAGES), targets).backward()
+    oracle.loss_on_views(oracle.nested_rows(plain, BY_HAND, IMAGES), targets).backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-5)
+
+
+def test_the_first_call_checks_where_no_size_is_known():
+    plan = {"site": five_crop(), "front": hflip()}
+    plain = networks.Net().eval()
+    model = inject_crop_vote(copy.deepcopy(plain), after=plan)
+    x = torch.randn(2, 3, 24, 24)
+    wanted = oracle.nested_rows(plain, [("front", oracle.flip_views), ("site", oracle.five_views)], x)
+    assert torch.allclose(model(x), wanted.mean(1), atol=1e-5)
+    fresh = inject_crop_vote(copy.deepcopy(plain), after=plan)
+    with pytest.raises(Exception, match="not yet checked"):
+        torch.compile(fresh, backend="eager")(x)
+
+
+class Reversed(nn.Module):
+    """Its forward reaches the second module first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.first = nn.Conv2d(4, 4, 3), nn.Conv2d(3, 4, 3)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x)))
+
+
+def test_the_forward_says_the_order_not_the_definition():
+    plan = {"second": five_crop(), "first": hflip()}
+    plain = Reversed().eval()
+    model = inject_crop_vote(copy.deepcopy(plain), after=plan, input_size=(3, 24, 24))
+    x = torch.randn(2, 3, 24, 24)
+    wanted = oracle.nested_rows(plain, [("first", oracle.flip_views), ("second", oracle.five_views)], x)
+    assert torch.allclose(per_view(model, x), wanted, atol=1e-5)
+    with pytest.raises(
+        CropVoteError, match=r"reaches 'first' before 'second', which the model defines in another order"
+    ):
+        inject_crop_vote(copy.deepcopy(plain), after=plan)(x)
+
+
+def test_tokens_behind_tokens():
+    """A transformer's grid of 6x6 is cropped to 5x5 at one block, and mirrored at the next."""
+    model = inject_crop_vote(networks.tokens(), after={"blocks.0": five_crop(), "blocks.1": hflip()}, input_size=48)
+
+    def crops(x: torch.Tensor) -> list[torch.Tensor]:
+        grid_, prefix = x[:, 3:].transpose(1, 2).unflatten(2, (6, 6)), x[:, :3]
+        return [torch.cat([prefix, v.flatten(2).transpose(1, 2)], 1) for v in oracle.five_views(grid_)]
+
+    def flips(x: torch.Tensor) -> list[torch.Tensor]:
+        grid_, prefix = x[:, 3:].transpose(1, 2).unflatten(2, (5, 5)), x[:, :3]
+        return [torch.cat([prefix, v.flatten(2).transpose(1, 2)], 1) for v in oracle.flip_views(grid_)]
+
+    with torch.no_grad():
+        wanted = oracle.nested_rows(networks.tokens(), [("blocks.0", crops), ("blocks.1", flips)], IMAGES)
+        assert torch.allclose(per_view(model, IMAGES), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_s3_tiny_224"])
+def test_channels_last_maps(name):
+    model = timm.create_model(name, num_classes=7).eval()
+    stages = ("stages.0", "stages.2") if name.startswith("convnext") else ("patch_embed", "layers.3")
+    plan = dict(zip(stages, (hflip(), Views([(0, 0), (1, 1)], scale=5 / 6)), strict=True))
+    assert inject_crop_vote(model, after=plan)(torch.zeros(2, 3, 224, 224)).shape == (2, 7)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "message"),
+    [
+        ({}, {}, "after names no site"),
+        (TWO, {"views": ten_crop()}, "views are those of a single site"),
+        ({"layer1": "hflip"}, {}, r"after\['layer1'\] must be a Views"),
+        ({"layer1": hflip(), "layer9": hflip()}, {}, r"no module named 'layer9'; nearest: layer"),
+        (
+            {"layer1": hflip(), "layer1.1": five_crop()},
+            {},
+            r"'layer1.1' cannot be a site: it returns what|'layer1' cannot",
+        ),
+        (
+            {"layer1": hflip(), "layer2.0.conv1": five_crop()},
+            {},
+            r"after='layer2.0.conv1' cannot be a site: .*by a path",
+        ),
+        ({"layer1": hflip(), "avgpool": five_crop()}, {}, "avgpool"),
+        (TWO, {"layout": {"layer2": "NCHW"}}, "layout names 'layer2', which is no site"),
+        (TWO, {"layout": {"layer3": "NHWC"}}, "layer3"),
+        (TWO, {"eval_views": [10]}, "different indices from 0 to 9"),
+        (TWO, {"train_views": 11}, "at most 10"),
+        ({"layer1": 3, 4: hflip()}, {}, "must be a module's name|must be a Views"),
+        (
+            {"conv1": five_crop(), "layer4": Views([(0, 0), (1, 1)], scale=0.99)},
+            {},
+            r"(?s)'conv1' and 'layer4' on .*at 'layer4'",
+        ),
+    ],
+)
+def test_what_no_plan_can_be(plan, options, message):
+    model = networks.fer()
+    before = model(IMAGES)
+    with pytest.raises(CropVoteError, match=message):
+        inject_crop_vote(model, after=plan, **{"input_size": 48, **options})
+    assert type(model).__name__ == "FerResNet18"
+    assert not any(key.startswith("_cropvote") for module in model.modules() for key in vars(module))
+    assert torch.equal(model(IMAGES), before)
+
+
+def test_a_split_that_did_not_run_is_seen():
+    model = voting()
+    model.layer3[-1].forward = lambda x: x.new_zeros(len(x), 32, 12, 12)
+    with pytest.raises(CropVoteError, match="split did not run exactly once"):
+        model(IMAGES)
+
+
+def test_injecting_twice_names_the_sites():
+    with pytest.raises(CropVoteError, match="after='layer1' and 'layer3': remove_crop_vote"):
+        inject_crop_vote(voting(), after="layer2")
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def layered(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    tail = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+    inner = CropVote(tail, views=five_crop())
+    middle = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2), inner)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CropVote(middle, views=hflip(), **options)).eval()
+
+
+def rows_of_layers() -> torch.Tensor:
+    net = layered()
+    with torch.no_grad():
+        tail = net[1].tail[1].tail
+        views = [v for flip in oracle.flip_views(net[0](IMAGES)) for v in oracle.five_views(net[1].tail[0](flip))]
+        return torch.stack([tail(view) for view in views], 1)
+
+
+@pytest.mark.parametrize("how", ["soft", "hard"])
+def test_layers_nest(how):
+    net, wanted = layered(vote=how), rows_of_layers()
+    assert torch.allclose(per_view(net, IMAGES), wanted, atol=1e-6)
+    assert torch.allclose(net(IMAGES), oracle.vote(wanted, how).float(), atol=1e-5)
+    assert torch.allclose(net.train()(IMAGES), wanted.flatten(0, 1), atol=1e-6)
+    assert settings(net[1].tail[1]) is settings(net[1])
+    assert len(settings(net[1]).views) == 10
+
+
+def test_nested_layers_have_the_knobs():
+    wanted = rows_of_layers()
+    net = layered(eval_views="centre+mirror", train_views=3)
+    inner = counted(net[1].tail[0])
+    assert torch.allclose(net(IMAGES), wanted[:, [4, 9]].mean(1), atol=1e-6)
+    settings(net[1]).eval_views = [6]
+    assert torch.allclose(net(IMAGES), wanted[:, 6], atol=1e-6)
+    assert inner == [6, 3]
+    settings(net[1]).eval_views = None
+    settings(net[1]).views_per_pass = 4
+    assert torch.allclose(net(IMAGES), wanted.mean(1), atol=1e-6)
+    assert inner[2:] == [6, 2, 2]
+    settings(net[1]).views_per_pass = None
+    net.train()
+    net[1].tail.eval()  # a frozen part: the outer layer's mode decides
+    drawn = [whose(net(IMAGES), wanted) for _ in range(8)]
+    assert all(views == samples[0] and len(set(views)) == 3 for samples in drawn for views in samples)
+    assert len({tuple(samples[0]) for samples in drawn}) > 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copies_of_nested_layers(duplicate):
+    net = layered()
+    twin = duplicate(net)
+    settings(net[1]).eval_views = "centre"
+    assert torch.allclose(twin(IMAGES), rows_of_layers().mean(1), atol=1e-6)
+    assert settings(twin[1].tail[1]) is settings(twin[1])
+
+
+def test_nested_layers_compiled():
+    wanted = rows_of_layers()
+    compiled = torch.compile(layered(), fullgraph=True, dynamic=True, backend="eager")
+    assert torch.allclose(compiled(IMAGES), wanted.mean(1), atol=1e-6)
+    some = torch.compile(layered(eval_views=[0, 7, 9]), fullgraph=True, backend="eager")
+    assert torch.allclose(some(IMAGES), wanted[:, [0, 7, 9]].mean(1), atol=1e-6)
+    with pytest.raises(Exception, match="views_per_pass of layers in one another cannot be compiled"):
+        torch.compile(layered(views_per_pass=3), fullgraph=True, backend="eager")(IMAGES)
+
+
+def test_layers_that_cannot_nest():
+    tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(CropVoteError, match="2 CropVote layers side by side"):
+        CropVote(nn.ModuleList([CropVote(tail), CropVote(tail)]))
+    with pytest.raises(CropVoteError, match=r"says vote='hard', which is for the outer layer"):
+        CropVote(CropVote(tail, vote="hard"))
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_costs_what_its_parts_do():
+    """Of the paper's network: the front once, the middle twice, the tail ten times on 5/6 of the side."""
+    table = profile(networks.fer(), 48, sites=["layer1", TWO])
+    row = table["layer1=hflip,layer3=five"]
+
+    def macs(part: nn.Module, x: torch.Tensor) -> tuple[float, torch.Tensor]:
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+            out = part(x)
+        return counter.get_total_flops() / 2e9, out
+
+    model = networks.fer()
+    front, x = macs(nn.Sequential(model.conv1, model.bn1, model.relu, model.layer1), torch.zeros(1, 3, 48, 48))
+    middle, x = macs(nn.Sequential(model.layer2, model.layer3), x)
+    tail, _ = macs(nn.Sequential(model.layer4, model.avgpool, nn.Flatten(), model.fc), x[:, :, :10, :10])
+    assert row.gmacs == pytest.approx(front + 2 * middle + 10 * tail)
+    assert row.gmacs_by_views == pytest.approx(
+        {1: front + middle + tail, 2: front + 2 * (middle + tail), 10: row.gmacs}
+    )
+    assert row.distinct == 10
+    assert row.ratio == pytest.approx(row.gmacs / table["baseline"].gmacs)
+    live = voting().eval()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        live(IMAGES[:1])
+    assert row.gmacs == pytest.approx(counter.get_total_flops() / 2e9)
+    assert table["baseline"].train_memory_mib < row.train_memory_mib < table["layer1"].train_memory_mib
+    timed = profile(networks.fer(), 48, sites=[TWO], measure=True, batch=1, rounds=1)
+    assert timed["layer1=hflip,layer3=five"].milliseconds > 0
+
+
+def test_a_plan_may_fit_where_a_site_does_not():
+    model = networks.fer()
+    one, two = (suggest_site(model, 48, max_macs_ratio=3.2, max_sites=count) for count in (1, 2))
+    assert isinstance(one.site, str)
+    assert isinstance(two.site, dict)
+    assert two.cost.ratio <= 3.2
+    assert two.cost.distinct == 10
+    first = next(iter(two.site))
+    names = [name for name, _ in model.named_modules()]
+    assert names.index(first) < names.index(one.site)
+    assert "the earliest plan over two sites" in two.reason
+    assert profile(model, 48, sites=[two.site])[two.cost.site].gmacs == two.cost.gmacs
+    assert inject_crop_vote(model, after=two.site, input_size=48)(IMAGES).shape == (3, 7)
+    assert isinstance(suggest_site(networks.fer(), 48, max_macs_ratio=9, max_sites=2).site, str)
+    with pytest.raises(CropVoteError, match="max_sites must be 1 or 2"):
+        suggest_site(networks.fer(), 48, max_macs_ratio=3, max_sites=3)
+
+
+def test_the_picture_of_the_views(tmp_path):
+    plot_views(voting(), IMAGES[0], tmp_path / "views.png")
+    assert (tmp_path / "views.png").stat().st_size > 10_000
