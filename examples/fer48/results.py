@@ -18,12 +18,14 @@ import cropvote
 from config import Config
 from cropvote import profile
 from data import Faces, Split
-from keeping import VIEWS, save_model, write_whole
+from keeping import CARD, VIEWS, WEIGHTS, save_model, write_whole
 from machines import Machine
 from model import fer_resnet18
 from scoring import CURVE, MATRIX, aims, of_epochs, per_class_table, plot_confusion, plot_curves, score, summary
 
 RESULT, LOGITS, VALIDATION, README = "result.json", "logits.npz", "validation.txt", "MODEL_CARD.md"
+#: All that a finished run writes, where it has it.
+WRITTEN = (RESULT, LOGITS, VALIDATION, README, CURVE, MATRIX, WEIGHTS, CARD)
 
 
 def figures(
@@ -40,6 +42,7 @@ def figures(
             "note": faces.note,
             "faces": {name: len(split) for name, split in faces.splits.items()},
             "names": {name: split.name for name, split in faces.splits.items()},
+            "fingerprints": faces.fingerprints(),
             "skipped": len(faces.skipped),
         },
         "outputs": list(outputs),
@@ -96,7 +99,7 @@ def write(
     plot_curves(out / CURVE, result["curve"], title, measure, split.name if split else "")
     if split is not None:
         text = "\n".join(split.names) + "\n"
-        write_whole(out / VALIDATION, lambda file: file.write(text.encode()))
+        write_whole(out / VALIDATION, lambda file: file.write(text.encode(errors="surrogateescape")))
     save_model(out, model, card(result))
     write_whole(out / README, lambda file: file.write(model_card(result, title).encode()))
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
