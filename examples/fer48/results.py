@@ -21,7 +21,18 @@ from data import Faces, Split
 from keeping import CARD, VIEWS, WEIGHTS, save_model, write_whole
 from machines import Machine
 from model import fer_resnet18
-from scoring import CURVE, MATRIX, aims, of_epochs, per_class_table, plot_confusion, plot_curves, score, summary
+from scoring import (
+    CURVE,
+    MATRIX,
+    aims,
+    of_epochs,
+    per_class_table,
+    plot_confusion,
+    plot_curves,
+    score,
+    summary,
+    with_interval,
+)
 
 RESULT, LOGITS, VALIDATION, README = "result.json", "logits.npz", "validation.txt", "MODEL_CARD.md"
 #: All that a finished run writes, where it has it.
@@ -108,8 +119,13 @@ def write(
 
 def title_of(result: dict[str, Any]) -> str:
     after, split = result["config"]["after"], result["split"] or "not scored"
-    kind = "plain network" if after == "none" else f"ten views after {after}"
-    return f"{result['data']['name']} {split}, {kind}:\n{result['summary']}"
+    kind, reached = "plain network" if after == "none" else f"ten views after {after}", result["summary"]
+    if "soft" in result["votes"]:
+        how = result["config"]["vote"] if after != "none" else "soft"
+        kind += "" if after == "none" else f", {how} vote"
+        one = result["votes"][how]
+        reached = with_interval(one["accuracy"], sum(row["faces"] for row in one["per_class"].values()))
+    return f"{result['data']['name']} {split}, {kind}:\n{reached}"
 
 
 def card(result: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +166,7 @@ def model_card(result: dict[str, Any], title: str) -> str:
         f"A ResNet-18 for 48×48 faces (width {config['width']}, {result['parameters']:,} parameters, "
         f"{result['gmacs']:.3f} GMACs a face), {where}. Outputs: {', '.join(result['outputs'])}.",
         "",
-        f"**{title}.** {chosen}; seed {config['seed']}; {data['note']}.",
+        f"**{title}.** All votes: {result['summary']}. {chosen}; seed {config['seed']}; {data['note']}.",
         "",
         *table,
         f"Faces: {sizes} (layout: {data['layout']}). Recipe `{config['recipe']}`; all options are in result.json.",
