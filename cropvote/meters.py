@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from .calls import split_by
 from .errors import OptionError
@@ -34,6 +34,18 @@ BASELINE = "baseline"
 MIB = 2**20
 #: The batches whose difference gives the memory of an image; what does not grow with the batch drops out.
 BATCHES = (4, 8)
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+#: What PyTorch before 2.15 does not count by itself: attention on a CPU.
+UNCOUNTED = {
+    operation: _attention
+    for operation in (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,)
+    if operation not in flop_registry
+}
 
 
 class SiteCost(NamedTuple):
@@ -176,7 +188,7 @@ class Meter:
         args, kwargs = self.probe.example[:2]
         args = tuple(_images(leaf, batch) for leaf in args)
         inside = {place: self.probe.holders[s.name] for place, s in enumerate(splits) if s.name != INPUT}
-        live, counter = _Live(self.fixed, args), FlopCounterMode(display=False)
+        live, counter = _Live(self.fixed, args), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
         saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         meters = (saving,) if grad else (live, counter)  # FlopCounterMode would keep the graph of a call with gradients
         for place, holder in inside.items():

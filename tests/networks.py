@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from model import fer_resnet18
+from model import FerResNet18
 
 
 def randomise_norms(model: nn.Module) -> nn.Module:
@@ -51,8 +51,9 @@ def hf_resnet() -> nn.Module:
 
 
 def fer() -> nn.Module:
+    """Made by its class: timm's function adds the size of its images."""
     torch.manual_seed(0)
-    return randomise_norms(fer_resnet18(width=8)).eval()
+    return randomise_norms(FerResNet18(width=8)).eval()
 
 
 def plain() -> nn.Module:

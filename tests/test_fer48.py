@@ -32,7 +32,7 @@ from keeping import KeptError, load_model, save_model, start_from, write_whole
 from learner import read
 from machines import Machine, machine
 from model import fer_resnet18
-from scoring import interval, score
+from scoring import interval, score, with_interval
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "fer48"
@@ -163,7 +163,7 @@ def test_every_recipe_is_complete_and_every_option_can_be_given():
         (("--data", "nowhere.csv", "--recipe", "fer2013"), "nowhere.csv"),
         (("--limit", 8), "8 training faces are less than one batch of 64"),
         (("--width", 0), "--width 0: it is at least 1"),
-        (("--crop", "nan"), "--crop nan: it is at least 0.1 and at most 1.0"),
+        (("--crop", 0), "--crop 0.0: it is at least 0.1 and at most 1.0"),
         (("--after", "layer9"), "invalid choice: 'layer9'"),
         (("--recipe", "rafdb"), "--recipe rafdb needs --data PATH"),
         (("--data", "faces"), "--data faces needs a --recipe"),
@@ -171,6 +171,15 @@ def test_every_recipe_is_complete_and_every_option_can_be_given():
         (("--target", "valence-arousal", "--limit", 64, "--batch", 16), "--target valence-arousal: toy"),
         (("--init", "nowhere", "--limit", 64, "--batch", 16), "nowhere: no finished model there"),
         (("--precision", "float16", "--device", "cpu"), "--precision float16 needs a GPU"),
+        (("--schedule", "exponential", "--decay", -1), "--decay -1.0: it is at least 0.0001 and at most 1.0"),
+        (("--weight-decay", -1), "--weight-decay -1.0: it is at least 0.0"),
+        (("--ema", 1), "--ema 1.0: it is at least 0.0 and at most 0.99999"),
+        (("--seed", -1), "--seed -1: it is at least 0"),
+        (("--rate", "nan"), "--rate nan: it is a number"),
+        (("--warmup", 2), "--warmup 2.0: it is at least 0.0 and at most 1.0"),
+        (("--learn", "train+val", "--retrain"), "--retrain chooses the number of epochs on validation faces; --learn"),
+        (("--label-order", "nonsense"), "--label-order nonsense"),
+        (("--label-order", "rafdb"), "--label-order rafdb: drawn by code has angry"),
     ],
 )
 def test_misuse_is_one_line(arguments, message, capsys, tmp_path):
@@ -249,6 +258,45 @@ def test_retraining_learns_from_both_splits_for_as_long_as_was_best(tmp_path):
     assert second["data"]["faces"] == {"train": 128, "test": 64}
     assert len(second["curve"]) == first["epochs"]["best_epoch"]
     assert second["epochs"] is None
+
+
+def test_all_faces_learnt_and_none_scored(tmp_path, capsys):
+    result = run(*SMALL, "--learn", "train+val", "--out", tmp_path / "run")
+    assert (result["split"], result["votes"], result["epochs"]) == (None, {}, None)
+    said = capsys.readouterr().out
+    assert "no split: not scored" in said
+    assert "logits" not in said.splitlines()[-1]
+    assert not (tmp_path / "run" / "logits.npz").exists()
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
+    out = tmp_path / "run"
+    run(*SMALL, "--retrain", "--out", out)
+    assert (out / "retrained" / "model.safetensors").exists()
+    (out / "mine.txt").write_text("kept")
+    run(*SMALL, "--learn", "train+val", "--overwrite", "--out", out)
+    assert not (out / "retrained").exists()
+    assert not (out / "logits.npz").exists()
+    assert not (out / "validation.txt").exists()
+    assert (out / "mine.txt").read_text() == "kept"
+
+
+def test_stopping_by_hand_is_one_line(tmp_path, capsys, monkeypatch):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Learner, "learn", stopped)
+    assert "stopped; --resume goes on" in refused(capsys, *SMALL, "--out", tmp_path / "run")
+
+
+def test_other_pixels_are_other_faces(tmp_path, capsys, monkeypatch):
+    run(*SMALL, "--out", tmp_path / "run")
+    import data
+
+    drawn = data.toy_faces
+    monkeypatch.setattr(data, "toy_faces", lambda *a, **k: (255 - drawn(*a, **k)[0], drawn(*a, **k)[1]))
+    said = refused(capsys, *SMALL, "--out", tmp_path / "run", "--resume")
+    assert "the faces, their labels or their split have changed" in said
 
 
 def test_a_run_is_not_overwritten_by_accident(finished, capsys):
@@ -386,6 +434,19 @@ def test_concordance_is_lins():
         lin = 2 * covariance / (x.var(correction=0) + y.var(correction=0) + (x.mean() - y.mean()) ** 2)
         assert found["concordance_each"][name] == pytest.approx(float(lin), abs=1e-2)  # it divides by n - 1
         assert found["rmse_each"][name] == pytest.approx(float(((x - y) ** 2).mean() ** 0.5), abs=1e-5)
+
+
+def test_concordance_of_constant_predictions_is_0():
+    """Lin's covariance is 0 there; torchmetrics gives NaN, which no JSON and no comparison of epochs can hold."""
+    mood = torch.rand(20, 2)
+    constant = torch.full((20, 1, 2), 0.3)
+    for logits, aims in ((constant, mood), (torch.randn(20, 1, 2), constant[:, 0]), (constant, constant[:, 0])):
+        assert score(logits, aims, ("valence", "arousal"))["mean"]["concordance"] == 0
+
+
+def test_an_interval_as_a_person_reads_it():
+    assert with_interval(1.0, 8) == "100.0 % (95 %: 67.6–100.0)"
+    assert with_interval(0.3, 100) == "30.0 % (95 %: 21.9–39.6)"
 
 
 def test_reading_leaves_a_batch_alone():

@@ -140,3 +140,4 @@ def test_erasing_covers_one_rectangle_within_its_size(faces):
         assert rows[-1] - rows[0] + 1 == len(rows)
         assert columns[-1] - columns[0] + 1 == len(columns)
     assert torch.equal(out[share == 0], many[share == 0])
+    assert torch.equal(erase(many, replace(NOTHING, erase=1.0, erased=0.0)), many)

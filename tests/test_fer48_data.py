@@ -260,6 +260,22 @@ def test_affectnet_folders(tmp_path, read, val, named):
     }
 
 
+def test_notes_say_what_the_splits_there_are(tmp_path, read):
+    """Somebody's own test folder beside the official validation faces: these then choose the epoch, and it is said."""
+    numbered = {str(place): name for place, name in enumerate(NAMES)}
+    own = read(class_folders(tmp_path / "a", {"train": 3, "val": 1, "test": 1}, numbered), contempt=True)
+    assert own.note == "splits of somebody's own; val chooses the epoch"
+    rafdb = {str(place + 1): name for place, name in enumerate(RAFDB)}
+    assert "no test faces" in read(class_folders(tmp_path / "b", {"train": 3, "val": 1}, rafdb)).note
+    seven = {name: name for name in NAMES[:7]}
+    root = class_folders(tmp_path / "c", {"train": 3, "val": 1}, seven)
+    assert "--label-order affectnet makes its validation faces the test" in read(root).note
+    told = read(root, label_order="affectnet")
+    check(told)
+    assert (told.name, told.splits["test"].name) == ("AffectNet", "val")
+    assert "none of them chooses anything" in told.note
+
+
 def test_fer2013_folders(tmp_path, read):
     for split, seed in (("train", 0), ("test", 1)):
         for number, (face, label) in enumerate(zip(*toy_faces(21, seed), strict=True)):
@@ -647,6 +663,17 @@ def test_a_changed_file_is_seen(tmp_path, small, read, what):
     assert shown(read(small).splits["test"])[0] == "happy"
 
 
+def test_the_same_names_in_another_folder_are_other_pictures(tmp_path, read):
+    """Same sizes, same times: a copy of an archive, say."""
+    folders = {str(k + 1): name for k, name in enumerate(RAFDB)}
+    for place, order in (("a", folders), ("b", dict(zip(folders, reversed(folders.values()), strict=True)))):
+        root = class_folders(tmp_path / place, {"train": 2, "test": 1}, order, ".bmp")
+        for path in root.rglob("*.bmp"):
+            os.utime(path, ns=(0, 0))
+    check(read(tmp_path / "a"))
+    assert shown(read(tmp_path / "b").splits["test"]) == list(reversed(RAFDB))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "gone", "no seal", "seal", "empty"])
 def test_a_damaged_cache_is_built_anew(tmp_path, small, read, damage):
     read(small)
@@ -768,6 +795,10 @@ def test_check_data_names_what_differs(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"not as published: train surprise 3, published 1,290; .*test neutral 2, pub"):
         run_check(tmp_path, root)
     assert "3 / 1,290" in capsys.readouterr().out
+    for sheet in ("sheet.txt", "sheet"):
+        with pytest.raises(SystemExit):
+            check_data.main([str(root), "--sheet", sheet])
+        assert "ends in .png" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"(?s)no layout fits.*EmoLabel"):
         run_check(tmp_path, root / "Image" / "aligned")
 

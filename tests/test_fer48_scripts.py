@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,38 @@ def test_complete_runs_are_not_repeated_and_others_go_on(compared, monkeypatch, 
     assert "was started with epochs 1, now 2" in refused(compare, *options, "--epochs", 2)
 
 
+def test_other_data_are_not_compared_with_the_stored_runs(compared, monkeypatch, tmp_path):
+    """The same options and another set of faces: not the old figures, but an error."""
+    import shutil
+
+    import data
+
+    out = tmp_path / "compare"
+    shutil.copytree(compared, out)
+    drawn = data.toy_faces
+    monkeypatch.setattr(data, "toy_faces", lambda size, seed: drawn(size, seed + 1000))
+    options = (*SMALL, "--sites", "none", "layer3", "--seeds", 0, 1, "--out", out)
+    assert "the faces, their labels or their split have changed" in refused(compare, *options)
+    assert "have changed since it was trained" in refused(robustness, out / "none-0", "--device", "cpu")
+
+
+def test_comparing_what_is_not_scored_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        call(compare, *SMALL, "--learn", "train+val")
+    assert caught.value.code == 2
+    assert "--final-test compares on the test faces" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_comparison_on_two_processes(tmp_path):
+    """Every process waits for what the first one writes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = map(str, (*SMALL, "--sites", "none", "layer3", "--seeds", 0, "--out", tmp_path / "out"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, str(EXAMPLE / "compare.py"), *options], check=True, env=env)
+    assert (tmp_path / "out" / "compare.md").read_text().count("| ten views after layer3 |") == 2
+
+
 def test_the_comparison_as_a_person_reads_it(compared):
     text = (compared / "compare.md").read_text()
     assert text.startswith("| network | vote | accuracy, % |")
@@ -137,7 +172,7 @@ def test_the_comparison_as_a_person_reads_it(compared):
         "| ten views after layer3 | soft |",
         "toy val, 64 faces",
         "seeds 0, 1, mean ± sd",
-        "(95 %)",
+        "(95 %: ",
     ):
         assert words in text
     assert "chosen on these same faces" in text
@@ -204,6 +239,12 @@ def test_robustness_of_finished_runs(compared, tmp_path):
 def test_robustness_refuses_networks_that_were_trained_otherwise(compared, tmp_path):
     call(training, *SMALL, "--after", "none", "--width", 2, "--out", tmp_path / "narrow")
     said = refused(robustness, compared / "none-0", tmp_path / "narrow", "--device", "cpu", "--out", tmp_path / "out")
+    other = refused(
+        robustness, compared / "none-0", compared / "layer3-1", "--device", "cpu", "--out", tmp_path / "out"
+    )
+    assert "trained or scored on different faces" in other
+    call(training, *SMALL, "--after", "none", "--learn", "train+val", "--out", tmp_path / "all")
+    assert "--final-test scores the test faces" in refused(robustness, tmp_path / "all", "--device", "cpu")
     assert "differ in more than after, vote, seed: width 4, now 2" in said
 
 
@@ -264,6 +305,23 @@ def test_lines_and_pictures_of_the_views(compared, pictures, tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     plain = ("--model", compared / "none-0", pictures / "0.png", "--device", "cpu")
     assert "does not vote" in refused(predict, *plain, "--views", tmp_path / "views")
+
+
+def test_agreement_is_with_the_vote():
+    """Six views say a, four say b and are surer: the vote is b, with which four agree."""
+    logits = torch.tensor([[[1.0, 0.0]] * 6 + [[0.0, 9.0]] * 4])
+    card = {"outputs": ["a", "b"], "vote": "soft", "target": "expression"}
+    (row,) = predict.read_rows(logits, card)
+    assert (row["class"], row["agreement"]) == ("b", 0.4)
+
+
+def test_names_that_are_no_text(compared, pictures, tmp_path, capsys):
+    (pictures / "0.png").rename(os.fsdecode(os.fsencode(pictures) + b"/\xff.png"))
+    (pictures / "._1.png").write_bytes(b"left by another system")
+    call(predict, "--model", compared / "layer3-0", pictures, "--csv", tmp_path / "out.csv", "--device", "cpu")
+    assert b"\xff.png" in (tmp_path / "out.csv").read_bytes()
+    call(predict, "--model", compared / "layer3-0", pictures, "--device", "cpu")
+    assert len(capsys.readouterr().out.splitlines()) == 8
 
 
 def test_faces_are_looked_for(compared, tmp_path, capsys):
@@ -415,7 +473,7 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
     curve = json.loads((tmp_path / "run" / "result.json").read_text())["curve"]
     for name in ("loss", "score", "rate"):
         assert [event.value for event in events.Scalars(name)] == pytest.approx([row[name] for row in curve])
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     call(training, *SMALL, "--after", "none", "--out", tmp_path / "without")
     assert not (tmp_path / "without" / "tensorboard").exists()
 

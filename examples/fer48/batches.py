@@ -105,7 +105,7 @@ def relight(x: Tensor, how: Strengths) -> Tensor:
 def erase(x: Tensor, how: Strengths) -> Tensor:
     """With probability ``erase`` a rectangle inside the face becomes middle grey; (n, c, H, W) -> the same."""
     n, height, width = len(x), *x.shape[-2:]
-    area, tall = uniform(x, 0.02, max(0.02, how.erased)), torch.exp(uniform(x, -1, 1) * math.log(3) / 2)
+    area, tall = uniform(x, min(0.02, how.erased), how.erased), torch.exp(uniform(x, -1, 1) * math.log(3) / 2)
     high, wide = ((area.sqrt() * tall).clamp(max=1) * height, (area.sqrt() / tall).clamp(max=1) * width)
     top, left = uniform(x, 0, 1) * (height - high), uniform(x, 0, 1) * (width - wide)
     row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)

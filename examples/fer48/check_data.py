@@ -134,7 +134,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--strict", action="store_true", help="refuse a set with any unreadable image")
     add("--cache", default="", metavar="FOLDER", help="where decoded faces are kept; default: the user's cache folder")
     add("--sheet", default="check_data.png", metavar="FILE", help="where to draw sample faces")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if Path(options.sheet).suffix.lower() not in (".png", ".jpg", ".pdf"):
+        parser.error(f"--sheet {options.sheet}: a picture's name ends in .png, .jpg or .pdf")
+    return options
 
 
 if __name__ == "__main__":

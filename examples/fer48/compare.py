@@ -64,7 +64,8 @@ def one_run(config: Config, site: str, seed: int, here: Machine) -> dict[str, An
     here.wait()
     if (out / RESULT).exists():
         result = json.loads((out / RESULT).read_text())
-        if not differences(mine, result["config"]) and result["config"]["final_test"] == mine.final_test:
+        same = not differences(mine, result["config"]) and result["config"]["final_test"] == mine.final_test
+        if same and result["data"]["fingerprints"] == read_faces(mine).fingerprints():
             return {**result, "out": str(out)}
     if here.first:
         print(f"\n{site}, seed {seed}:")
@@ -171,7 +172,7 @@ def write(
     note = (
         f"{where}; seeds {', '.join(map(str, seeds))}{', mean ± sd' if len(seeds) > 1 else ''}; width {config.width}, "
         f"{one['config']['epochs']} epochs, recipe {config.recipe}; cost per face, all views. The faces alone leave "
-        f"{example} (95 %). won : lost: faces that only this network, or only the plain one of the same seed, gets "
+        f"{example}. won : lost: faces that only this network, or only the plain one of the same seed, gets "
         f"right; p: McNemar's exact test, for each seed. "
         f"{'Scored once, at the end' if config.final_test else 'The epoch was chosen on these same faces'}; "
         f"{one['data']['note']}; torch {one['versions']['torch']}, {one['versions']['device']}."
@@ -224,8 +225,13 @@ def parse(argv: list[str] | None) -> tuple[Config, list[str], list[int]]:
     options = vars(parser.parse_args(argv))
     sites, seeds = list(dict.fromkeys(options.pop("sites"))), list(dict.fromkeys(options.pop("seeds")))
     options.setdefault("out", "runs/compare")
+    if min(seeds) < 0:
+        parser.error("--seeds are whole numbers from 0 on")
     try:
-        return from_options(options), sites, seeds
+        config = from_options(options)
+        if config.learn == "train+val" and not config.final_test:
+            parser.error("--learn train+val leaves no faces to compare on; --final-test compares on the test faces")
+        return config, sites, seeds
     except ValueError as error:
         parser.error(str(error))
 

@@ -28,9 +28,10 @@ class Config(Strengths):
     limit: int | None = option(None, "use at most this many faces of every split", least=1)
     validation: float = option(
         0.1,
-        "what to take from the training faces where a set has no validation faces: a share, or a number a class",
+        "taken from the training faces where a set has no validation faces: a share, or a number a class",
+        least=0,
     )
-    split_seed: int = option(0, "draws that validation set; the same for every --seed")
+    split_seed: int = option(0, "draws that validation set; the same for every --seed", least=0)
     learn: str = option(
         "train", "which faces to learn from; without validation the last epoch is kept", choices=("train", "train+val")
     )
@@ -47,19 +48,22 @@ class Config(Strengths):
         0, "faces of each class an epoch: 0 takes every face once, -1 the median class's number", least=-1
     )
     optimizer: str = option("adam", "the optimizer", choices=("adam", "adamw", "sgd"))
-    rate: float = option(2e-4, "the learning rate, the highest one where it changes")
+    rate: float = option(2e-4, "the learning rate, the highest one where it changes", least=1e-8, most=100)
     schedule: str = option("exponential", "how the rate falls", choices=("exponential", "onecycle"))
-    decay: float = option(0.65, "exponential: the rate is multiplied by it after every epoch")
-    warmup: float = option(0.3, "onecycle: the share of the steps in which the rate rises")
-    weight_decay: float = option(0.0, "of the optimizer")
-    label_smoothing: float = option(0.0, "of the cross-entropy")
+    decay: float = option(0.65, "exponential: the rate is multiplied by it after every epoch", least=1e-4, most=1.0)
+    warmup: float = option(0.3, "onecycle: the share of the steps in which the rate rises", least=0.0, most=1.0)
+    weight_decay: float = option(0.0, "of the optimizer", least=0.0, most=1.0)
+    label_smoothing: float = option(0.0, "of the cross-entropy", least=0.0, most=0.9)
     ema: float = option(
-        0.0, "score and keep an average of the weights with this decay a step; 0: the weights themselves"
+        0.0,
+        "score and keep an average of the weights, of this decay a step; 0: themselves",
+        least=0.0,
+        most=0.99999,
     )
     retrain: bool = option(False, "then train anew on training and validation faces, for as many epochs as were best")
     final_test: bool = option(False, "score the test faces: once, at the very end")
 
-    seed: int = option(0, "of the weights, the order and the augmentation")
+    seed: int = option(0, "of the weights, the order and the augmentation", least=0)
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     fast: bool = option(False, "bfloat16, channels_last, torch.compile and a fused optimizer")
     precision: str = option(
@@ -73,6 +77,8 @@ class Config(Strengths):
             check(one, getattr(self, one.name))
         if self.target == VALENCE_AROUSAL and self.label_smoothing:
             raise ValueError("--label-smoothing is for --target expression.")
+        if self.retrain and self.learn == "train+val":
+            raise ValueError("--retrain chooses the number of epochs on validation faces; --learn train+val has none.")
 
 
 # What the paper says of its training, word for word in numbers: Adam at 2e-4, batch 135, the rate times 0.65 or 0.95
@@ -103,7 +109,9 @@ def check(one: dataclasses.Field[Any], value: Any) -> None:
         raise ValueError(f"{name} {value}: it is one of {', '.join(choices)}.")
     if value is None or isinstance(value, str):
         return
-    if (least is not None and value < least) or (most is not None and value > most) or value != value:
+    if value != value:
+        raise ValueError(f"{name} {value}: it is a number.")
+    if (least is not None and value < least) or (most is not None and value > most):
         limits = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
         raise ValueError(f"{name} {value}: it is {' and '.join(limits)}.")
 

@@ -17,6 +17,7 @@ from cropvote import inject_crop_vote, ten_crop
 from model import FerResNet18, fer_resnet18
 
 STATE, WEIGHTS, CARD = "last.pt", "model.safetensors", "model.json"
+RETRAINED = "retrained"
 FORMAT = 1
 VIEWS = ten_crop()
 

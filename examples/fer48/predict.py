@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 import cropvote
 from batches import to_input
-from cropvote import agreement, plot_views, vote
+from cropvote import plot_views, vote
+from data.class_folders import SUFFIXES, is_picture
 from data.pictures import ReadError, read_picture, shrink
 from detecting import DetectError, Detector, watch
 from keeping import KeptError, load_model
 from learner import look
 from machines import Machine, MachineError, machine
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 #: Faces that go through the network at once.
 BATCH = 256
 
@@ -79,7 +79,12 @@ def write(
     with ExitStack() as stack:
         table = None
         if options.csv:
-            table = csv.DictWriter(stack.enter_context(Path(options.csv).open("w", newline="")), columns)
+            table = csv.DictWriter(
+                stack.enter_context(
+                    Path(options.csv).open("w", newline="", encoding="utf-8", errors="surrogateescape")
+                ),
+                columns,
+            )
             table.writeheader()
         bar = stack.enter_context(tqdm(total=len(paths), unit=" pictures", disable=None if len(paths) > 1 else True))
         for faces in batched(faces_in(paths, detector, bar), BATCH):
@@ -111,7 +116,8 @@ def read_rows(logits: Tensor, card: dict[str, Any]) -> list[dict[str, Any]]:
     voted = vote(logits.flatten(0, 1), views, card["vote"])
     if card["target"] != "expression":
         return [{name: round(float(value), 4) for name, value in zip(outputs, row, strict=True)} for row in voted]
-    shares, agreed = voted.softmax(1), agreement(logits)
+    shares = voted.softmax(1)
+    agreed = (logits.argmax(2) == voted.argmax(1, keepdim=True)).double().mean(1)  # with the vote
     return [
         {
             "class": outputs[int(share.argmax())],
@@ -129,7 +135,8 @@ def answers(card: dict[str, Any]) -> list[str]:
 
 
 def in_words(face: Face, row: dict[str, Any], card: dict[str, Any]) -> str:
-    where = face.source + (f" [{','.join(map(str, face.box))}]" if face.box else "")
+    name = face.source.encode(errors="surrogateescape").decode(errors="replace")
+    where = name + (f" [{','.join(map(str, face.box))}]" if face.box else "")
     if face.problem:
         return f"{where}: {face.problem}"
     if "class" not in row:
@@ -143,7 +150,7 @@ def pictures_in(images: list[str]) -> list[Path]:
     paths: list[Path] = []
     for image in map(Path, images):
         if image.is_dir():
-            inside = sorted(path for path in image.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            inside = sorted(path for path in image.rglob("*") if is_picture(path))
             if not inside:
                 raise DetectError(f"{image}: no picture in this folder ({', '.join(sorted(SUFFIXES))}).")
             paths += inside

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+BOARD = "tensorboard"
+
 
 class Progress:
     """A bar with loss, rate, faces a second and time left (on a terminal only), and TensorBoard's files if installed.
@@ -62,4 +64,4 @@ def _board(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / BOARD))

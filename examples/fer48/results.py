@@ -18,12 +18,25 @@ import cropvote
 from config import Config
 from cropvote import profile
 from data import Faces, Split
-from keeping import VIEWS, save_model, write_whole
+from keeping import CARD, VIEWS, WEIGHTS, save_model, write_whole
 from machines import Machine
 from model import fer_resnet18
-from scoring import CURVE, MATRIX, aims, of_epochs, per_class_table, plot_confusion, plot_curves, score, summary
+from scoring import (
+    CURVE,
+    MATRIX,
+    aims,
+    of_epochs,
+    per_class_table,
+    plot_confusion,
+    plot_curves,
+    score,
+    summary,
+    with_interval,
+)
 
 RESULT, LOGITS, VALIDATION, README = "result.json", "logits.npz", "validation.txt", "MODEL_CARD.md"
+#: All that a finished run writes, where it has it.
+WRITTEN = (RESULT, LOGITS, VALIDATION, README, CURVE, MATRIX, WEIGHTS, CARD)
 
 
 def figures(
@@ -40,6 +53,7 @@ def figures(
             "note": faces.note,
             "faces": {name: len(split) for name, split in faces.splits.items()},
             "names": {name: split.name for name, split in faces.splits.items()},
+            "fingerprints": faces.fingerprints(),
             "skipped": len(faces.skipped),
         },
         "outputs": list(outputs),
@@ -96,7 +110,7 @@ def write(
     plot_curves(out / CURVE, result["curve"], title, measure, split.name if split else "")
     if split is not None:
         text = "\n".join(split.names) + "\n"
-        write_whole(out / VALIDATION, lambda file: file.write(text.encode()))
+        write_whole(out / VALIDATION, lambda file: file.write(text.encode(errors="surrogateescape")))
     save_model(out, model, card(result))
     write_whole(out / README, lambda file: file.write(model_card(result, title).encode()))
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -105,8 +119,13 @@ def write(
 
 def title_of(result: dict[str, Any]) -> str:
     after, split = result["config"]["after"], result["split"] or "not scored"
-    kind = "plain network" if after == "none" else f"ten views after {after}"
-    return f"{result['data']['name']} {split}, {kind}:\n{result['summary']}"
+    kind, reached = "plain network" if after == "none" else f"ten views after {after}", result["summary"]
+    if "soft" in result["votes"]:
+        how = result["config"]["vote"] if after != "none" else "soft"
+        kind += "" if after == "none" else f", {how} vote"
+        one = result["votes"][how]
+        reached = with_interval(one["accuracy"], sum(row["faces"] for row in one["per_class"].values()))
+    return f"{result['data']['name']} {split}, {kind}:\n{reached}"
 
 
 def card(result: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +166,7 @@ def model_card(result: dict[str, Any], title: str) -> str:
         f"A ResNet-18 for 48×48 faces (width {config['width']}, {result['parameters']:,} parameters, "
         f"{result['gmacs']:.3f} GMACs a face), {where}. Outputs: {', '.join(result['outputs'])}.",
         "",
-        f"**{title}.** {chosen}; seed {config['seed']}; {data['note']}.",
+        f"**{title}.** All votes: {result['summary']}. {chosen}; seed {config['seed']}; {data['note']}.",
         "",
         *table,
         f"Faces: {sizes} (layout: {data['layout']}). Recipe `{config['recipe']}`; all options are in result.json.",

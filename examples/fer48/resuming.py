@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 
 from config import Config, differences
 from data import Faces
-from keeping import STATE, KeptError, load_state, save_state
+from keeping import RETRAINED, STATE, KeptError, load_state, save_state
 from learner import Learner
 from machines import Machine
-from results import RESULT
+from progress import BOARD
+from results import WRITTEN
 
 
 def open_run(
@@ -31,7 +33,7 @@ def open_run(
     run: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "outputs": list(outputs),
-        "faces": fingerprint(faces),
+        "faces": faces.fingerprints(),
         "processes": here.size,
         "curve": [],
         "best": {},
@@ -41,8 +43,7 @@ def open_run(
     here.wait()  # nobody writes before everybody has looked
     out.mkdir(parents=True, exist_ok=True)
     if overwrite and here.first:
-        for name in (STATE, RESULT):
-            (out / name).unlink(missing_ok=True)
+        clear(out)
     stored = None if overwrite else load_state(out)
     if stored is None:
         return out, run
@@ -79,10 +80,12 @@ def check_same(out: Path, config: Config, run: dict[str, Any], stored: dict[str,
         raise KeptError(f"--resume {out}: it ran on {stored['processes']} processes, this is {run['processes']}.")
 
 
-def fingerprint(faces: Faces) -> str:
-    """Of the names and labels of every split: the same faces in the same order have the same one."""
-    digest = hashlib.sha256()
-    for name, split in faces.splits.items():
-        digest.update("\n".join([name, *split.names]).encode())
-        digest.update(split.labels.cpu().numpy().tobytes())
-    return digest.hexdigest()
+def clear(out: Path) -> None:
+    """Remove all that a run wrote, so that nothing of it stands beside what the next one writes."""
+    for name in (STATE, *WRITTEN):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / BOARD, ignore_errors=True)
+    if (out / RETRAINED).is_dir():
+        clear(out / RETRAINED)
+        with contextlib.suppress(OSError):  # a folder that holds something else stays
+            (out / RETRAINED).rmdir()

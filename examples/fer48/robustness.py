@@ -58,11 +58,17 @@ def one_run(run: str, final_test: bool, here: Machine) -> dict[str, Any]:
     config = dataclasses.replace(from_dict(stored["config"]), final_test=final_test)
     if config.target != "expression":
         raise KeptError(f"{run}: was trained on {config.target}; this script counts right classes.")
-    split = scored_split(config, read_faces(config))
+    faces = read_faces(config)
+    split = scored_split(config, faces)
+    if stored["data"]["fingerprints"] != faces.fingerprints():
+        raise KeptError(
+            f"{run}: the faces in {config.data}, their labels or their split have changed since it was trained."
+        )
     model = model.to(here.device)
     row: dict[str, Any] = {
         "run": run, "site": card["after"], "vote": card["vote"], "data": card["data"], "split": split.name,
-        "faces": len(split), "config": dataclasses.asdict(config), "accuracy": {},
+        "faces": len(split), "config": dataclasses.asdict(config),
+        "fingerprints": stored["data"]["fingerprints"], "accuracy": {},
     }  # fmt: skip
     work = [(harm, amount) for harm, (amounts, _) in HARMS.items() for amount in amounts]
     for harm, amount in tqdm(work, desc=run, leave=False, disable=None):
@@ -150,11 +156,14 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
             raise KeptError(
                 f"{one['run']} and {row['run']} differ in more than {', '.join(FREE)}: {'; '.join(changed)}."
             )
+    of_groups = [{json.dumps(row["fingerprints"]) for row in mine} for mine in groups(rows).values()]
+    if any(theirs != of_groups[0] for theirs in of_groups):
+        raise KeptError("the networks were trained or scored on different faces; toy faces differ with the seed.")
     example = with_interval(one["accuracy"]["shift"]["0"], one["faces"])
     seeds = max(len(mine) for mine in groups(rows).values())
     spreading = ", mean ± sd of the runs" if seeds > 1 else ""
     where = f"{one['data']} {one['split']}, {one['faces']:,} faces"
-    note = f"{where}, % right{spreading}; the faces alone leave {example} (95 %)."
+    note = f"{where}, % right{spreading}; the faces alone leave {example}."
     text = f"{table(rows)}\n\n{note}\n"
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "robustness.md", lambda file: file.write(text.encode()))

@@ -58,9 +58,9 @@ def interval(right: int, faces: int) -> tuple[float, float]:
 
 
 def with_interval(accuracy: float, faces: int) -> str:
-    """``73.1 ± 1.5 %``: half the width of Wilson's interval."""
+    """``73.1 % (95 %: 71.6–74.5)``: Wilson's interval, in whose middle the accuracy need not lie."""
     low, high = interval(round(accuracy * faces), faces)
-    return f"{100 * accuracy:.1f} ± {50 * (high - low):.1f} %"
+    return f"{100 * accuracy:.1f} % (95 %: {100 * low:.1f}–{100 * high:.1f})"
 
 
 def _score_classes(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -81,13 +81,20 @@ def _score_classes(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) 
 
 def _score_mood(predicted: Tensor, mood: Tensor) -> dict[str, Any]:
     """Lin's concordance correlation coefficient (AffectNet's own measure) and the root mean squared error."""
-    concordance = [float(concordance_corrcoef(predicted[:, i], mood[:, i])) for i in range(2)]
+    concordance = [_concordance(predicted[:, i], mood[:, i]) for i in range(2)]
     errors = [float(mean_squared_error(predicted[:, i].contiguous(), mood[:, i].contiguous()) ** 0.5) for i in range(2)]
     return {
         "concordance": mean(concordance),
         "concordance_each": dict(zip(MOOD, concordance, strict=True)),
         "rmse_each": dict(zip(MOOD, errors, strict=True)),
     }
+
+
+def _concordance(predicted: Tensor, mood: Tensor) -> float:
+    """Lin's coefficient; 0 for predictions or faces that are all alike, where torchmetrics gives NaN."""
+    if (predicted == predicted[0]).all() or (mood == mood[0]).all():
+        return 0.0
+    return float(concordance_corrcoef(predicted, mood))
 
 
 def summary(scores: dict[str, dict[str, Any]], faces: int, plain: bool) -> str:

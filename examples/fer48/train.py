@@ -23,11 +23,11 @@ import cropvote
 from batches import augment, epoch_rows
 from config import VALENCE_AROUSAL, Config, add_options, from_options
 from data import DataError, Faces, Split, load
-from keeping import WEIGHTS, KeptError
+from keeping import RETRAINED, KeptError
 from learner import Learner, read
 from machines import Machine, MachineError, machine
 from progress import Progress
-from results import RESULT, figures, scores, write
+from results import WRITTEN, figures, scores, write
 from resuming import keep_run, open_run
 from scoring import MOOD, aims, chosen_by, per_class_table, score
 
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
             train_and_retrain(config, here, resume, overwrite)
     except EXPECTED as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; --resume goes on after the last complete epoch.")
 
 
 def train_and_retrain(config: Config, here: Machine, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -54,8 +56,9 @@ def train_and_retrain(config: Config, here: Machine, resume: bool = False, overw
     if not config.retrain:
         return train(config, here, resume, overwrite)
     found = train(dataclasses.replace(config, final_test=False), here, resume, overwrite)
-    out, epochs = str(Path(found["out"]) / "retrained"), found["epochs"]["best_epoch"]
-    return train(dataclasses.replace(config, learn="train+val", epochs=epochs, out=out), here, resume, overwrite)
+    out, epochs = str(Path(found["out"]) / RETRAINED), found["epochs"]["best_epoch"]
+    again = dataclasses.replace(config, retrain=False, learn="train+val", epochs=epochs, out=out)
+    return train(again, here, resume, overwrite)
 
 
 def train(config: Config, here: Machine, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -90,9 +93,8 @@ def train(config: Config, here: Machine, resume: bool = False, overwrite: bool =
 
             loss, seconds = here.mean(total).item() / steps, time.monotonic() - started
             if not math.isfinite(loss):
-                raise TrainError(
-                    f"epoch {epoch + 1}: the loss is {loss}; a lower --rate? {out} keeps the {epoch} before it."
-                )
+                kept = f" {out} keeps the {epoch} before it." if epoch else ""
+                raise TrainError(f"epoch {epoch + 1}: the loss is {loss}; a lower --rate?{kept}")
             curve.append({"epoch": epoch + 1, "loss": loss, "rate": rate, "seconds": round(seconds, 2)})
             curve[-1]["faces_per_second"] = round(steps * config.batch / seconds, 1)
             if val is not None:
@@ -110,6 +112,7 @@ def train(config: Config, here: Machine, resume: bool = False, overwrite: bool =
     if here.first:
         write(out, learner.model, result, rows, faces, scored)
         print(f"\n{report(result)}")
+    here.wait()  # nobody reads what is not written yet
     return result
 
 
@@ -132,6 +135,8 @@ def read_faces(config: Config) -> Faces:
 
 def scored_split(config: Config, faces: Faces) -> Split:
     """The faces that the figures are about: validation, or with ``final_test`` the test."""
+    if config.learn == "train+val" and not config.final_test:
+        raise DataError("the network has learnt the validation faces; --final-test scores the test faces.")
     return faces.splits["test" if config.final_test else "val"]
 
 
@@ -161,14 +166,15 @@ def announce(config: Config, faces: Faces, steps: int, done: int, here: Machine)
 def report(result: dict[str, Any]) -> str:
     """What the run reached, the classes one by one, and where everything lies."""
     where = result["split"] or "no split"
-    chosen = " (which chose the epoch)" if result["split"] == result["data"]["names"].get("val") else ""
+    chosen = " (which chose the epoch)" if where == result["data"]["names"].get("val") else ""
     lines = [f"{result['data']['name']} {where}{chosen}: {result['summary']}"]
     if result.get("epochs"):
         shown = "best {best:.3f} (epoch {best_epoch}), last {last:.3f}, mean of the last five {last_five:.3f}"
         lines.append(f"epochs on validation: {shown.format(**result['epochs'])}")
     if "soft" in result["votes"]:
         lines += ["", per_class_table(result["votes"].get(result["config"]["vote"], result["votes"]["soft"])), ""]
-    return "\n".join([*lines, f"{Path(result['out']).resolve()}: {RESULT}, {WEIGHTS}, pictures, logits, model card"])
+    out = Path(result["out"])
+    return "\n".join([*lines, f"{out.resolve()}: {', '.join(name for name in WRITTEN if (out / name).exists())}"])
 
 
 def parse(argv: list[str] | None) -> tuple[Config, bool, bool]:

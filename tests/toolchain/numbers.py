@@ -31,7 +31,7 @@ def _(path: Path) -> None:
     torch.save(voting().state_dict(), path / "voting.pt")
     torch.save(networks.fer().state_dict(), path / "plain.pt")
     torch.manual_seed(9)
-    other = voting(make=lambda: networks.fer_resnet18(width=8).eval())
+    other = voting(make=lambda: networks.FerResNet18(width=8).eval())
     other.load_state_dict(torch.load(path / "plain.pt", weights_only=True))
     agree(other(images()), expected())
     plain = networks.fer()
@@ -42,7 +42,7 @@ def _(path: Path) -> None:
 @tool("meta device", "shapes without data, `to_empty`, weights loaded after the injection")
 def _(_path: Path) -> None:
     with torch.device("meta"):
-        model = networks.fer_resnet18(width=8).eval()
+        model = networks.FerResNet18(width=8).eval()
     inject_crop_vote(model, after="layer2", input_size=SIDE)
     assert model(images().to("meta")).shape == (3, 7)
     model.to_empty(device="cpu").load_state_dict(networks.fer().state_dict())

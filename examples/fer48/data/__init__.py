@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache import DataError
-from .layouts import find
+from .layouts import find, told
 from .sources import Asked, Faces, Split, some
 from .toy import CLASSES, toy_faces
 
@@ -77,7 +77,7 @@ def published(
 
 def _read(data: str, seed: int, contempt: bool, asked: Asked) -> tuple[Faces, dict[str, Tensor]]:
     """The set as it comes, and the rows of each split to use. Rows, because a chosen face is a copy in memory."""
-    faces = _toy(seed) if data == "toy" else find(Path(data).expanduser(), asked)
+    faces = told(_toy(seed), asked) if data == "toy" else find(Path(data).expanduser(), asked)
     rows = {name: torch.arange(len(split)) for name, split in faces.splits.items()}
     if not contempt and DROPPED in faces.classes:
         rows = {name: rows[name][split.labels != faces.classes.index(DROPPED)] for name, split in faces.splits.items()}

@@ -32,12 +32,12 @@ def cache_folder(folder: Path | None) -> Path:
 
 
 def fingerprint(root: Path, files: Iterable[str], *more: object) -> str:
-    """sha256 of every file's name, size, mode and time of change, and of ``more``: arrays or anything with a repr."""
-    digest = hashlib.sha256(f"{VERSION}".encode())
+    """sha256 of every file's place, size, mode and times of change, and of ``more``: arrays or anything with a repr."""
+    digest = hashlib.sha256(f"{VERSION} {root.resolve()}".encode(errors="surrogateescape"))
     for name in files:
         try:
             stat = (root / name).stat()
-            facts = f"{stat.st_size} {stat.st_mode} {stat.st_mtime_ns}"
+            facts = f"{stat.st_size} {stat.st_mode} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         except OSError:
             facts = "missing"
         digest.update(f"\0{name}\0{facts}".encode(errors="surrogateescape"))

@@ -19,7 +19,6 @@ NOTES = {
     "RAF-DB": "the official test faces are the test",
     "AffectNet": "the official validation faces are the test; none of them chooses anything",
     "FER2013": "folders put PublicTest and PrivateTest together, so the test is not PrivateTest",
-    "folders": "class folders of no set that is known",
 }
 #: Split -> class folder, by its number or canonical name -> its files, relative to the set's folder.
 Found = dict[str, dict[str, list[str]]]
@@ -53,16 +52,29 @@ def read(root: Path, asked: Asked) -> Faces:
         found["test"], names["test"] = found.pop("val"), names.pop("val")
     splits: dict[str, Split] = {}
     skipped: list[str] = []
+    firsts = [file for of_class in found.values() for folder in keys for file in of_class[folder][:1]]
+    grey = name == "FER2013" and all(small_and_grey(root / file) for file in firsts)
     for key, of_class in found.items():
         files = tuple(file for folder in keys for file in of_class[folder])
         labels = np.repeat(np.arange(len(keys)), [len(of_class[folder]) for folder in keys])
         if keys == tuple("1234567"):
             check_labels_csv(root, key, files, labels)
-        grey = name == "FER2013" and all(small_and_grey(root / file) for file in files[:1])
         splits[key], lost = read_split(root, Listing(names[key], files, labels), asked, grey)
         skipped += lost
     layout = f"class folders {keys[0]} to {keys[-1]} in {', '.join(names.values())}"
-    return Faces(name, layout, classes, splits, NOTES[name], tuple(skipped))
+    return Faces(name, layout, classes, splits, note_of(name, classes, splits), tuple(skipped))
+
+
+def note_of(name: str, classes: tuple[str, ...], splits: dict[str, Split]) -> str:
+    """What a reader of results must know, by the splits that are there."""
+    if name in NOTES and set(splits) == {"train", "test"}:
+        return NOTES[name]
+    parts = ["class folders of no set that is known"] if name == "folders" else ["splits of somebody's own"]
+    parts += [f"{splits['val'].name} chooses the epoch"] if "val" in splits else []
+    parts += [] if "test" in splits else ["no test faces"]
+    if name == "folders" and set(splits) == {"train", "val"} and set(classes) <= EXPRESSIONS:
+        parts.append("if this is AffectNet, --label-order affectnet makes its validation faces the test")
+    return "; ".join(parts)
 
 
 def classes_in(folder: Path) -> dict[str, list[str]]:
@@ -80,8 +92,12 @@ def classes_in(folder: Path) -> dict[str, list[str]]:
 
 def pictures_in(folder: Path) -> list[str]:
     """The names of the picture files in a folder, sorted."""
-    inside = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(path.name for path in inside if path.is_file())
+    return sorted(path.name for path in folder.iterdir() if is_picture(path))
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the name is a picture's; those that begin with a dot belong to the system that copied the others."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def recognise(root: Path, found: Found, asked: Asked) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
@@ -99,6 +115,9 @@ def recognise(root: Path, found: Found, asked: Asked) -> tuple[str, tuple[str, .
         name, classes = numbered(root, keys, found, told)
         return name, keys, classes
     name = named(root, found)
+    if name == "folders" and set(sizes) <= EXPRESSIONS:  # named folders need no order, but it tells the set
+        sets = (one for one in PUBLISHED if told and told in (ORDERS[one], ORDERS[one][: len(sizes)]))
+        name = next((one for one in sets if fits(one, found)), name)
     known = ORDERS.get(name, ())
     classes = told[: len(keys)] if told else tuple(c for c in known if c in sizes) if known else keys
     if set(classes) != set(keys):

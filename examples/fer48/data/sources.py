@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,15 @@ class Split:
         images, labels = torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels])
         return Split(f"{self.name} + {other.name}", images, labels, self.names + other.names, mood)
 
+    def fingerprint(self) -> str:
+        """The same for the same faces with the same names, labels and moods, in the same order, and for no others."""
+        digest = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
+        for tensor in (self.images, self.labels, self.mood):
+            if tensor is not None:
+                digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
     def to(self, device: torch.device | str) -> Split:
         mood = None if self.mood is None else self.mood.to(device)
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device), mood=mood)
@@ -121,6 +131,10 @@ class Faces:
     splits: dict[str, Split]
     note: str
     skipped: tuple[str, ...] = ()
+
+    def fingerprints(self) -> dict[str, str]:
+        """That of every split."""
+        return {name: split.fingerprint() for name, split in self.splits.items()}
 
 
 @dataclass(frozen=True)
