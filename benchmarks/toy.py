@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "fer48"
 RESULTS = ROOT / "benchmarks" / "results" / "toy.json"
 #: Epochs and the networks trained for as many; ten views after layer1 cost as much as 5.2 times the plain epochs.
-RUNS = {10: "none layer1", 52: "none"}
+RUNS = {10: "none layer1 layer1=hflip,layer3=five", 52: "none"}
 
 sys.path.insert(0, str(EXAMPLE))
 import compare  # noqa: E402
@@ -43,7 +43,7 @@ def table() -> str:
         for (site, vote), row in rows.items():
             if vote == "hard":
                 continue
-            name = {"none": "plain", "layer1": "ten views after `layer1`"}.get(site, site)
+            name = compare.name_of(site).replace("layer1", "`layer1`").replace("layer3", "`layer3`")
             hard = compare.spread(rows[site, "hard"]["accuracy"]) if (site, "hard") in rows else "–"
             soft, cost = compare.spread(row["accuracy"]), f"{row['parameters']:,} | {row['gmacs']:.3f}"
             lines.append(f"| {name} | {epochs} | {soft} | {hard} | {cost} |")

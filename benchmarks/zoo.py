@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples" / "fer48")]
 
 from zoo_models import calibrate, families, feature_sites, image_of, make, models, randomise  # noqa: E402
 from zoo_page import PAGE, RESULTS, page, tools, versions  # noqa: E402
-from zoo_witnesses import against_noise, against_oracle  # noqa: E402
+from zoo_witnesses import against_noise, against_oracle, against_plan  # noqa: E402
 
 
 def sweep(family: str) -> dict[str, Any]:
@@ -66,7 +66,20 @@ def look_at(model: nn.Module, real: bool) -> dict[str, Any]:
     with torch.no_grad():
         found["oracle"], found["alike"] = against_oracle(model.double(), size, rows, listed, list(tried))
         found["cut points"] = against_noise(model, size, rows)
+        found["plan"] = against_plan(model, size, [site for site, v in tried.items() if v["verdict"] == "works"])
     return found
+
+
+def plan_of(family: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The plan over two sites alone, for a family whose sites are stored."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = randomise(make(family, known["model"], known["small"])).eval()
+    calibrate(model, tuple(known["size"]))
+    works = [site for site, verdict in known["tried"].items() if verdict["verdict"] == "works"]
+    with torch.no_grad():
+        return against_plan(model.double(), tuple(known["size"]), works)
 
 
 def kind_of(layout: object) -> str:
@@ -80,7 +93,7 @@ def attempt(model: nn.Module, site: str, size: tuple[int, ...]) -> dict[str, str
         return {"verdict": "refused", "reason": str(error)}
     except Exception as error:
         return {"verdict": "crashed", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
-    layout = kind_of(model._cropvote.layout)
+    layout = kind_of(model._cropvote.layouts[0])
     remove_crop_vote(model)
     return {"verdict": "works", "reason": "", "layout": layout}
 
@@ -89,21 +102,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="such as timm/resnet; all where none is given")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--plans", action="store_true", help="only the plans over two sites, for the stored sites")
     parser.add_argument("--table", action="store_true", help="write the page again, without a sweep")
     arguments = parser.parse_args()
-    results = {}
-    if arguments.table or arguments.families:
-        results = {result["family"]: result for result in json.loads(RESULTS.read_text())["families"]}
-    if not arguments.table:
+    results, made_with = {}, versions()
+    if arguments.table or arguments.families or arguments.plans:
+        stored = json.loads(RESULTS.read_text())
+        results = {result["family"]: result for result in stored["families"]}
+        made_with = stored["versions"] if arguments.plans else made_with
+    if arguments.plans:
+        chosen = arguments.families or list(results)
+        with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
+            futures = {pool.submit(plan_of, family, results[family]["models"][0]): family for family in chosen}
+            for future in as_completed(futures):
+                family = futures[future]
+                results[family]["models"][0]["plan"] = future.result()
+                print(family, future.result(), flush=True)
+        store(results, made_with)
+    elif not arguments.table:
         chosen = arguments.families or families()
         with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
             for i, future in enumerate(as_completed([pool.submit(sweep, family) for family in chosen]), 1):
                 result = future.result()
                 results[result["family"]] = result
                 print(f"[{i}/{len(chosen)}]", short(result), flush=True)
-                ordered = [results[family] for family in families() if family in results]
-                RESULTS.write_text(json.dumps({"versions": versions(), "families": ordered}, indent=1) + "\n")
+                store(results, made_with)
     PAGE.write_text(page(json.loads(RESULTS.read_text()), tools()))
+
+
+def store(results: dict[str, Any], made_with: dict[str, str]) -> None:
+    ordered = [results[family] for family in families() if family in results]
+    stored = {"versions": made_with, "versions of the plans": versions(), "families": ordered}
+    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def short(result: dict[str, Any]) -> str:

@@ -36,10 +36,24 @@ def kind(reason: str) -> str:
 
 def page(stored: dict[str, Any], toolchain: str) -> str:
     """docs/compatibility.md."""
-    seen = ", ".join(f"{library} {version}" for library, version in stored["versions"].items())
+    seen, of_plans = (
+        ", ".join(f"{library} {version}" for library, version in stored[key].items())
+        for key in ("versions", "versions of the plans")
+    )
     results = stored["families"]
     return "\n".join(
-        [*HEADER, f"Versions: {seen}.", "", *summary(results), "", *table(results), "", *TOOLS_HEADER, toolchain, ""]
+        [
+            *HEADER,
+            f"Versions: {seen}; of the plans over two sites: {of_plans}.",
+            "",
+            *summary(results),
+            "",
+            *table(results),
+            "",
+            *TOOLS_HEADER,
+            toolchain,
+            "",
+        ]
     )
 
 
@@ -72,7 +86,9 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
         points.update({k: v for k, v in model.get("cut points", {}).items() if isinstance(v, int)})
     missed = sum(len(model.get("cut points", {}).get("missed", [])) for model in looked)
     invented = sum(len(model.get("cut points", {}).get("invented", [])) for model in looked)
-    wrong = verdicts["wrong"] + sum(error > TOLERANCE for error in errors)
+    plans = [model["plan"] for model in looked if "plan" in model]
+    ran = [plan["error"] for plan in plans if "error" in plan]
+    wrong = verdicts["wrong"] + sum(error > TOLERANCE for error in errors + ran)
     return [
         "| counted | number |",
         "|---|---|",
@@ -85,6 +101,8 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
         f"| wrong | {wrong} |",
         f"| votes compared with the oracle on real images | {len(errors)} |",
         f"| largest relative error among them | {max(errors, default=0):.0e} |",
+        f"| families in which a plan over two sites works (mirrored at one, cropped at a later one) | {len(ran)} |",
+        f"| largest relative error of their votes against the oracle | {max(ran, default=0):.0e} |",
         f"| sites among them behind which all views say the same (the last attention of a class token) | {alike} |",
         f"| modules judged by noise as well | {points['modules']} |",
         f"| true sites among them, by noise | {points['true sites']} |",

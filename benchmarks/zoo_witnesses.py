@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import oracle
-from cropvote import Site, Tokens, inject_crop_vote, remove_crop_vote
+from cropvote import CropVoteError, Site, Tokens, five_crop, hflip, inject_crop_vote, remove_crop_vote
 
 ORACLE_SITES = 4
 BUDGET = 10  # seconds for a model's modules against noise, and for its sites against the oracle
 ALIKE = 1e-6
+PLANS = 12  # pairs of sites to try
+PLAN = (oracle.flip_views, oracle.five_views)
 LEFT = 1e-6  # of the difference that two images make
 
 
@@ -32,19 +35,19 @@ class Logits(nn.Module):
         return output if isinstance(output, Tensor) else output.logits
 
 
-def cutter(layout: object) -> Callable[[Tensor], list[Tensor]]:
-    """The oracle's ten views, for other layouts than its own."""
+def cutter(layout: object, views: oracle.Cutter = oracle.ten_views) -> oracle.Cutter:
+    """The oracle's views, for other layouts than its own."""
     if layout == "NHWC":
-        return lambda x: [view.permute(0, 2, 3, 1) for view in oracle.ten_views(x.permute(0, 3, 1, 2))]
+        return lambda x: [view.permute(0, 2, 3, 1) for view in views(x.permute(0, 3, 1, 2))]
     if isinstance(layout, Tokens):
         height, width, prefix = layout
 
         def cut(x: Tensor) -> list[Tensor]:
             maps = x[:, prefix:].transpose(1, 2).reshape(len(x), -1, height, width)
-            return [torch.cat([x[:, :prefix], v.flatten(2).transpose(1, 2)], 1) for v in oracle.ten_views(maps)]
+            return [torch.cat([x[:, :prefix], v.flatten(2).transpose(1, 2)], 1) for v in views(maps)]
 
         return cut
-    return oracle.ten_views
+    return views
 
 
 def last_of(model: nn.Module, site: str) -> str:
@@ -80,6 +83,28 @@ def against_oracle(
         if by_view.std(1).max() < ALIKE * wanted.abs().max():
             alike.append(site)
     return found, alike
+
+
+def against_plan(model: nn.Module, size: tuple[int, ...], works: list[str]) -> dict[str, Any]:
+    """Mirrored at one site and cropped at a later one: the first such plan that is accepted, against the oracle."""
+    reason = "fewer than two sites work"
+    pairs = sorted(itertools.combinations(enumerate(works), 2), key=lambda p: abs(p[1][0] - p[0][0] - len(works) / 2))
+    for (_, early), (_, late) in pairs[:PLANS]:  # those first that lie half a network apart
+        try:
+            inject_crop_vote(model, after={early: hflip(), late: five_crop()}, input_size=size)
+        except CropVoteError as error:
+            reason = str(error)
+            continue
+        injection = model._cropvote
+        cutters = [cutter(layout, v) for layout, v in zip(injection.layouts, PLAN, strict=True)]
+        images = torch.randn(2, *size, dtype=next(model.parameters()).dtype)
+        vote, order = Logits(model)(images), injection.sites
+        remove_crop_vote(model)
+        names = [f"model.{last_of(model, site)}" for site in order]
+        by_view = oracle.nested_rows(Logits(model), list(zip(names, cutters, strict=True)), images)
+        wanted = oracle.vote(by_view, "soft")
+        return {"sites": list(order), "error": float((vote - wanted).abs().max() / wanted.abs().max())}
+    return {"refused": reason}
 
 
 def against_noise(

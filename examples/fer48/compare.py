@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from torch import Tensor
 
-from config import PLACES, Config, add_options, differences, from_options
+from config import PLACES, PLANS, Config, add_options, differences, from_options, in_words
 from cropvote import hflip, inject_crop_vote
 from keeping import KeptError, load_model, write_whole
 from learner import read
@@ -42,6 +42,7 @@ COLOURS = {
     "layer1": "#2f6db0",
     "layer2": "#2e8b57",
     "layer3": "#e08a1e",
+    **dict(zip(PLANS, ("#c0392b", "#b8860b", "#16a2a2"), strict=True)),
 }
 
 
@@ -149,7 +150,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def name_of(site: str) -> str:
-    return {"none": "plain", MIRRORED: MIRRORED, "input": "ten views of the input"}.get(site, f"ten views after {site}")
+    return site if site == MIRRORED else in_words(site)
 
 
 def spread(values: list[float]) -> str:
@@ -219,7 +220,8 @@ def parse(argv: list[str] | None) -> tuple[Config, list[str], list[int]]:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sites", nargs="+", choices=PLACES, default=["none", "layer1", "layer2", "layer3", "input"])
+    sites = ["none", "layer1", "layer2", "layer3", "input", PLANS[0]]
+    parser.add_argument("--sites", nargs="+", choices=PLACES, default=sites)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add_options(parser, without=("after", "seed", "retrain", "target"))
     options = vars(parser.parse_args(argv))

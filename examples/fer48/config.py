@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from batches import Strengths, option
+from cropvote import Views, five_crop, hflip
 
-#: Where a network can be split: the paper's three sites, the images themselves, or nowhere.
-PLACES = ("none", "input", "layer1", "layer2", "layer3")
+#: Mirrored at one place and cropped at a later one: the same ten views for less work.
+PLANS = ("layer1=hflip,layer3=five", "layer1=hflip,layer2=five", "layer2=hflip,layer3=five")
+#: Where a network can be split: nowhere, the images themselves, the paper's three places, or two of them.
+PLACES = ("none", "input", "layer1", "layer2", "layer3", *PLANS)
 VALENCE_AROUSAL = "valence-arousal"
 
 
@@ -37,7 +40,7 @@ class Config(Strengths):
     )
     target: str = option("expression", "what to learn", choices=("expression", VALENCE_AROUSAL))
 
-    after: str = option("layer1", "where to split", choices=PLACES)
+    after: str = option("layer1", "where to split; at two places: mirrored, then cropped", choices=PLACES)
     vote: str = option("soft", "the vote that chooses the epoch", choices=("soft", "probs", "hard"))
     width: int = option(64, "channels of the first stage; the paper's is 64", least=1)
     init: str = option("", "weights to start from: a run's folder or its model.safetensors", metavar="RUN")
@@ -99,6 +102,23 @@ RECIPES: dict[str, dict[str, Any]] = {
         "data": "toy", "width": 16, "batch": 64, "epochs": 8, "rate": 2e-3, "schedule": "onecycle", "mirror": 0.5,
     },
 }  # fmt: skip
+
+
+def sites_of(after: str) -> str | dict[str, Views]:
+    """``after`` as the library takes it: a place, or the views at each of several."""
+    if "=" not in after:
+        return after
+    known = {"hflip": hflip, "five": five_crop}
+    parts = (part.split("=") for part in after.split(","))
+    return {site: known[views]() for site, views in parts}
+
+
+def in_words(after: str) -> str:
+    """What a network does, in tables and titles."""
+    places = [part.partition("=")[0] for part in after.split(",")]
+    if len(places) == 2:
+        return f"ten views, mirrored after {places[0]} and cropped after {places[1]}"
+    return {"none": "plain", "input": "ten views of the input"}.get(after, f"ten views after {after}")
 
 
 def check(one: dataclasses.Field[Any], value: Any) -> None:

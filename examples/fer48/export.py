@@ -58,7 +58,7 @@ def export(model: nn.Module, card: dict[str, Any], out: Path) -> float:
         output_names=["vote"], external_data=False, verbose=False,
     )  # fmt: skip
     written = onnx.load(str(out))
-    for key in ("target", "outputs", "preprocessing", "after", "views", "vote", "data", "summary"):
+    for key in ("target", "outputs", "preprocessing", "after", "vote", "data", "summary"):
         written.metadata_props.add(key=key, value=json.dumps(card[key], ensure_ascii=False))
     onnx.checker.check_model(written)
     onnx.save(written, str(out))

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cropvote import inject_crop_vote, ten_crop
+from config import sites_of
+from cropvote import inject_crop_vote
 from model import FerResNet18, fer_resnet18
 
 STATE, WEIGHTS, CARD = "last.pt", "model.safetensors", "model.json"
 RETRAINED = "retrained"
 FORMAT = 1
-VIEWS = ten_crop()
 
 
 class KeptError(Exception):
@@ -64,7 +64,7 @@ def build(classes: int, width: int, after: str, how: Any) -> FerResNet18:
     """The network, voting behind ``after`` unless that is "none"; checked for 48x48 faces at once."""
     model = fer_resnet18(num_classes=classes, width=width)
     if after != "none":
-        inject_crop_vote(model, after=after, views=VIEWS, vote=how, input_size=48)
+        inject_crop_vote(model, after=sites_of(after), vote=how, input_size=48)
     return model
 
 

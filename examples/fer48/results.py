@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import cropvote
-from config import Config
+from config import Config, in_words, sites_of
 from cropvote import profile
 from data import Faces, Split
-from keeping import CARD, VIEWS, WEIGHTS, save_model, write_whole
+from keeping import CARD, WEIGHTS, save_model, write_whole
 from machines import Machine
 from model import fer_resnet18
 from scoring import (
@@ -78,7 +78,7 @@ def costs(config: Config, outputs: int) -> dict[str, Any]:
     """Multiply-adds in 1e9 and MiB kept for the backward pass, both per face and for all views; and parameters."""
     model = fer_resnet18(num_classes=outputs, width=config.width)
     site = "baseline" if config.after == "none" else config.after
-    cost = profile(model, 48, sites=[] if config.after == "none" else [site], views=VIEWS)[site]
+    cost = profile(model, 48, sites=[] if config.after == "none" else [sites_of(config.after)])[site]
     return {"parameters": cost.parameters, "gmacs": cost.gmacs, "train_mib": cost.train_memory_mib}
 
 
@@ -119,7 +119,7 @@ def write(
 
 def title_of(result: dict[str, Any]) -> str:
     after, split = result["config"]["after"], result["split"] or "not scored"
-    kind, reached = "plain network" if after == "none" else f"ten views after {after}", result["summary"]
+    kind, reached = in_words(after), result["summary"]
     if "soft" in result["votes"]:
         how = result["config"]["vote"] if after != "none" else "soft"
         kind += "" if after == "none" else f", {how} vote"
@@ -137,7 +137,6 @@ def card(result: dict[str, Any]) -> dict[str, Any]:
         "target": config["target"],
         "outputs": result["outputs"],
         "after": config["after"],
-        "views": "ten_crop",
         "vote": "mean" if config["target"] != "expression" else config["vote"],
         "preprocessing": {"size": 48, "channels": "RGB", "scale": "x / 127.5 - 1"},
         "data": result["data"]["name"],
@@ -154,9 +153,7 @@ def model_card(result: dict[str, Any], title: str) -> str:
     how = config["vote"] if config["vote"] in result["votes"] else "soft"
     table = [per_class_table(result["votes"][how]), ""] if "soft" in result["votes"] else []
     where = (
-        "without a vote"
-        if config["after"] == "none"
-        else f"with a {config['vote']} vote of ten views after {config['after']}"
+        "without a vote" if config["after"] == "none" else f"with a {config['vote']} vote ({in_words(config['after'])})"
     )
     sizes = ", ".join(f"{count:,} {data['names'][name]}" for name, count in data["faces"].items())
     chosen = f"The epoch was chosen on {data['names']['val']}" if "val" in data["names"] else "The last epoch was kept"
