@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import timm
@@ -37,6 +38,7 @@ from cropvote import (
 )
 from cropvote.calls import draw, split_by
 from cropvote.plans import Cut, ViewProduct, cuts_of, drawn_cuts
+from model import fer_resnet18
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -518,6 +520,28 @@ def test_a_plan_may_fit_where_a_site_does_not():
     assert isinstance(suggest_site(networks.fer(), 48, max_macs_ratio=9, max_sites=2).site, str)
     with pytest.raises(CropVoteError, match="max_sites must be 1 or 2"):
         suggest_site(networks.fer(), 48, max_macs_ratio=3, max_sites=3)
+
+
+def test_the_docs_table_is_that_of_the_profile():
+    """docs/beyond.md beside profile(fer_resnet18(), 48), figure by figure."""
+    text = (Path(__file__).parents[1] / "docs" / "beyond.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith(("| `", "| – (plain)"))
+    ]
+    known = {"hflip": hflip, "five": five_crop}
+    plans = {row[0].strip("`"): None for row in rows[1:]}
+    for name in plans:
+        parts = [part.split("=") for part in name.split(",")]
+        plans[name] = {site: known[views[0]]() for site, *views in parts} if "=" in name else name
+    table = profile(fer_resnet18(), 48, sites=list(plans.values()))
+    assert len(rows) == 5
+    for name, row in zip(["baseline", *plans], rows, strict=True):
+        cost = table[name]
+        few = f"{cost.gmacs_by_views[2]:.3f}" if name != "baseline" else ""
+        found = (f"{cost.gmacs:.3f}", f"{cost.ratio:.2f}", few, f"{cost.train_memory_mib:.2f}")
+        assert found == tuple(row[1:])
 
 
 def test_the_picture_of_the_views(tmp_path):

@@ -1,0 +1,150 @@
+"""Votes that stop when sure, beside the vote of all views: who stops, accuracy, multiply-adds and time.
+
+    python benchmarks/until_sure.py runs/toy-10/layer1-0 runs/toy-10/layer1-1      finished runs of examples/fer48
+    python benchmarks/until_sure.py runs/FER2013-layer1-0 --final-test
+
+The confidence is chosen on one half of the validation faces and scored on the other; with --final-test it is chosen on
+all of them and scored on the test faces. Runs that differ in the seed alone are averaged. Writes a table and JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cropvote import choose_confidence, per_view, profile, settings, vote_until_sure
+
+ROOT = Path(__file__).resolve().parents[1]
+STORED = ROOT / "benchmarks" / "results" / "until_sure.json"
+sys.path.insert(0, str(ROOT / "examples" / "fer48"))
+
+from batches import to_input  # noqa: E402
+from compare import spread  # noqa: E402
+from config import from_dict, sites_of  # noqa: E402
+from data.sources import Split  # noqa: E402
+from keeping import load_model  # noqa: E402
+from machines import Machine  # noqa: E402
+from model import fer_resnet18  # noqa: E402
+from results import versions  # noqa: E402
+from train import read_faces  # noqa: E402
+
+BATCH, ROUNDS, MAX_LOSS = 64, 9, 0.001
+SIX = [0, 1, 2, 3, 4, 9]  # the exact stop needs more than half of the views
+
+
+@torch.no_grad()
+def look_at(run: str, final_test: bool) -> dict[str, Any]:
+    """The rows of one run."""
+    model, card = load_model(run)
+    stored = json.loads((Path(card["folder"]) / "result.json").read_text())
+    config = dataclasses.replace(from_dict(stored["config"]), final_test=final_test)
+    splits = read_faces(config).splits
+    val, count = splits["val"], len(splits["val"])
+    known = val if final_test else val.select(torch.arange(0, count, 2))
+    scored = splits["test"] if final_test else val.select(torch.arange(1, count, 2))
+    logits = torch.cat([per_view(model, x) for x in to_input(known.images).split(256)])
+    confidence = choose_confidence(logits, known.labels, max_loss=MAX_LOSS)
+    cost = profile(fer_resnet18(num_classes=7, width=card["width"]), 48, sites=[sites_of(card["after"])])
+    row = list(cost)[-1]
+    found: dict[str, Any] = {}
+    ways: dict[str, tuple[str, Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
+        "all views, soft": ("soft", lambda x: (model(x), torch.full((len(x),), 10))),
+        "centre and mirror alone": ("soft", lambda x: vote_until_sure(model, x, confidence=0.0)),
+        "until sure": ("soft", lambda x: vote_until_sure(model, x, confidence=confidence)),
+        "all views, hard": ("hard", lambda x: (model(x), torch.full((len(x),), 10))),
+        "until the majority is certain": ("hard", lambda x: vote_until_sure(model, x, first=SIX, confidence=None)),
+    }
+    taken = timed(model, ways, to_input(scored.images[:BATCH]))
+    for name, (how, way) in ways.items():
+        settings(model).vote = how  # type: ignore[assignment]
+        votes, used = zip(*[way(x) for x in to_input(scored.images).split(256)], strict=True)
+        right, stopped = torch.cat(votes).argmax(1) == scored.labels, torch.cat(used) < 10
+        few = gmacs_of(row.gmacs_by_views, 6 if name.startswith("until the") else 2)
+        share = float(stopped.double().mean())
+        found[name] = {
+            "stopped": share, "accuracy": float(right.double().mean()), "gmacs": share * few + (1 - share) * row.gmacs,
+            "time": taken[name] / taken["all views, soft"],
+        }  # fmt: skip
+    return {"run": run, "config": stored["config"], "faces": len(scored), "scored": name_of(scored, final_test),
+            "confidence": confidence, "plain": cost["baseline"].gmacs, "rows": found}  # fmt: skip
+
+
+def name_of(scored: Split, final_test: bool) -> str:
+    return scored.name if final_test else f"half of {scored.name}"
+
+
+def gmacs_of(by_views: dict[int, float], count: int) -> float:
+    """The multiply-adds of so many views, between those that the table has."""
+    (one, first), (most, last) = min(by_views.items()), max(by_views.items())
+    return by_views.get(count, first + (last - first) * (count - one) / (most - one))
+
+
+def timed(model: nn.Module, ways: dict[str, tuple[str, Callable[[Tensor], Any]]], x: Tensor) -> dict[str, float]:
+    """Seconds of a batch: the median of rounds in which the ways take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, (how, way) in ways.items():
+            settings(model).vote = how  # type: ignore[assignment]
+            start = time.perf_counter()
+            way(x)
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown, mean ± standard deviation over the runs."""
+    lines = ["| vote | samples that stop, % | accuracy, % | GMACs per image | time |", "|---|---|---|---|---|"]
+    for name in runs[0]["rows"]:
+        rows = [run["rows"][name] for run in runs]
+        stopped, right = (spread([row[key] for row in rows]) for key in ("stopped", "accuracy"))
+        gmacs, taken = (statistics.mean(row[key] for row in rows) for key in ("gmacs", "time"))
+        lines.append(f"| {name} | {stopped} | {right} | {gmacs:.3f} | {taken:.2f} |")
+    one = runs[0]
+    config, chosen = one["config"], ", ".join(f"{run['confidence']:.2f}" for run in runs)
+    data, seeds = Path(config["data"]).stem, ", ".join(str(run["config"]["seed"]) for run in runs)
+    timing = f"Time: beside all views, batch {BATCH}, median of {ROUNDS} rounds in turns."
+    lines += [
+        "",
+        f"{data}, {one['scored']}: {one['faces']:,} faces; ten views after `{config['after']}`, width "
+        f"{config['width']}; seeds {seeds}; confidence {chosen}, chosen for a loss of at most {100 * MAX_LOSS:g} % on "
+        f"other faces. The plain network has {one['plain']:.3f} GMACs. {timing} Made by "
+        f"`python benchmarks/until_sure.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    summary, _, examples = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="the folder of a finished, voting run")
+    parser.add_argument("--final-test", action="store_true", help="on the test faces: once, at the very end")
+    parser.add_argument("--out", default=str(STORED), metavar="FILE")
+    parser.add_argument("--table", action="store_true", help="only print the table of the stored figures")
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(STORED.read_text())["runs"]))
+        return
+    if not options.runs:
+        parser.error("name at least one run")
+    runs = [look_at(run, options.final_test) for run in options.runs]
+    here = versions(Machine(torch.device("cpu"), torch.float32, fast=False))
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"versions": here, "runs": runs}, indent=1) + "\n")
+    print(f"{table(runs)}\n\n{out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
