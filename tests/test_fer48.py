@@ -32,6 +32,7 @@ from keeping import KeptError, load_model, save_model, start_from, write_whole
 from learner import read
 from machines import Machine, machine
 from model import fer_resnet18
+from results import costs
 from scoring import interval, score, with_interval
 
 ROOT = Path(__file__).parent.parent
@@ -247,6 +248,21 @@ def test_a_plain_network(tmp_path):
     model, _ = load_model(tmp_path / "run")
     assert type(model).__name__ == "FerResNet18"
     assert not hasattr(model, "_cropvote")
+
+
+def test_a_plan_over_two_places(tmp_path):
+    """Mirrored after layer1, cropped after layer3: stored, loaded and read like any other."""
+    plan = "layer1=hflip,layer3=five"
+    result = run(*SMALL, "--after", plan, "--out", tmp_path / "run")
+    plain = Config(width=4)
+    assert costs(replace(plain, after="none"), 7)["gmacs"] < result["gmacs"] < costs(plain, 7)["gmacs"]
+    model, card = load_model(tmp_path / "run")
+    assert card["after"] == plan
+    val = load("toy", limit=64).splits["val"]
+    stored = np.load(tmp_path / "run" / "logits.npz")["logits"]
+    assert np.allclose(stored, read(model, val.images, HERE, True), atol=1e-4)
+    title = "ten views, mirrored after layer1 and cropped after layer3"
+    assert title in (tmp_path / "run" / "MODEL_CARD.md").read_text()
 
 
 def test_retraining_learns_from_both_splits_for_as_long_as_was_best(tmp_path):

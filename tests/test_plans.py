@@ -270,6 +270,29 @@ def test_a_few_views_compiled():
     assert len({tuple(samples[0]) for samples in drawn}) > 2
 
 
+@pytest.mark.parametrize(
+    ("make", "plan"),
+    [(networks.timm_resnet, TWO), (networks.tokens, {"blocks.0": five_crop(), "blocks.1": hflip()})],
+)
+def test_timms_checkpointing_autocast_and_functional_call(make, plan):
+    model = still(voting(plan, make))
+
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        model.set_grad_checkpointing(checkpointed)
+        model.zero_grad()
+        CropVoteLoss(nn.CrossEntropyLoss(), views=10)(model(IMAGES), torch.tensor([0, 1, 2])).backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    for mine, theirs in zip(gradients(True), gradients(False), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+    model.eval()
+    wanted = model(IMAGES)
+    assert torch.allclose(torch.func.functional_call(model, model.state_dict(), (IMAGES,)), wanted, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(IMAGES).dtype == torch.float32
+    assert torch.allclose(model(IMAGES.to(memory_format=torch.channels_last)), wanted, atol=1e-5)
+
+
 def test_gradients_are_those_of_the_rows():
     model, plain = still(voting()), networks.fer()
     targets = torch.tensor([0, 1, 2])
