@@ -272,7 +272,10 @@ def test_a_few_views_compiled():
 
 @pytest.mark.parametrize(
     ("make", "plan"),
-    [(networks.timm_resnet, TWO), (networks.tokens, {"blocks.0": five_crop(), "blocks.1": hflip()})],
+    [
+        (networks.timm_resnet, {"layer1": hflip(), "layer2": five_crop()}),
+        (networks.tokens, {"blocks.0": five_crop(), "blocks.1": hflip()}),
+    ],
 )
 def test_timms_checkpointing_autocast_and_functional_call(make, plan):
     model = still(voting(plan, make))
