@@ -15,7 +15,7 @@ from .layouts import Layout
 from .meters import BASELINE, Meter, SiteCost, measured, size_of
 from .plans import After
 from .probe import candidates, checked_plan, judged, refusal
-from .surgery import check_name, plan_after
+from .refusals import check_name, plan_after
 from .trials import Probe
 from .views import Views, hflip, ten_crop
 from .walk import INPUT

@@ -13,8 +13,9 @@ from .layer import CropVote
 from .options import Settings
 from .outputs import describe, prediction_places, tensors_of
 from .plans import cuts_of
+from .refusals import unwrap
 from .splitting import part_views
-from .surgery import settings, unwrap
+from .surgery import settings
 
 __all__ = ["per_view"]
 

@@ -15,8 +15,8 @@ from .options import EvalViews, Settings, eval_indices
 from .outputs import describe, prediction_places, tensors_of
 from .plans import cuts_of
 from .reading import settings_in
+from .refusals import unwrap
 from .splitting import part_views
-from .surgery import unwrap
 from .voting import How, vote
 
 __all__ = ["SureVotes", "choose_confidence", "vote_until_sure"]

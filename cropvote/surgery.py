@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,14 +10,15 @@ from torch import Tensor, nn
 
 from .calls import Plan, conclude, following, in_passes, is_steered, plan_of, split_by
 from .checks import Injection, first_tensor, is_traced, parameters_of
-from .errors import InputTypeError, OptionError, PlainModelError, SiteError, SurgeryError, UnknownSiteError
+from .errors import InputTypeError, PlainModelError, SurgeryError
 from .fakes import example_of, map_first_tensor, tensors_in
 from .layer import CropVote
-from .layouts import Layout, check_layout
+from .layouts import Layout
 from .options import EvalViews, Output, Settings
 from .plans import After, joined
 from .probe import check_sites
-from .swapping import check_restorable, own_forward, restore_forward, swap_forward
+from .refusals import MARKS, check_model, injected_inside, injection_of, plan_after, stated_layouts, unwrap
+from .swapping import check_restorable, restore_forward, swap_forward
 from .views import Views
 from .voting import How
 from .walk import INPUT, holder_of
@@ -26,8 +26,6 @@ from .walk import INPUT, holder_of
 __all__ = ["inject_crop_vote", "remove_crop_vote", "settings"]
 
 Model = TypeVar("Model", bound=nn.Module)
-MARKS = ("_cropvote", "_cropvote_split")
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def inject_crop_vote(
@@ -101,11 +99,11 @@ def inject_crop_vote(
     Reference:
         Gómez-Sirvent et al., Electronics 2023, 12(18), 3837.
     """
-    _check_model(model)
+    check_model(model)
     plan = plan_after(model, after, views)
-    stated = _stated(plan, layout)
+    stated = stated_layouts(plan, layout)
 
-    def injection_at(names: Sequence[str]) -> Injection:
+    def injection_for(names: Sequence[str]) -> Injection:
         options = Settings(
             views=joined([plan[name] for name in names]),
             vote=vote,
@@ -117,12 +115,12 @@ def inject_crop_vote(
         )
         return Injection({name: stated[name] for name in names}, options, parameters_of(model))
 
-    injection = injection_at(list(plan))
+    injection = injection_for(list(plan))
     example = example_of(model, input_size)
     if example is not None:
         try:
             modes, splits = check_sites(model, plan, stated, example)
-            injection = injection_at([split.name for split in splits])
+            injection = injection_for([split.name for split in splits])
             injection.layouts = tuple(split.layout for split in splits)
             injection.mark(modes, injection.arguments((torch.empty(0),), {}), example.args[0].shape[1:])
         except PlainModelError:
@@ -150,41 +148,6 @@ def _swap(model: nn.Module, injection: Injection) -> None:
     injection.adopt(model)
 
 
-def plan_after(model: nn.Module, after: After, views: Views | None = None) -> dict[str, Views]:
-    """The sites and their views, in the order in which the model defines them.
-
-    Raises:
-        UnknownSiteError: no module of such a name.
-        InputTypeError: names or views of another type.
-        OptionError: no site, or views beside those of several sites.
-    """
-    if not isinstance(after, Mapping):
-        check_name(model, after)
-        return {after: Settings(views=views).views}  # type: ignore[dict-item]  # of one site
-    if not after:
-        raise OptionError('after names no site: give {"layer1": hflip(), "layer3": five_crop()}, say.')
-    if views is not None:
-        raise OptionError("views are those of a single site; with several, after holds the views of each.")
-    for name, of_site in after.items():
-        check_name(model, name)
-        if not isinstance(of_site, Views):
-            raise InputTypeError(f"after[{name!r}] must be a Views, such as five_crop(), got {of_site!r}.")
-    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    return {name: after[name] for name in sorted(after, key=lambda name: -1 if name == INPUT else order[name])}
-
-
-def _stated(plan: dict[str, Views], layout: Layout | Mapping[str, Layout] | None) -> dict[str, Layout | None]:
-    """The layout that the user states for each site, or None."""
-    stated = layout if isinstance(layout, Mapping) else dict.fromkeys(plan, layout)
-    unknown = [name for name in stated if name not in plan]
-    if unknown:
-        raise OptionError(f"layout names {unknown[0]!r}, which is no site of this injection: {', '.join(plan)}.")
-    for one in stated.values():
-        if one is not None:
-            check_layout(one)
-    return {name: stated.get(name) for name in plan}
-
-
 def remove_crop_vote(model: Model) -> Model:
     """Undo :func:`inject_crop_vote`: the model is exactly what it was.
 
@@ -207,12 +170,12 @@ def remove_crop_vote(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
-    injection = _injection(model)
+    injection = injection_of(model)
     if injection is None:
         wrapped = unwrap(model)
-        if wrapped is not model and _injection(wrapped) is not None:
+        if wrapped is not model and injection_of(wrapped) is not None:
             raise SurgeryError(f"{type(model).__name__} wraps the injected model: pass the model inside it.")
-        inner = _injected_inside(model)
+        inner = injected_inside(model)
         raise SurgeryError(
             f"this {type(model).__name__} was never injected"
             + (f", but its submodule {inner!r} was: pass that." if inner else ": there is nothing to remove.")
@@ -252,10 +215,10 @@ def settings(model: nn.Module) -> Settings:
     found = unwrap(model)
     if isinstance(found, CropVote):
         return found.settings
-    injection = _injection(found)
+    injection = injection_of(found)
     if injection is None:
         layers = [name for name, module in found.named_modules() if isinstance(module, CropVote)]
-        inner = layers[0] if layers else _injected_inside(found)
+        inner = layers[0] if layers else injected_inside(found)
         raise SurgeryError(
             f"this {type(found).__name__} is neither injected nor a CropVote layer"
             + (f", but its submodule {inner!r} is: pass that." if inner else ".")
@@ -336,81 +299,3 @@ def _split(x: Tensor, injection: Injection, plan: Plan, place: int) -> Tensor:
             plan.front.append(x)
         x = plan.front[0]
     return split_by(plan.cuts[place], x, layout)
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
-    kind = type(model).__name__
-    injection = _injection(model)
-    if injection is not None:
-        raise SurgeryError(f"this {kind} votes already, after={injection.site}: remove_crop_vote(model) first.")
-    if isinstance(model, WRAPPERS) or kind == "FullyShardedDataParallel":
-        raise SurgeryError(f"the model is wrapped in {kind}: inject into model.module before it is wrapped.")
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-        raise SurgeryError("the model is compiled already: inject first, then compile it.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise SurgeryError("the model is a TorchScript module, whose forward is fixed: inject first, then trace it.")
-    if isinstance(model, torch.fx.GraphModule):
-        raise SurgeryError("the model is a torch.fx.GraphModule, whose forward is generated: inject before tracing.")
-    if "_cropvote_split" in vars(model):
-        raise SurgeryError(
-            f"this {kind} carries the split of another injected model: remove_crop_vote from that first."
-        )
-    inner = _injected_inside(model)
-    if inner:
-        raise SurgeryError(
-            f"the submodule {inner!r} of this {kind} is part of an injected model already: remove_crop_vote first."
-        )
-    _check_forward(model, kind)
-
-
-def check_name(model: nn.Module, after: str) -> None:
-    """Raise UnknownSiteError, or InputTypeError, unless the model has a module of that name."""
-    if not isinstance(after, str):
-        raise InputTypeError(
-            f'after must be a module\'s name, such as "layer1", or "input", or a dict of them, got {after!r}.'
-        )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if after == INPUT and INPUT in modules:
-        raise SiteError('after="input" means the images, but this model has a module of that name: rename the module.')
-    if after == INPUT:
-        return
-    if not after or after not in modules:
-        names = [name for name in modules if name]
-        near = difflib.get_close_matches(after, names, n=5, cutoff=0.4)
-        top = [name for name, _ in model.named_children()]
-        hint = (
-            f"nearest: {', '.join(near)}" if near else f"its children: {', '.join(top)}" if top else "it has no modules"
-        )
-        raise UnknownSiteError(f"{type(model).__name__} has no module named {after!r}; {hint}.")
-    _check_forward(holder_of(model, after), repr(after))
-
-
-def _check_forward(module: nn.Module, what: str) -> None:
-    hidden = own_forward(module)
-    if hidden is not None:
-        raise SurgeryError(
-            f"the forward of {what} was replaced on the instance (by {hidden}), so that a split or vote there would "
-            f"have no effect: undo that, inject, then do it again."
-        )
-
-
-def _injection(module: nn.Module) -> Injection | None:
-    return vars(module).get("_cropvote")
-
-
-def _injected_inside(model: nn.Module) -> str:
-    """The first submodule that votes or carries a split."""
-    return next((name for name, m in model.named_modules() if name and any(mark in vars(m) for mark in MARKS)), "")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel or a compiled wrapper."""
-    while True:
-        if isinstance(model, WRAPPERS):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model

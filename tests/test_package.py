@@ -39,6 +39,7 @@ ORDER = [
     "trials",
     "probe",
     "checks",
+    "refusals",
     "surgery",
     "reading",
     "stopping",

@@ -1,0 +1,136 @@
+"""Which models and sites cannot be asked for, and why: what is found out before any probe."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .checks import Injection
+from .errors import InputTypeError, OptionError, SiteError, SurgeryError, UnknownSiteError
+from .layouts import Layout, check_layout
+from .options import Settings
+from .plans import After
+from .swapping import own_forward
+from .views import Views
+from .walk import INPUT, holder_of
+
+__all__: list[str] = []
+
+MARKS = ("_cropvote", "_cropvote_split")
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def plan_after(model: nn.Module, after: After, views: Views | None = None) -> dict[str, Views]:
+    """The sites and their views, in the order in which the model defines them.
+
+    Raises:
+        UnknownSiteError: no module of such a name.
+        InputTypeError: names or views of another type.
+        OptionError: no site, or views beside those of several sites.
+    """
+    if not isinstance(after, Mapping):
+        check_name(model, after)
+        return {after: Settings(views=views).views}  # type: ignore[dict-item]  # of one site
+    if not after:
+        raise OptionError('after names no site: give {"layer1": hflip(), "layer3": five_crop()}, say.')
+    if views is not None:
+        raise OptionError("views are those of a single site; with several, after holds the views of each.")
+    for name, of_site in after.items():
+        check_name(model, name)
+        if not isinstance(of_site, Views):
+            raise InputTypeError(f"after[{name!r}] must be a Views, such as five_crop(), got {of_site!r}.")
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return {name: after[name] for name in sorted(after, key=lambda name: -1 if name == INPUT else order[name])}
+
+
+def stated_layouts(plan: dict[str, Views], layout: Layout | Mapping[str, Layout] | None) -> dict[str, Layout | None]:
+    """The layout that the user states for each site, or None."""
+    stated = layout if isinstance(layout, Mapping) else dict.fromkeys(plan, layout)
+    unknown = [name for name in stated if name not in plan]
+    if unknown:
+        raise OptionError(f"layout names {unknown[0]!r}, which is no site of this injection: {', '.join(plan)}.")
+    for one in stated.values():
+        if one is not None:
+            check_layout(one)
+    return {name: stated.get(name) for name in plan}
+
+
+def check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    kind = type(model).__name__
+    injection = injection_of(model)
+    if injection is not None:
+        raise SurgeryError(f"this {kind} votes already, after={injection.site}: remove_crop_vote(model) first.")
+    if isinstance(model, WRAPPERS) or kind == "FullyShardedDataParallel":
+        raise SurgeryError(f"the model is wrapped in {kind}: inject into model.module before it is wrapped.")
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise SurgeryError("the model is compiled already: inject first, then compile it.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SurgeryError("the model is a TorchScript module, whose forward is fixed: inject first, then trace it.")
+    if isinstance(model, torch.fx.GraphModule):
+        raise SurgeryError("the model is a torch.fx.GraphModule, whose forward is generated: inject before tracing.")
+    if "_cropvote_split" in vars(model):
+        raise SurgeryError(
+            f"this {kind} carries the split of another injected model: remove_crop_vote from that first."
+        )
+    inner = injected_inside(model)
+    if inner:
+        raise SurgeryError(
+            f"the submodule {inner!r} of this {kind} is part of an injected model already: remove_crop_vote first."
+        )
+    _check_forward(model, kind)
+
+
+def check_name(model: nn.Module, after: str) -> None:
+    """Raise UnknownSiteError, or InputTypeError, unless the model has a module of that name."""
+    if not isinstance(after, str):
+        raise InputTypeError(
+            f'after must be a module\'s name, such as "layer1", or "input", or a dict of them, got {after!r}.'
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if after == INPUT and INPUT in modules:
+        raise SiteError('after="input" means the images, but this model has a module of that name: rename the module.')
+    if after == INPUT:
+        return
+    if not after or after not in modules:
+        names = [name for name in modules if name]
+        near = difflib.get_close_matches(after, names, n=5, cutoff=0.4)
+        top = [name for name, _ in model.named_children()]
+        hint = (
+            f"nearest: {', '.join(near)}" if near else f"its children: {', '.join(top)}" if top else "it has no modules"
+        )
+        raise UnknownSiteError(f"{type(model).__name__} has no module named {after!r}; {hint}.")
+    _check_forward(holder_of(model, after), repr(after))
+
+
+def _check_forward(module: nn.Module, what: str) -> None:
+    hidden = own_forward(module)
+    if hidden is not None:
+        raise SurgeryError(
+            f"the forward of {what} was replaced on the instance (by {hidden}), so that a split or vote there would "
+            f"have no effect: undo that, inject, then do it again."
+        )
+
+
+def injection_of(module: nn.Module) -> Injection | None:
+    return vars(module).get("_cropvote")
+
+
+def injected_inside(model: nn.Module) -> str:
+    """The first submodule that votes or carries a split."""
+    return next((name for name, m in model.named_modules() if name and any(mark in vars(m) for mark in MARKS)), "")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel or a compiled wrapper."""
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
