@@ -57,7 +57,7 @@ def by_hand(logits: torch.Tensor, first: list[int], confidence: float, how: str)
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("first", ["centre+mirror", "centre", [5, 6, 7, 8, 9], [0, 1]])
+@pytest.mark.parametrize("first", ["centre+mirror", "centre", [5, 6, 7, 8, 9], [0, 1], [0, 1, 2, 3, 4, 9]])
 @pytest.mark.parametrize("how", ["soft", "probs"])
 def test_it_is_the_vote_of_few_or_of_all(plan, first, how):
     model = voting(PLANS[plan], vote=how)
