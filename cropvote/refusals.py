@@ -41,7 +41,8 @@ def plan_after(model: nn.Module, after: After, views: Views | None = None) -> di
     for name, of_site in after.items():
         check_name(model, name)
         if not isinstance(of_site, Views):
-            raise InputTypeError(f"after[{name!r}] must be a Views, such as five_crop(), got {of_site!r}.")
+            called = f" (did you mean {getattr(of_site, '__name__', 'it')}()?)" if callable(of_site) else ""
+            raise InputTypeError(f"after[{name!r}] must be a Views, such as five_crop(), got {of_site!r}{called}.")
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     return {name: after[name] for name in sorted(after, key=lambda name: -1 if name == INPUT else order[name])}
 
@@ -89,7 +90,8 @@ def check_name(model: nn.Module, after: str) -> None:
     """Raise UnknownSiteError, or InputTypeError, unless the model has a module of that name."""
     if not isinstance(after, str):
         raise InputTypeError(
-            f'after must be a module\'s name, such as "layer1", or "input", or a dict of them, got {after!r}.'
+            f'after must be a module\'s name, such as "layer1", or "input", or several with their views, '
+            f'{{"layer1": hflip(), "layer3": five_crop()}}, got {after!r}.'
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     if after == INPUT and INPUT in modules:
@@ -103,6 +105,8 @@ def check_name(model: nn.Module, after: str) -> None:
         hint = (
             f"nearest: {', '.join(near)}" if near else f"its children: {', '.join(top)}" if top else "it has no modules"
         )
+        if "=" in after:
+            hint = 'several sites are a dict, {"layer1": hflip(), "layer3": five_crop()}'
         raise UnknownSiteError(f"{type(model).__name__} has no module named {after!r}; {hint}.")
     _check_forward(holder_of(model, after), repr(after))
 

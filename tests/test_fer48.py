@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,13 +233,23 @@ def test_the_stored_weights_reach_the_stored_figures(finished):
 
 
 def test_the_test_split_is_scored_only_when_asked(finished, tmp_path, capsys):
-    """Going on with a finished run adds the test's figures, and trains nothing."""
+    """Going on with a finished run adds the test's figures, and trains nothing; and nothing takes them away again."""
     before = json.loads((finished / "result.json").read_text())
-    result = run(*SMALL, "--out", finished, "--resume", "--final-test")
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert run(*SMALL, "--out", out, "--resume") == before
+    assert "is complete: left as it is" in capsys.readouterr().out
+    result = run(*SMALL, "--out", out, "--resume", "--final-test")
     assert (before["split"], result["split"]) == ("val", "test")
     assert result["curve"] == before["curve"]
     assert "Going on after epoch 2" in capsys.readouterr().out
-    run(*SMALL, "--out", finished, "--resume")
+    assert run(*SMALL, "--out", out, "--resume") == result
+    assert "with its test figures: left as it is" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(*SMALL, "--out", out, "--resume", "--retrain", "--epochs", 3)
+    retrained = run(*SMALL, "--out", out, "--resume", "--retrain", "--final-test")
+    assert retrained == result
+    assert json.loads((out / "retrained" / "result.json").read_text())["split"] == "test"
 
 
 def test_a_plain_network(tmp_path):
@@ -322,7 +333,7 @@ def test_a_run_is_not_overwritten_by_accident(finished, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--rate", 0.1), r"started with rate 0.002, now 0.1"),
+        (("--rate", 0.1), "started with rate 0.002, now 0.1: name another --out"),
         (("--limit", 60), r"started with limit 64, now 60"),
         (("--split-seed", 3), r"started with split_seed 0, now 3"),
     ],
@@ -333,8 +344,6 @@ def test_another_run_is_not_gone_on_with(finished, capsys, options, message):
 
 def test_other_classes_or_faces_are_refused(finished, tmp_path, capsys):
     """The stored state of a run with the same options, but of other classes, faces or processes."""
-    import shutil
-
     for key, value, message in (
         ("outputs", ["a", "b"], "its classes are a, b; this run's are angry, disgust"),
         ("faces", "0", "the faces, their labels or their split have changed"),

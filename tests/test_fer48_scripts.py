@@ -129,7 +129,7 @@ def test_complete_runs_are_not_repeated_and_others_go_on(compared, monkeypatch, 
     assert asked == ["layer3-1"]
     assert "Going on after epoch 1" in capsys.readouterr().out
     assert (compared / "compare.json").read_text() == before
-    assert "was started with epochs 1, now 2" in refused(compare, *options, "--epochs", 2)
+    assert "was started with epochs 1, now 2: name another --out" in refused(compare, *options, "--epochs", 2)
 
 
 def test_other_data_are_not_compared_with_the_stored_runs(compared, monkeypatch, tmp_path):

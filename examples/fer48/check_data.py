@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_sheet(faces, Path(options.sheet))
     except (DataError, OSError) as error:
         sys.exit(f"check_data.py: {error}")
-    print(f"\n{Path(options.sheet).resolve()}: {COLUMNS} training faces of each class")
+    print(f"\n{Path(options.sheet).resolve()}: up to {COLUMNS} training faces of each class")
     if differences:
         sys.exit("check_data.py: not as published: " + "; ".join(differences))
 

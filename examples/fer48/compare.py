@@ -68,6 +68,8 @@ def one_run(config: Config, site: str, seed: int, here: Machine) -> dict[str, An
         same = not differences(mine, result["config"]) and result["config"]["final_test"] == mine.final_test
         if same and result["data"]["fingerprints"] == read_faces(mine).fingerprints():
             return {**result, "out": str(out)}
+        if result["config"]["final_test"] and not mine.final_test:
+            raise KeptError(f"{out} holds test figures: give --final-test, or another --out.")
     if here.first:
         print(f"\n{site}, seed {seed}:")
     return train(mine, here, resume=True)
@@ -172,9 +174,9 @@ def write(
     example = with_interval(statistics.mean(rows[0]["accuracy"]), rows[0]["faces"])
     note = (
         f"{where}; seeds {', '.join(map(str, seeds))}{', mean ± sd' if len(seeds) > 1 else ''}; width {config.width}, "
-        f"{one['config']['epochs']} epochs, recipe {config.recipe}; cost per face, all views. The faces alone leave "
-        f"{example}. won : lost: faces that only this network, or only the plain one of the same seed, gets "
-        f"right; p: McNemar's exact test, for each seed. "
+        f"{one['config']['epochs']} epochs, recipe {config.recipe}; cost per face, all views. The first row's 95 % "
+        f"interval, by the number of faces alone: {example}. won : lost: faces that only this network, or only the "
+        f"plain one of the same seed, gets right; p: McNemar's exact test, for each seed. "
         f"{'Scored once, at the end' if config.final_test else 'The epoch was chosen on these same faces'}; "
         f"{one['data']['note']}; torch {one['versions']['torch']}, {one['versions']['device']}."
     )
@@ -221,12 +223,13 @@ def parse(argv: list[str] | None) -> tuple[Config, list[str], list[int]]:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sites = ["none", "layer1", "layer2", "layer3", "input", PLANS[0]]
-    parser.add_argument("--sites", nargs="+", choices=PLACES, default=sites)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add_options(parser, without=("after", "seed", "retrain", "target"))
+    text = f"where to split, one network each (default: {' '.join(sites)}); also {' '.join(PLANS[1:])}"
+    parser.add_argument("--sites", nargs="+", choices=PLACES, default=sites, metavar="SITE", help=text)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    add_options(parser, without=("after", "seed", "retrain", "target", "out"))
+    parser.add_argument("--out", default="runs/compare", metavar="FOLDER", help="default: runs/compare")
     options = vars(parser.parse_args(argv))
     sites, seeds = list(dict.fromkeys(options.pop("sites"))), list(dict.fromkeys(options.pop("seeds")))
-    options.setdefault("out", "runs/compare")
     if min(seeds) < 0:
         parser.error("--seeds are whole numbers from 0 on")
     try:

@@ -40,7 +40,9 @@ class Config(Strengths):
     )
     target: str = option("expression", "what to learn", choices=("expression", VALENCE_AROUSAL))
 
-    after: str = option("layer1", "where to split; at two places: mirrored, then cropped", choices=PLACES)
+    after: str = option(
+        "layer1", "where to split; at two places: mirrored, then cropped", choices=PLACES, metavar="SITE"
+    )
     vote: str = option("soft", "the vote that chooses the epoch", choices=("soft", "probs", "hard"))
     width: int = option(64, "channels of the first stage; the paper's is 64", least=1)
     init: str = option("", "weights to start from: a run's folder or its model.safetensors", metavar="RUN")
@@ -162,6 +164,8 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
 def _help(one: dataclasses.Field[Any]) -> str:
     """What the option is for and, where all recipes but Config's default differ, what each of them sets."""
     text = str(one.metadata["help"])
+    if "metavar" in one.metadata and "choices" in one.metadata:
+        text += f"; one of {' '.join(one.metadata['choices'])}"
     theirs = {name: options[one.name] for name, options in RECIPES.items() if one.name in options}
     shown = [f"{name} {value}" for name, value in theirs.items() if name != "toy" or one.name != "data"]
     if one.default not in ("", None, False):

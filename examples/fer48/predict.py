@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
             failed, found = write(model, card, here, detector, options)
     except (KeptError, MachineError, DetectError, cropvote.CropVoteError, OSError) as error:
         sys.exit(f"predict.py: {error}")
+    if options.csv:
+        print(f"{options.csv}: {found} of {failed + found}", file=sys.stderr)
     if failed:
         sys.exit(f"predict.py: {failed} of {failed + found} without a prediction, each named above.")
     return None

@@ -122,10 +122,10 @@ def title_of(result: dict[str, Any]) -> str:
     kind, reached = in_words(after), result["summary"]
     if "soft" in result["votes"]:
         how = result["config"]["vote"] if after != "none" else "soft"
-        kind += "" if after == "none" else f", {how} vote"
+        reached_by = "" if after == "none" else f"{how} vote: "
         one = result["votes"][how]
-        reached = with_interval(one["accuracy"], sum(row["faces"] for row in one["per_class"].values()))
-    return f"{result['data']['name']} {split}, {kind}:\n{reached}"
+        reached = reached_by + with_interval(one["accuracy"], sum(row["faces"] for row in one["per_class"].values()))
+    return f"{result['data']['name']} {split}, {kind}\n{reached}"
 
 
 def card(result: dict[str, Any]) -> dict[str, Any]:

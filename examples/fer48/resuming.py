@@ -73,7 +73,9 @@ def check_same(out: Path, config: Config, run: dict[str, Any], stored: dict[str,
         raise KeptError(f"--resume {out}: its classes are {theirs}; this run's are {ours}.")
     changed = differences(config, stored["config"])
     if changed:
-        raise KeptError(f"--resume {out}: the run was started with {'; '.join(changed)}.")
+        raise KeptError(
+            f"{out} holds a run that was started with {'; '.join(changed)}: name another --out, or remove that folder."
+        )
     if stored["faces"] != run["faces"]:
         raise KeptError(f"--resume {out}: the faces, their labels or their split have changed since the run started.")
     if stored["processes"] != run["processes"]:

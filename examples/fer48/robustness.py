@@ -37,6 +37,7 @@ HARMS: dict[str, tuple[tuple[int, ...], str]] = {
     "resolution": ((48, 32, 24), "pixels, the side to which a face is shrunk before it is enlarged again"),
 }
 
+AXES = {"shift": "moved by, pixels", "erase": "side of the square, pixels", "resolution": "shrunk to, pixels"}
 #: In what the runs may differ; runs that differ in the seed alone are averaged.
 FREE = ("after", "vote", "seed")
 
@@ -163,13 +164,13 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
     seeds = max(len(mine) for mine in groups(rows).values())
     spreading = ", mean ± sd of the runs" if seeds > 1 else ""
     where = f"{one['data']} {one['split']}, {one['faces']:,} faces"
-    note = f"{where}, % right{spreading}; the faces alone leave {example}."
+    note = f"{where}, % right{spreading}; the first network's 95 % interval, by the number of faces alone: {example}."
     text = f"{table(rows)}\n\n{note}\n"
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "robustness.md", lambda file: file.write(text.encode()))
     stored = json.dumps({"note": note, "harms": HARMS, "rows": rows}, indent=1)
     write_whole(out / "robustness.json", lambda file: file.write(stored.encode()))
-    plot(out / "robustness.png", rows, f"{one['data']} {one['split']}")
+    plot(out / "robustness.png", rows, where)
     print(f"\n{text}\n{out.resolve()}: robustness.md, robustness.json, robustness.png")
 
 
@@ -181,12 +182,13 @@ def plot(path: Path, rows: list[dict[str, Any]], where: str) -> None:
             label = f"{name_of(site)}{'' if site == 'none' else f', {how}'}"
             means, sds = zip(*map(mean_and_sd, figures), strict=True)
             axes.errorbar(amounts, means, sds, marker="o", ms=4, capsize=2, color=COLOURS[site], label=label)
-        axes.set(title=harm, xlabel="pixels", xticks=amounts)
+        axes.set(title=harm, xlabel=AXES[harm], xticks=amounts)
         axes.grid(alpha=0.3)
         if harm == "resolution":
             axes.invert_xaxis()
     figure.axes[0].set_ylabel("accuracy, %")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(where, fontsize=10)
     figure.savefig(path, dpi=150)
 
@@ -199,7 +201,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--final-test", action="store_true", help="on the test faces: once, at the very end")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--out", default="runs/robustness", metavar="FOLDER")
+    parser.add_argument("--out", default="runs/robustness", metavar="FOLDER", help="default: runs/robustness")
     return parser.parse_args(argv)
 
 

@@ -139,7 +139,7 @@ def plot_confusion(path: Path, confusion: list[list[int]], classes: tuple[str, .
     axes = figure.subplots()
     display = ConfusionMatrixDisplay(100 * normalised(confusion), display_labels=classes)
     display.plot(ax=axes, cmap="Blues", values_format=".0f", xticks_rotation=35, im_kw={"vmin": 0, "vmax": 100})
-    axes.set(title=f"{title}\n% of the true class")
+    axes.set_title(f"{title}\n% of the true class", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

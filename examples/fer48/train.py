@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 import time
@@ -27,7 +28,7 @@ from keeping import RETRAINED, KeptError
 from learner import Learner, read
 from machines import Machine, MachineError, machine
 from progress import Progress
-from results import WRITTEN, figures, scores, write
+from results import RESULT, WRITTEN, figures, scores, write
 from resuming import keep_run, open_run
 from scoring import MOOD, aims, chosen_by, per_class_table, score
 
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     except EXPECTED as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; --resume goes on after the last complete epoch.")
+        print("train.py: stopped; --resume goes on after the last complete epoch.", file=sys.stderr)
+        sys.exit(130)
 
 
 def train_and_retrain(config: Config, here: Machine, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -77,6 +79,9 @@ def train(config: Config, here: Machine, resume: bool = False, overwrite: bool =
     torch.manual_seed(config.seed + here.rank)  # every process augments in its own way
     out, run = open_run(config, faces, outputs, learner, order, here, resume, overwrite)
     curve = run["curve"]
+    done = finished(out, config, curve, here)
+    if done is not None:
+        return done
     announce(config, faces, steps, len(curve), here)
 
     with Progress(out, config.epochs, steps * config.batch, len(curve), shown=here.first) as progress:
@@ -116,6 +121,20 @@ def train(config: Config, here: Machine, resume: bool = False, overwrite: bool =
     return result
 
 
+def finished(out: Path, config: Config, curve: list[dict[str, Any]], here: Machine) -> dict[str, Any] | None:
+    """The result of a run that is complete: as it was asked for, or with test figures, which nothing replaces."""
+    if len(curve) < config.epochs or not (out / RESULT).exists():
+        return None
+    result: dict[str, Any] = json.loads((out / RESULT).read_text())
+    scored = result["config"]["final_test"]
+    if config.final_test and not scored:
+        return None
+    if here.first:
+        kept = ", with its test figures" if scored and not config.final_test else ""
+        print(f"{out} is complete{kept}: left as it is.\n\n{report({**result, 'out': str(out)})}")
+    return {**result, "out": str(out)}
+
+
 def read_faces(config: Config) -> Faces:
     """The faces that the config asks for, and that it can be trained and scored on."""
     faces = load(
@@ -153,7 +172,9 @@ def count_steps(config: Config, labels: Tensor, here: Machine) -> int:
 def announce(config: Config, faces: Faces, steps: int, done: int, here: Machine) -> None:
     if not here.first:
         return
-    sizes = ", ".join(f"{len(split):,} {split.name}" for split in faces.splits.values())
+    drawn = f"validation ({faces.splits['val'].name})" if "val" in faces.splits else ""  # "10 % of train", say
+    names = {key: drawn if key == "val" and " of " in drawn else split.name for key, split in faces.splits.items()}
+    sizes = ", ".join(f"{len(split):,} {names[key]}" for key, split in faces.splits.items())
     print(f"{faces.name} ({faces.layout}): {sizes} faces; {faces.note}.")
     if faces.skipped:
         print(f"Left out, as unreadable: {len(faces.skipped)} ({'; '.join(faces.skipped[:3])} ...).")
