@@ -118,7 +118,7 @@ def main() -> None:
                 family = futures[future]
                 results[family]["models"][0]["plan"] = future.result()
                 print(family, future.result(), flush=True)
-        store(results, made_with)
+                store(results, made_with)
     elif not arguments.table:
         chosen = arguments.families or families()
         with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:

@@ -86,7 +86,11 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
         points.update({k: v for k, v in model.get("cut points", {}).items() if isinstance(v, int)})
     missed = sum(len(model.get("cut points", {}).get("missed", [])) for model in looked)
     invented = sum(len(model.get("cut points", {}).get("invented", [])) for model in looked)
-    plans = [model["plan"] for model in looked if "plan" in model]
+    plans = [
+        model["plan"]
+        for model in looked
+        if "fewer than two" not in model.get("plan", {"refused": "fewer than two"}).get("refused", "")
+    ]
     ran = [plan["error"] for plan in plans if "error" in plan]
     wrong = verdicts["wrong"] + sum(error > TOLERANCE for error in errors + ran)
     return [
@@ -101,7 +105,8 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
         f"| wrong | {wrong} |",
         f"| votes compared with the oracle on real images | {len(errors)} |",
         f"| largest relative error among them | {max(errors, default=0):.0e} |",
-        f"| families in which a plan over two sites works (mirrored at one, cropped at a later one) | {len(ran)} |",
+        f"| families with two working sites, tried with a plan over them (mirrored, later cropped) | {len(plans)} |",
+        f"| of these, working | {len(ran)} |",
         f"| largest relative error of their votes against the oracle | {max(ran, default=0):.0e} |",
         f"| sites among them behind which all views say the same (the last attention of a class token) | {alike} |",
         f"| modules judged by noise as well | {points['modules']} |",

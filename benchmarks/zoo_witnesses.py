@@ -52,8 +52,10 @@ def cutter(layout: object, views: oracle.Cutter = oracle.ten_views) -> oracle.Cu
 
 def last_of(model: nn.Module, site: str) -> str:
     """The module that returns a Sequential's output, which some models run child by child."""
-    while isinstance(model.get_submodule(site), nn.Sequential):
-        site += f".{len(model.get_submodule(site)) - 1}"
+    while (
+        isinstance(module := model.get_submodule(site), nn.Sequential) and type(module).forward is nn.Sequential.forward
+    ):
+        site += f".{list(dict(module.named_children()))[-1]}"
     return site
 
 

@@ -1,4 +1,7 @@
-"""The flagship's other scripts: compare, robustness, predict and export; and valence and arousal, from end to end."""
+"""The flagship's other scripts: compare, robustness, predict and export; and valence and arousal, from end to end.
+
+What needs finished runs (a minute to make) is slow.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- compare.py ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_comparison_holds_the_runs_figures(compared):
     """Accuracy, cost and McNemar's counts, computed anew from each run's files."""
     stored = json.loads((compared / "compare.json").read_text())
@@ -88,6 +92,7 @@ def test_the_comparison_holds_the_runs_figures(compared):
     assert rows["none", "soft"]["parameters"] == rows["layer3", "soft"]["parameters"]
 
 
+@pytest.mark.slow
 def test_the_mirror_row_is_the_plain_network_on_both_images(compared):
     stored = json.loads((compared / "compare.json").read_text())
     row = next(row for row in stored["rows"] if row["site"] == compare.MIRRORED)
@@ -112,6 +117,7 @@ def test_mcnemar_is_a_fair_coin(won, lost):
     assert found == {"won": won, "lost": lost, "p": pytest.approx(min(1.0, 2 * tail))}
 
 
+@pytest.mark.slow
 def test_complete_runs_are_not_repeated_and_others_go_on(compared, monkeypatch, capsys):
     genuine, asked = compare.train, []
 
@@ -132,6 +138,7 @@ def test_complete_runs_are_not_repeated_and_others_go_on(compared, monkeypatch, 
     assert "was started with epochs 1, now 2: name another --out" in refused(compare, *options, "--epochs", 2)
 
 
+@pytest.mark.slow
 def test_other_data_are_not_compared_with_the_stored_runs(compared, monkeypatch, tmp_path):
     """The same options and another set of faces: not the old figures, but an error."""
     import shutil
@@ -164,6 +171,7 @@ def test_the_comparison_on_two_processes(tmp_path):
     assert (tmp_path / "out" / "compare.md").read_text().count("| ten views after layer3 |") == 2
 
 
+@pytest.mark.slow
 def test_the_comparison_as_a_person_reads_it(compared):
     text = (compared / "compare.md").read_text()
     assert text.startswith("| network | vote | accuracy, % |")
@@ -216,6 +224,7 @@ def test_coarse_faces_are_pillows():
     assert torch.equal(robustness.coarse(images, 48)[0], images)
 
 
+@pytest.mark.slow
 def test_robustness_of_finished_runs(compared, tmp_path):
     runs = [compared / f"{site}-{seed}" for site in ("none", "layer3") for seed in (0, 1)]
     call(robustness, *runs, "--device", "cpu", "--out", tmp_path / "out")
@@ -236,6 +245,7 @@ def test_robustness_of_finished_runs(compared, tmp_path):
     assert (tmp_path / "out" / "robustness.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_robustness_refuses_networks_that_were_trained_otherwise(compared, tmp_path):
     call(training, *SMALL, "--after", "none", "--width", 2, "--out", tmp_path / "narrow")
     said = refused(robustness, compared / "none-0", tmp_path / "narrow", "--device", "cpu", "--out", tmp_path / "out")
@@ -267,6 +277,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("site", ["none", "layer3"])
+@pytest.mark.slow
 def test_a_folder_as_a_csv(compared, pictures, tmp_path, site):
     """What the model says of the same pixels, computed by hand."""
     call(predict, "--model", compared / f"{site}-0", pictures, "--csv", tmp_path / "out.csv", "--device", "cpu")
@@ -283,6 +294,7 @@ def test_a_folder_as_a_csv(compared, pictures, tmp_path, site):
         assert row["problem"] == ""
 
 
+@pytest.mark.slow
 def test_a_damaged_picture_is_named_and_the_others_are_read(compared, pictures, tmp_path, capsys):
     (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:200])
     options = ("--model", compared / "layer3-0", pictures, pictures / "none.jpg", "--device", "cpu")
@@ -294,6 +306,7 @@ def test_a_damaged_picture_is_named_and_the_others_are_read(compared, pictures, 
     assert sum(bool(row["class"]) for row in table(tmp_path / "out.csv")) == 7
 
 
+@pytest.mark.slow
 def test_lines_and_pictures_of_the_views(compared, pictures, tmp_path, capsys):
     call(
         predict, "--model", compared / "layer3-0", pictures / "0.png", "--views", tmp_path / "views", "--device", "cpu"
@@ -315,6 +328,7 @@ def test_agreement_is_with_the_vote():
     assert (row["class"], row["agreement"]) == ("b", 0.4)
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text(compared, pictures, tmp_path, capsys):
     (pictures / "0.png").rename(os.fsdecode(os.fsencode(pictures) + b"/\xff.png"))
     (pictures / "._1.png").write_bytes(b"left by another system")
@@ -324,6 +338,7 @@ def test_names_that_are_no_text(compared, pictures, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 8
 
 
+@pytest.mark.slow
 def test_faces_are_looked_for(compared, tmp_path, capsys):
     """The astronaut's face (NASA, public domain) is found; a wall has none."""
     pytest.importorskip("cv2")
@@ -340,6 +355,7 @@ def test_faces_are_looked_for(compared, tmp_path, capsys):
     assert "wall.png: no face found" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_film_instead_of_a_camera(compared, tmp_path, capsys):
     cv2 = pytest.importorskip("cv2")
     path = tmp_path / "film.avi"
@@ -363,6 +379,7 @@ def test_a_film_instead_of_a_camera(compared, tmp_path, capsys):
         (("--model", "{run}", "{empty}"), "no picture in this folder"),
     ],
 )
+@pytest.mark.slow
 def test_prediction_misuse_is_one_line(compared, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
     places = {"run": compared / "layer3-0", "empty": tmp_path / "empty"}
@@ -372,6 +389,7 @@ def test_prediction_misuse_is_one_line(compared, tmp_path, arguments, message):
 # --- export.py -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_onnx(compared, tmp_path, capsys):
     """Any batch; classes and preprocessing in the file; the vote is the network's."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

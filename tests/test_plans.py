@@ -249,7 +249,13 @@ def test_copies(duplicate):
     assert torch.equal(twin(IMAGES), networks.fer()(IMAGES))
 
 
-@pytest.mark.parametrize("options", [{}, {"eval_views": [4, 9]}, {"eval_views": [0, 2, 6]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[pytest.param(options, marks=pytest.mark.slow) for options in ({}, {"eval_views": [4, 9]})],
+        {"eval_views": [0, 2, 6]},
+    ],
+)
 def test_compiled_and_exported(options):
     columns = options.get("eval_views", list(range(10)))
     model, wanted = voting(**options), by_hand()[:, columns].mean(1)
@@ -262,6 +268,7 @@ def test_compiled_and_exported(options):
         assert program(IMAGES[:1]).shape == (1, 7)
 
 
+@pytest.mark.slow
 def test_a_few_views_compiled():
     model, every = still(voting(train_views=3)), by_hand()
     run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")

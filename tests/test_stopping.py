@@ -58,7 +58,7 @@ def by_hand(logits: torch.Tensor, first: list[int], confidence: float, how: str)
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("first", ["centre+mirror", "centre", [5, 6, 7, 8, 9], [0, 1], [0, 1, 2, 3, 4, 9]])
-@pytest.mark.parametrize("how", ["soft", "probs"])
+@pytest.mark.parametrize("how", ["soft", pytest.param("probs", marks=pytest.mark.slow)])
 def test_it_is_the_vote_of_few_or_of_all(plan, first, how):
     model = voting(PLANS[plan], vote=how)
     columns = {"centre": [4], "centre+mirror": [4, 9]}[first] if isinstance(first, str) else first
