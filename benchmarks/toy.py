@@ -2,6 +2,7 @@
 
 python benchmarks/toy.py run     trains what runs/toy still lacks (an hour), and stores the figures
 python benchmarks/toy.py table   prints the table of the stored figures
+python benchmarks/toy.py picture draws docs/figures/toy.svg from them: accuracy against multiply-adds
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ def run() -> None:
         compare.main(options.split())
         stored[epochs] = json.loads(Path(out, "compare.json").read_text())
     RESULTS.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+
+
+def picture() -> None:
+    """Of the networks trained for as many epochs."""
+    (epochs, stored), *_ = json.loads(RESULTS.read_text()).items()
+    where = f"700 toy test faces (synthetic), {epochs} epochs, three seeds"
+    compare.plot(ROOT / "docs" / "figures" / "toy.svg", stored["rows"], where)
 
 
 def table() -> str:
@@ -60,6 +68,8 @@ def table() -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["run"]:
         run()
-    elif sys.argv[1:] != ["table"]:
+    elif sys.argv[1:] not in (["table"], ["picture"]):
         sys.exit(__doc__)
+    if sys.argv[1:] != ["table"]:
+        picture()
     print(table())
