@@ -50,10 +50,10 @@ def hf_resnet() -> nn.Module:
     return randomise_norms(transformers.ResNetForImageClassification(config)).eval()
 
 
-def fer() -> nn.Module:
+def fer(width: int = 8) -> nn.Module:
     """Made by its class: timm's function adds the size of its images."""
     torch.manual_seed(0)
-    return randomise_norms(FerResNet18(width=8)).eval()
+    return randomise_norms(FerResNet18(width=width)).eval()
 
 
 def plain() -> nn.Module:

@@ -841,4 +841,4 @@ def test_real_fer2013(tmp_path, capsys):
         assert line in said
     shutil.copy(FER2013 / "ferplus.csv", tmp_path)
     plus = published(str(tmp_path / "ferplus.csv"), cache=tmp_path / "cache")
-    assert "176 without an image name" in plus.note
+    assert "173 without an image name" in plus.note

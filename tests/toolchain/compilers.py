@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import warnings
 from pathlib import Path
@@ -41,14 +42,18 @@ def _(_path: Path) -> None:
 
 @tool("torch.compile with Inductor", "training step and vote, dynamic batch", slow=True)
 def _(_path: Path) -> None:
-    model, plain = voting(), voting()
+    # Width 16: PyTorch 2.14 crashes in the backward of a strided 1 x 1 convolution of 8 channels_last channels.
+    make = functools.partial(networks.fer, 16)
+    model, plain = voting(make=make), voting(make=make)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for count in (2, 7):
         with torch.no_grad():
-            agree(compiled(images(count)), expected(count), 1e-4)
+            agree(compiled(images(count)), expected(count, make=make), 1e-4)
+    batch = images(4)
+    torch._dynamo.mark_dynamic(batch, 0)  # 2.14 cannot train through views whose sides are dynamic; 2.15 can
     loss = CropVoteLoss(nn.CrossEntropyLoss())
-    for step in (compiled, plain):
-        loss(step.train()(images(4)), TARGETS).backward()
+    for step in (torch.compile(model, fullgraph=True), plain):
+        loss(step.train()(batch), TARGETS).backward()
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         agree(one.grad, other.grad, 1e-3)
 
