@@ -71,7 +71,8 @@ HEADER = [
 TOOLS_HEADER = [
     "## PyTorch's tools",
     "",
-    "Made from the table in `tests/toolchain/`; each row is a test that compares with an independent oracle.",
+    "Made from the table in `tests/toolchain/`; each row is a test that compares with an independent oracle, with a",
+    "split at one site and at two (`layer1` mirrored, `layer2` cropped) where the column says so.",
     "",
 ]
 
@@ -147,10 +148,11 @@ def names(sites: list[str], most: int = 6) -> str:
 def tools() -> str:
     from toolchain import LIMITS, RAISES, TOOLS
 
-    lines = ["| tool | verdict | note |", "|---|---|---|"]
+    lines = ["| tool | verdict | sites | note |", "|---|---|---|---|"]
     for tool in TOOLS:
         verdict = "raises" if tool.name in RAISES else "does not work yet" if tool.name in LIMITS else "works"
-        lines.append(f"| {tool.name} | {verdict} | {LIMITS.get(tool.name) or tool.note} |")
+        sites = "one, two" if tool.splits else "one"
+        lines.append(f"| {tool.name} | {verdict} | {sites} | {LIMITS.get(tool.name) or tool.note} |")
     return "\n".join(lines)
 
 

@@ -182,17 +182,7 @@ def majority(views: list[list[float]]) -> int | None:
 
 def tail_rows(model: nn.Module, site: str, x: Tensor, cut: Cutter = ten_views) -> Tensor:
     """(N, V, K): an uninjected model's output for each view of the site's output, one view at a time."""
-    module = model.get_submodule(site)
-    caught: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: caught.append(output.clone()))
-    model(x)
-    handle.remove()
-    rows = []
-    for view in cut(caught[0]):
-        handle = module.register_forward_hook(lambda _module, _args, _output, view=view: view.clone())
-        rows.append(model(x))
-        handle.remove()
-    return torch.stack(rows, dim=1)
+    return nested_rows(model, [(site, cut)], x)
 
 
 def nested_rows(model: nn.Module, sites: Sequence[tuple[str, Cutter]], x: Tensor) -> Tensor:

@@ -12,16 +12,17 @@ import torch
 from torch import nn
 
 import networks
+import oracle
 from cropvote import CropVoteLoss, inject_crop_vote, remove_crop_vote, settings
-from toolchain.table import SIDE, TARGETS, agree, expected, images, tool, voting
+from toolchain.table import SIDE, TARGETS, Split, agree, expected, images, tool, voting
 
 
 @tool("torch.compile", "`fullgraph=True, dynamic=True`, compiled after the injection; settings changed later are seen")
-def _(_path: Path) -> None:
-    model = voting()
+def _(_path: Path, split: Split) -> None:
+    model = voting(split)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for count in (2, 3, 7):
-        agree(compiled(images(count)), expected(count))
+        agree(compiled(images(count)), expected(split, count))
     settings(model).eval_output = "views"
     assert compiled(images()).shape == (30, 7)
     settings(model).enabled = False
@@ -29,26 +30,26 @@ def _(_path: Path) -> None:
 
 
 @tool("torch.compile before the injection", "the injection and the removal are seen by the compiled model")
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     model = networks.fer()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     agree(compiled(images()), model(images()))
-    inject_crop_vote(model, after="layer2", input_size=SIDE)
+    inject_crop_vote(model, after=split.after, input_size=SIDE)
     for count in (2, 3):
-        agree(compiled(images(count)), expected(count))
+        agree(compiled(images(count)), expected(split, count))
     remove_crop_vote(model)
     agree(compiled(images()), networks.fer()(images()))
 
 
 @tool("torch.compile with Inductor", "training step and vote, dynamic batch", slow=True)
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     # Width 16: PyTorch 2.14 crashes in the backward of a strided 1 x 1 convolution of 8 channels_last channels.
     make = functools.partial(networks.fer, 16)
-    model, plain = voting(make=make), voting(make=make)
+    model, plain = voting(split, make=make), voting(split, make=make)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for count in (2, 7):
         with torch.no_grad():
-            agree(compiled(images(count)), expected(count, make=make), 1e-4)
+            agree(compiled(images(count)), expected(split, count, make), 1e-4)
     batch = images(4)
     torch._dynamo.mark_dynamic(batch, 0)  # 2.14 cannot train through views whose sides are dynamic; 2.15 can
     loss = CropVoteLoss(nn.CrossEntropyLoss())
@@ -59,52 +60,53 @@ def _(_path: Path) -> None:
 
 
 @tool("torch.export", "strict and not, dynamic batch; settings are frozen as they were at the export")
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     for strict in (True, False):
-        model = voting()
+        model = voting(split)
         batch = {0: torch.export.Dim("batch", min=2, max=64)}
         program = torch.export.export(model, (images(4),), dynamic_shapes=(batch,), strict=strict).module()
         settings(model).vote = "hard"  # too late
         for count in (2, 3, 7):
-            agree(program(images(count)), expected(count))
+            agree(program(images(count)), expected(split, count))
 
 
 @tool("torch.export, AOTInductor", "compiled package, dynamic batch", slow=True)
-def _(path: Path) -> None:
+def _(path: Path, split: Split) -> None:
     batch = {0: torch.export.Dim("batch", min=2, max=64)}
     with torch.no_grad():
-        program = torch.export.export(voting(), (images(4),), dynamic_shapes=(batch,))
+        program = torch.export.export(voting(split), (images(4),), dynamic_shapes=(batch,))
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(path / "model.pt2"))
     model = torch._inductor.aoti_load_package(package)
     for count in (2, 7):
-        agree(model(images(count)), expected(count), 1e-4)
+        agree(model(images(count)), expected(split, count), 1e-4)
 
 
 @tool("ONNX", "`torch.onnx.export(dynamo=True)`, dynamic batch, run in ONNX Runtime with 1, 2 and 7 images")
-def _(path: Path) -> None:
+def _(path: Path, split: Split) -> None:
     import onnxruntime
 
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
-    for make, site in ((networks.fer, "layer2"), (networks.plain, "0")):
+    first = Split("a Sequential's first module", "0", (("0", oracle.ten_views),))
+    for make, where in ((networks.fer, split), (networks.plain, first)):
         file = path / "model.onnx"
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             torch.onnx.export(
-                voting(site, make), (images(2),), file, dynamo=True, dynamic_shapes=(batch,), input_names=["images"]
+                voting(where, make), (images(2),), file, dynamo=True, dynamic_shapes=(batch,), input_names=["images"]
             )
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         for count in (1, 2, 7):
             found = session.run(None, {"images": images(count).numpy()})[0]
-            agree(torch.from_numpy(found), expected(count, site, make), 1e-4)
+            agree(torch.from_numpy(found), expected(where, count, make), 1e-4)
 
 
 @tool("torch.jit.trace", "any batch size; settings are frozen")
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
-        traced = torch.jit.trace(voting(), images(2))
+        traced = torch.jit.trace(voting(split), images(2))
     for count in (1, 2, 7):
-        agree(traced(images(count)), expected(count))
+        agree(traced(images(count)), expected(split, count))
 
 
 @tool("torch.jit.script", "use `torch.export`", raises=r"forward|argument|cropvote")

@@ -14,64 +14,64 @@ from torch import nn
 import networks
 import oracle
 from cropvote import inject_crop_vote, settings
-from toolchain.table import SIDE, agree, expected, images, tool, voting
+from toolchain.table import SIDE, Split, agree, expected, images, tool, voting
 
 
 @tool("copy.deepcopy and pickle", "the copy votes and has settings of its own")
-def _(_path: Path) -> None:
-    model = voting()
+def _(_path: Path, split: Split) -> None:
+    model = voting(split)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        agree(twin(images()), expected())
+        agree(twin(images()), expected(split))
         settings(twin).enabled = False
-        agree(model(images()), expected())
+        agree(model(images()), expected(split))
 
 
 @tool("state_dict", "the plain model's keys, loaded with `weights_only=True`, both ways")
-def _(path: Path) -> None:
-    torch.save(voting().state_dict(), path / "voting.pt")
+def _(path: Path, split: Split) -> None:
+    torch.save(voting(split).state_dict(), path / "voting.pt")
     torch.save(networks.fer().state_dict(), path / "plain.pt")
     torch.manual_seed(9)
-    other = voting(make=lambda: networks.FerResNet18(width=8).eval())
+    other = voting(split, make=lambda: networks.FerResNet18(width=8).eval())
     other.load_state_dict(torch.load(path / "plain.pt", weights_only=True))
-    agree(other(images()), expected())
+    agree(other(images()), expected(split))
     plain = networks.fer()
     plain.load_state_dict(torch.load(path / "voting.pt", weights_only=True))
     agree(plain(images()), networks.fer()(images()))
 
 
 @tool("meta device", "shapes without data, `to_empty`, weights loaded after the injection")
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     with torch.device("meta"):
         model = networks.FerResNet18(width=8).eval()
-    inject_crop_vote(model, after="layer2", input_size=SIDE)
+    inject_crop_vote(model, after=split.after, input_size=SIDE)
     assert model(images().to("meta")).shape == (3, 7)
     model.to_empty(device="cpu").load_state_dict(networks.fer().state_dict())
-    agree(model(images()), expected())
+    agree(model(images()), expected(split))
 
 
 @tool("autocast", "bfloat16 and float16; the vote is float32")
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
-            found = voting()(images())
-            assert voting().train()(images()).shape == (30, 7)
+            found = voting(split)(images())
+            assert voting(split).train()(images()).shape == (30, 7)
         assert found.dtype == torch.float32
-        agree(found, expected(), 0.05)
+        agree(found, expected(split), 0.05)
 
 
 @tool("float64, bfloat16, float16", "the vote is float64 for float64, else float32")
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.01)):
-        found = voting().to(dtype)(images(3, dtype))
+        found = voting(split).to(dtype)(images(3, dtype))
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        agree(found, expected(), tolerance)
+        agree(found, expected(split), tolerance)
 
 
 @tool("channels_last", "stays channels_last behind the split")
-def _(_path: Path) -> None:
-    model, seen = voting().to(memory_format=torch.channels_last), []
-    model.layer2.register_forward_hook(lambda module, args, output: seen.append(output))
-    agree(model(images().to(memory_format=torch.channels_last)), expected())
+def _(_path: Path, split: Split) -> None:
+    model, seen = voting(split).to(memory_format=torch.channels_last), []
+    model.layer4.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    agree(model(images().to(memory_format=torch.channels_last)), expected(split))
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 

@@ -7,26 +7,48 @@ refuse, each with the message; ``LIMITS`` are those that ought to work and do no
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import networks
 import oracle
-from cropvote import CropVoteLoss, inject_crop_vote
+from cropvote import CropVoteLoss, five_crop, hflip, inject_crop_vote
 
 SIDE = 48
 TARGETS = torch.tensor([0, 4, 6, 1])
 
 
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Where a network is split, for the library and for the oracle; views are ten."""
+
+    name: str
+    after: Any
+    by_hand: tuple[tuple[str, oracle.Cutter], ...]
+
+
+ONE = Split("one site", "layer2", (("layer2", oracle.ten_views),))
+TWO = Split(
+    "two sites", {"layer1": hflip(), "layer2": five_crop()},
+    (("layer1", oracle.flip_views), ("layer2", oracle.five_views)),
+)  # fmt: skip
+
+
 class Tool(NamedTuple):
     name: str
     note: str
-    check: Callable[[Path], None]
+    check: Callable[..., None]
     slow: bool = False
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """What the check runs with; one that takes no split has a network of its own."""
+        return (ONE, TWO) if "split" in inspect.signature(self.check).parameters else ()
 
 
 TOOLS: list[Tool] = []
@@ -37,7 +59,7 @@ LIMITS: dict[str, str] = {}
 def tool(name: str, note: str = "", *, raises: str = "", limit: str = "", slow: bool = False) -> Callable:
     """Enter a check in the table."""
 
-    def enter(check: Callable[[Path], None]) -> Callable[[Path], None]:
+    def enter(check: Callable[..., None]) -> Callable[..., None]:
         TOOLS.append(Tool(name, note, check, slow))
         if raises:
             RAISES[name] = raises
@@ -52,15 +74,20 @@ def images(count: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(count)).to(dtype)
 
 
-def voting(site: str = "layer2", make: Callable[[], nn.Module] = networks.fer, **options: object) -> nn.Module:
-    return inject_crop_vote(make(), after=site, input_size=SIDE, **options)
+def voting(split: Split = ONE, make: Callable[[], nn.Module] = networks.fer) -> nn.Module:
+    return inject_crop_vote(make(), after=split.after, input_size=SIDE)
+
+
+def rows(model: nn.Module, split: Split, count: int = 3) -> Tensor:
+    """(N, V, K) as the oracle's hooks and loops find them, on a model that was never injected."""
+    return oracle.nested_rows(model, split.by_hand, images(count))
 
 
 @functools.cache
-def expected(count: int = 3, site: str = "layer2", make: Callable[[], nn.Module] = networks.fer) -> Tensor:
-    """The soft vote as the oracle's hooks and loops find it, on a model that was never injected."""
+def expected(split: Split, count: int = 3, make: Callable[[], nn.Module] = networks.fer) -> Tensor:
+    """The soft vote of those rows."""
     with torch.no_grad():
-        return oracle.vote(oracle.tail_rows(make(), site, images(count)), "soft").float()
+        return oracle.vote(rows(make(), split, count), "soft").float()
 
 
 def agree(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
@@ -90,7 +117,7 @@ def agree_all(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: fl
 
 
 @functools.cache
-def oracle_gradients(site: str = "layer2") -> dict[str, Tensor]:
+def oracle_gradients(split: Split) -> dict[str, Tensor]:
     model = still(networks.fer())
-    oracle.loss_on_views(oracle.tail_rows(model, site, images(4)), TARGETS).backward()
+    oracle.loss_on_views(rows(model, split, 4), TARGETS).backward()
     return {name: p.grad for name, p in model.named_parameters()}

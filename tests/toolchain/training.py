@@ -18,12 +18,14 @@ from cropvote import CropVoteLoss, inject_crop_vote
 from toolchain.table import (
     SIDE,
     TARGETS,
+    Split,
     agree,
     agree_all,
     expected,
     gradients,
     images,
     oracle_gradients,
+    rows,
     still,
     tool,
     voting,
@@ -31,15 +33,15 @@ from toolchain.table import (
 
 
 @tool("an optimizer made before the injection", "trains the same parameters")
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     model = networks.fer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    inject_crop_vote(model, after="layer2", input_size=SIDE)
+    inject_crop_vote(model, after=split.after, input_size=SIDE)
     gradients(still(model))
     optimizer.step()
     moved = {name: (before[name] - p.detach()) / 0.1 for name, p in model.named_parameters()}
-    agree_all(moved, oracle_gradients(), 1e-4)
+    agree_all(moved, oracle_gradients(split), 1e-4)
 
 
 @tool("timm's param_groups_layer_decay", "the same groups as for the plain model")
@@ -56,12 +58,12 @@ def _(_path: Path) -> None:
 
 
 @tool("torch.utils.checkpoint", "of the front, the site and the tail, reentrant and not")
-def _(_path: Path) -> None:
+def _(_path: Path, split: Split) -> None:
     for reentrant in (False, True):
         for name in ("layer1", "layer2", "layer3"):
-            model = still(voting())
+            model = still(voting(split))
             _checkpointed(model.get_submodule(name), reentrant)
-            agree_all(gradients(model), oracle_gradients())
+            agree_all(gradients(model), oracle_gradients(split))
 
 
 def _checkpointed(module: nn.Module, reentrant: bool) -> None:
@@ -75,23 +77,23 @@ def _checkpointed(module: nn.Module, reentrant: bool) -> None:
 
 
 @tool("timm's set_grad_checkpointing", "on before or after the injection")
-def _(_path: Path) -> None:
-    wanted = gradients(still(voting(make=networks.timm_resnet)))
+def _(_path: Path, split: Split) -> None:
+    wanted = gradients(still(voting(split, make=networks.timm_resnet)))
     for early in (True, False):
         model = networks.timm_resnet()
         if early:
             model.set_grad_checkpointing(True)
-        inject_crop_vote(model, after="layer2", input_size=SIDE)
+        inject_crop_vote(model, after=split.after, input_size=SIDE)
         model.set_grad_checkpointing(True)
         agree_all(gradients(still(model)), wanted)
 
 
 @tool("EMA", "`timm.utils.ModelEmaV3` and `torch.optim.swa_utils.AveragedModel`")
-def _(_path: Path) -> None:
-    model = voting()
+def _(_path: Path, split: Split) -> None:
+    model = voting(split)
     averages = {"ema": timm.utils.ModelEmaV3(model, decay=0.25), "mean": torch.optim.swa_utils.AveragedModel(model)}
     for average in averages.values():
-        agree(average.eval()(images()), expected())
+        agree(average.eval()(images()), expected(split))
     with torch.no_grad():
         averages["mean"].update_parameters(model)
         model.fc.weight.mul_(2)
@@ -101,25 +103,25 @@ def _(_path: Path) -> None:
         plain = networks.fer()
         with torch.no_grad():
             plain.fc.weight.mul_(1 + share)
-        agree(averages[name](images()), oracle.vote(oracle.tail_rows(plain, "layer2", images()), "soft"))
+        agree(averages[name](images()), oracle.vote(rows(plain, split), "soft"))
 
 
 @tool("torch.func", "`functional_call`, `vmap` over models, `grad`")
-def _(_path: Path) -> None:
-    model = voting()
+def _(_path: Path, split: Split) -> None:
+    model = voting(split)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    agree(torch.func.functional_call(model, state, (images(),)), expected())
+    agree(torch.func.functional_call(model, state, (images(),)), expected(split))
     stacked = {name: torch.stack([t, t]) for name, t in state.items()}
     batch = images()
     found = torch.func.vmap(lambda s: torch.func.functional_call(model, s, (batch,)))(stacked)
     for one in found:
-        agree(one, expected())
+        agree(one, expected(split))
     loss = CropVoteLoss(nn.CrossEntropyLoss())
     still(model)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     batch = images(4)
     found = torch.func.grad(lambda s: loss(torch.func.functional_call(model, s, (batch,)), TARGETS))(parameters)
-    agree_all(found, oracle_gradients())
+    agree_all(found, oracle_gradients(split))
 
 
 class Faces(torch.utils.data.Dataset):
@@ -137,13 +139,13 @@ class Faces(torch.utils.data.Dataset):
 
 
 @tool("Lightning", "`CropVoteLoss` in `training_step`, the vote in `validation_step`: docs/recipes.md")
-def _(path: Path) -> None:
+def _(path: Path, split: Split) -> None:
     import lightning
 
     class Classifier(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = still(voting())
+            self.model = still(voting(split))
             self.loss = CropVoteLoss(nn.CrossEntropyLoss(), views=10)
 
         def training_step(self, batch: list[Tensor], _index: int) -> Tensor:
@@ -151,7 +153,7 @@ def _(path: Path) -> None:
             return self.loss(self.model(batch[0]), batch[1])
 
         def on_after_backward(self) -> None:
-            agree_all({name: p.grad.clone() for name, p in self.model.named_parameters()}, oracle_gradients())
+            agree_all({name: p.grad.clone() for name, p in self.model.named_parameters()}, oracle_gradients(split))
             self.trained = True
 
         def validation_step(self, batch: list[Tensor], _index: int) -> None:
@@ -168,7 +170,7 @@ def _(path: Path) -> None:
     )  # fmt: skip
     trainer.fit(module, loader, loader)
     assert module.trained
-    agree(module.votes, expected(4))
+    agree(module.votes, expected(split, 4))
 
 
 @tool("Hugging Face's Trainer", "`compute_loss_func=`, since a loss computed inside the model would precede the vote")
@@ -190,11 +192,11 @@ def _(path: Path) -> None:
     data = Faces("pixel_values", "labels")
     trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, compute_loss_func=loss)
     trainer.train()
-    assert [rows for rows, _ in losses] == [40, 40]
+    assert [count for count, _ in losses] == [40, 40]
     found = trainer.predict(data)
-    rows = oracle.tail_rows(_logits(networks.hf_resnet()), "model.resnet.encoder.stages.1", images(4))
+    wanted = oracle.tail_rows(_logits(networks.hf_resnet()), "model.resnet.encoder.stages.1", images(4))
     model.load_state_dict(networks.hf_resnet().state_dict())  # BatchNorm's statistics moved
-    agree(torch.from_numpy(trainer.predict(data).predictions), oracle.vote(rows, "soft"))
+    agree(torch.from_numpy(trainer.predict(data).predictions), oracle.vote(wanted, "soft"))
     assert found.predictions.shape == (4, 7)
 
 
@@ -217,12 +219,12 @@ def _(_path: Path) -> None:
 
 
 @tool("timm's training loop", "mixup's soft targets, NativeScaler, ModelEmaV3, CheckpointSaver and its resume")
-def _(path: Path) -> None:
+def _(path: Path, split: Split) -> None:
     import timm.data
     import timm.loss
     import timm.scheduler
 
-    model = voting(make=networks.timm_resnet).train()
+    model = voting(split, make=networks.timm_resnet).train()
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.8)
     scheduler, _ = timm.scheduler.create_scheduler_v2(optimizer, num_epochs=2)
     mixup = timm.data.Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=7)
@@ -240,8 +242,7 @@ def _(path: Path) -> None:
         saver.save_checkpoint(epoch, metric=float(epoch))
     plain = networks.timm_resnet()
     timm.models.load_checkpoint(plain, str(path / "last.pth.tar"))
-    rows = oracle.tail_rows(plain, "layer2", images())
-    agree(model.eval()(images()), oracle.vote(rows, "soft"), 1e-4)
+    agree(model.eval()(images()), oracle.vote(rows(plain, split), "soft"), 1e-4)
     assert ema(images()).shape == (3, 7)
 
 
@@ -253,15 +254,16 @@ def _(_path: Path) -> None:
 
 
 @tool("timm's forward_features and forward_head", "a row per view behind the site: the vote is in `forward`")
-def _(_path: Path) -> None:
-    model = voting(make=networks.timm_resnet)
+def _(_path: Path, split: Split) -> None:
+    model = voting(split, make=networks.timm_resnet)
     features = model.forward_features(images())
     assert features.shape[0] == 30
-    rows = oracle.tail_rows(networks.timm_resnet(), "layer2", images())
-    agree(model.forward_head(features), oracle.sample_major(list(rows.unbind(1))))
+    wanted = rows(networks.timm_resnet(), split)
+    agree(model.forward_head(features), oracle.sample_major(list(wanted.unbind(1))))
 
 
 @tool("timm's forward_intermediates", "the maps behind the site hold a row per view, those in front a row per image")
-def _(_path: Path) -> None:
-    _, maps = voting(make=networks.timm_resnet).forward_intermediates(images())
-    assert [len(x) for x in maps] == [3, 3, 30, 30, 30]
+def _(_path: Path, split: Split) -> None:
+    _, maps = voting(split, make=networks.timm_resnet).forward_intermediates(images())
+    counts = {"one site": [3, 3, 30, 30, 30], "two sites": [3, 6, 30, 30, 30]}
+    assert [len(x) for x in maps] == counts[split.name]
