@@ -30,7 +30,7 @@ from cropvote import inject_crop_vote, vote
 from data import load
 from data.toy import CLASSES, toy_faces
 from keeping import KeptError, load_model, save_model, start_from, write_whole
-from learner import read
+from learner import Learner, read
 from machines import Machine, machine
 from model import fer_resnet18
 from results import costs
@@ -483,6 +483,39 @@ def test_reading_leaves_a_batch_alone():
     assert torch.allclose(whole, parts, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_faces_and_labels_are_mixed_in_the_same_shares(options):
+    """Faces of one colour each, by class: what is seen of a colour is the share of its class; no two steps alike."""
+    torch.manual_seed(0)
+    mix = Learner(Config(after="none", width=4, **options), CLASSES, 1, HERE).mix
+    labels = torch.arange(7)
+    faces = labels.view(7, 1, 1, 1).expand(7, 3, 48, 48).float()
+    seen = set()
+    for _ in range(12):
+        mixed, shares = mix(faces, labels)
+        assert torch.allclose(shares.sum(1), torch.ones(7))
+        assert torch.allclose(mixed.mean((1, 2, 3)), shares @ labels.float(), atol=1e-4)
+        seen.add((len(mixed[1].unique()), round(float(shares.max()), 4)))
+    assert len(seen) > 6
+    kinds = {one for one, _ in seen if one}  # a pasted face has two colours, a mixed one a colour between them
+    assert kinds == ({1, 2} if len(options) == 2 else {1} if "mixup" in options else {1, 2} & kinds | {2})
+    assert Learner(Config(after="none", width=4), CLASSES, 1, HERE).mix is None
+
+
+def test_a_step_on_mixed_faces_is_one_on_their_shares():
+    """The loss of a voting network: every view against the shares, by the formula."""
+    torch.manual_seed(0)
+    learner = Learner(Config(after="layer3", width=4, batch=8, rate=1e-8, mixup=0.4), CLASSES, 1, HERE)
+    faces, labels = torch.randn(8, 3, 48, 48), torch.arange(8) % 7
+    learner.model.train()
+    torch.manual_seed(3)
+    found = learner.learn(faces, labels)
+    torch.manual_seed(3)
+    mixed, shares = learner.mix(faces, labels)
+    rows = learner.model(mixed).detach().unflatten(0, (8, 10)).log_softmax(2)
+    assert found == pytest.approx(float(-(rows * shares.unsqueeze(1)).sum(2).mean()), abs=1e-3)
+
+
 # --- slow: other processes -------------------------------------------------------------------------------------------
 
 
@@ -493,7 +526,7 @@ def command(*arguments: object) -> list[str]:
 @pytest.mark.slow
 def test_killed_and_resumed_reaches_the_same_numbers(tmp_path):
     """SIGKILL in the middle of an epoch: losses, scores and weights are those of a run without it, bit for bit."""
-    options = (*SMALL, "--epochs", 4, "--limit", 256, "--ema", 0.9)
+    options = (*SMALL, "--epochs", 4, "--limit", 256, "--ema", 0.9, "--mixup", 0.2, "--cutmix", 1)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(*options, "--out", tmp_path / "whole"), check=True, env=env)
     killed = subprocess.Popen(command(*options, "--out", tmp_path / "killed"), env=env)
@@ -607,3 +640,5 @@ def test_config_is_checked_wherever_it_comes_from():
         Config(target="smile")
     with pytest.raises(ValueError, match="--label-smoothing is for"):
         Config(target="valence-arousal", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="--mixup and --cutmix are for"):
+        Config(target="valence-arousal", cutmix=1.0)

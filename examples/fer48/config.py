@@ -59,6 +59,15 @@ class Config(Strengths):
     warmup: float = option(0.3, "onecycle: the share of the steps in which the rate rises", least=0.0, most=1.0)
     weight_decay: float = option(0.0, "of the optimizer", least=0.0, most=1.0)
     label_smoothing: float = option(0.0, "of the cross-entropy", least=0.0, most=0.9)
+    mixup: float = option(
+        0.0, "mix pairs of faces and their labels; the parameter of the share's Beta law", least=0.0, most=10.0
+    )
+    cutmix: float = option(
+        0.0,
+        "paste a part of one face into another; with --mixup, one of the two a step",
+        least=0.0,
+        most=10.0,
+    )
     ema: float = option(
         0.0,
         "score and keep an average of the weights, of this decay a step; 0: themselves",
@@ -82,6 +91,8 @@ class Config(Strengths):
             check(one, getattr(self, one.name))
         if self.target == VALENCE_AROUSAL and self.label_smoothing:
             raise ValueError("--label-smoothing is for --target expression.")
+        if self.target == VALENCE_AROUSAL and (self.mixup or self.cutmix):
+            raise ValueError("--mixup and --cutmix are for --target expression.")
         if self.retrain and self.learn == "train+val":
             raise ValueError("--retrain chooses the number of epochs on validation faces; --learn train+val has none.")
 

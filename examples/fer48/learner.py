@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
 from batches import to_input
 from config import VALENCE_AROUSAL, Config
@@ -30,6 +31,7 @@ class Learner:
         if config.init:
             start_from(model, config.init, outputs)
         self.model = model.to(here.device).to(memory_format=self._layout())
+        self.mix = _mixing(config, len(outputs))
         self.loss = CropVoteLoss(nn.MSELoss() if mood else nn.CrossEntropyLoss(label_smoothing=config.label_smoothing))
         self.optimizer = _optimizer(self.model, config, here)
         self.schedule = _schedule(self.optimizer, config, steps)
@@ -55,6 +57,8 @@ class Learner:
 
     def learn(self, x: Tensor, targets: Tensor) -> Tensor:
         """One step on a batch, (n, 3, H, W); returns its loss, on the device."""
+        if self.mix is not None:
+            x, targets = self.mix(x, targets)
         with self.here.autocast():
             loss: Tensor = self.loss(self.network(x.contiguous(memory_format=self._layout())), targets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -97,6 +101,13 @@ def _optimizer(model: nn.Module, config: Config, here: Machine) -> torch.optim.O
         return torch.optim.SGD(groups, config.rate, momentum=0.9, nesterov=True, fused=fused)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, config.rate, fused=fused)
+
+
+def _mixing(config: Config, classes: int) -> nn.Module | None:
+    """Faces (n, 3, H, W) and labels (n,) -> mixed faces and shares of the classes (n, classes)."""
+    kinds = {MixUp: config.mixup, CutMix: config.cutmix}
+    mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds.items() if alpha]
+    return RandomChoice(mixes) if mixes else None
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> LRScheduler:

@@ -1,0 +1,153 @@
+"""What voting inside the network is worth on FER2013: docs/results.md.
+
+    python benchmarks/fer2013.py train full --data fer2013.csv --minutes 9    trains what is missing, on a GPU
+    python benchmarks/fer2013.py train small --data fer2013.csv               narrow networks, on two CPU cores
+    python benchmarks/fer2013.py score full      benchmarks/results/fer2013.json from the logits, then the page
+    python benchmarks/fer2013.py page            docs/results.md and its pictures from that file
+
+PublicTest decides everything (epoch, confidence, which views); PrivateTest is only scored. A run ends with one small
+file in runs/fer2013/LIST, the logits of every view, which is all that the figures need and the sign that it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cropvote import hflip, inject_crop_vote, profile, remove_crop_vote, ten_crop
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs" / "fer2013"
+sys.path.insert(0, str(ROOT / "examples" / "fer48"))
+
+import compare  # noqa: E402
+import fer2013_page as page  # noqa: E402
+import fer2013_scores as results  # noqa: E402
+from config import PLANS, from_dict, sites_of  # noqa: E402
+from data.sources import Split  # noqa: E402
+from keeping import load_model, write_whole  # noqa: E402
+from learner import read  # noqa: E402
+from machines import Machine, machine  # noqa: E402
+from model import fer_resnet18  # noqa: E402
+from train import EXPECTED, read_faces  # noqa: E402
+
+#: The runs of a list, in the order in which they are worth having; options of compare.py, seed by seed.
+LISTS = {
+    "full": [
+        f"--recipe fer2013 --fast --sites none layer1 {PLANS[0]} --seeds 0 1 2",
+        "--recipe rafdb --fast --sites none layer1 --seeds 0",  # the paper's, as it stands
+        f"--recipe fer2013 --fast --sites layer3 input layer2 {' '.join(PLANS[1:])} --seeds 0 1 2",
+    ],
+    "small": [
+        f"--recipe toy --width 8 --batch 32 --limit 8000 --epochs 10 --sites none {PLANS[0]} layer1 --seeds 0 1 2",
+    ],
+}
+
+
+def train(name: str, data: str, minutes: float, out: Path) -> None:
+    """Every run of a list that has no file yet, as long as another one of its kind is likely to fit into the time."""
+    started, taken = time.monotonic(), dict[str, float]()
+    for line in LISTS[name]:
+        config, sites, seeds = compare.parse([*shlex.split(line), "--data", data, "--out", str(out)])
+        for seed, site in [(seed, site) for seed in seeds for site in sites]:
+            file = out / f"{config.recipe}-{site}-{seed}.npz"
+            if file.exists():
+                continue
+            begun = time.monotonic()
+            if begun - started + taken.get(site, 0) > 60 * minutes:
+                print(f"{(begun - started) / 60:.1f} minutes: {file.stem} and what follows are left for the next call.")
+                return
+            mine = dataclasses.replace(config, out=str(out / config.recipe), final_test=True)
+            with machine(config.device, config.precision, config.fast) as here:
+                keep(file, compare.one_run(mine, site, seed, here), here)
+            taken[site] = time.monotonic() - begun
+
+
+def keep(file: Path, result: dict[str, Any], here: Machine) -> None:
+    """The logits of every view of one finished run in float16, on both splits, and what the run was."""
+    model, card = load_model(result["out"])
+    splits = read_faces(from_dict(result["config"])).splits
+    val, test = splits["val"], splits["test"]
+    arrays: dict[str, Any] = {"val_labels": val.labels.numpy(), "test_labels": test.labels.numpy()}
+    arrays["copies"] = copied(test, [splits["train"], val])
+    ways = {"views": None}
+    if card["after"] == "none":  # and what the plain network says of its input's mirror images and crops
+        ways |= {"mirrored": hflip(), "cropped": ten_crop()}
+    for way, views in ways.items():
+        if views is not None:
+            inject_crop_vote(model, after="input", views=views, input_size=48)
+        for split, faces in (("val", val), ("test", test)):
+            rows = read(model.to(here.device), faces.images, here, voting=way != "views" or card["after"] != "none")
+            arrays[f"{split}_{way}"] = rows.numpy().astype(np.float16)
+        if views is not None:
+            remove_crop_vote(model)
+    told = {key: value for key, value in result.items() if key not in ("votes", "summary", "split", "out")}
+    told |= {"gmacs": gmacs(card), "commit": commit(), "command": shlex.join(sys.argv)}
+    stored = io.BytesIO()
+    np.savez_compressed(stored, **arrays, told=json.dumps(told))
+    write_whole(file, lambda handle: handle.write(stored.getvalue()))
+
+
+def copied(test: Split, learned: list[Split]) -> np.ndarray:
+    """(n,) bool: which test faces are, pixel for pixel, among the faces that the run has learnt or chosen by."""
+    known = {image.tobytes() for split in learned for image in split.images.numpy()}
+    return np.array([image.tobytes() in known for image in test.images.numpy()])
+
+
+def gmacs(card: dict[str, Any]) -> dict[str, float]:
+    """Of one face: by the number of views, and of the plain network alone."""
+    site = sites_of(card["after"]) if card["after"] != "none" else "input"
+    table = profile(fer_resnet18(num_classes=len(card["outputs"]), width=card["width"]), 48, sites=[site])
+    by_views = {str(count): cost for count, cost in list(table)[-1].gmacs_by_views.items()}
+    # Five crops without mirror: four tails more than one view; ten views have eight more than centre and mirror.
+    by_views["5"] = by_views["1"] + (by_views["10"] - by_views["2"]) / 2
+    return {**by_views, "plain": table["baseline"].gmacs}
+
+
+def commit() -> str:
+    """The commit of this checkout, where it is one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    return found.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    summary, _, commands = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=("train", "score", "page"))
+    parser.add_argument("list", choices=tuple(LISTS), nargs="?", help="of runs; see LISTS")
+    parser.add_argument("--data", default="", metavar="PATH", help="FER2013, in any layout that check_data.py knows")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no run that is likely to end after them")
+    parser.add_argument("--runs", default=str(RUNS), metavar="FOLDER", help="default: runs/fer2013")
+    options = parser.parse_args()
+    if options.step != "page" and not options.list:
+        parser.error(f"name a list: {', '.join(LISTS)}")
+    if options.step == "train" and not options.data:
+        parser.error("train needs --data PATH")
+    folder = Path(options.runs) / str(options.list)
+    try:
+        if options.step == "train":
+            folder.mkdir(parents=True, exist_ok=True)
+            train(options.list, options.data, options.minutes, folder)
+        elif options.step == "score":
+            results.store(options.list, [results.Run(file) for file in sorted(folder.glob("*.npz"))])
+    except EXPECTED as error:
+        sys.exit(f"fer2013.py: {error}")
+    if options.step != "train":
+        page.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""docs/results.md and its pictures, from benchmarks/results/fer2013.json."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from compare import COLOURS, mean_and_sd, spread
+from config import in_words
+from fer2013_scores import ALL, CROPPED, MIRRORED, PLAIN, STORED, SURE
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, FIGURES = ROOT / "docs" / "results.md", ROOT / "docs" / "figures"
+#: What a list is, for the page; the first one that was run is the one of the pictures.
+TITLES = {
+    "full": "All faces, the paper's width",
+    "small": "8,000 faces, a narrow network",
+}
+Found = dict[str, Any]
+Group = tuple[str, list[Found]]
+
+
+def write() -> None:
+    stored: dict[str, list[Found]] = json.loads(STORED.read_text())
+    lines = [
+        "# Results on FER2013",
+        "",
+        "Made by `benchmarks/fer2013.py`. Networks learn from Training; PublicTest chooses epoch, confidence, views;",
+        "PrivateTest is only scored. Figures are in %, mean ± standard deviation over the seeds; the same seed gives",
+        "every network the same start and order of faces. *Without copies*: without the test faces that are,",
+        "pixel for pixel, among those learnt or chosen by. *won : lost*: the faces that only this network, or only the",
+        "other one of the same seed, gets right; p: McNemar's exact test, seed by seed.",
+        "",
+    ]
+    for name, title in TITLES.items():
+        if name not in stored:
+            lines += [f"## {title}", "", f"Not run yet (`python benchmarks/fer2013.py train {name}`).", ""]
+            continue
+        lines += [f"## {title}", "", *section(stored[name])]
+        for stem, draw, text in PICTURES:
+            if name == next(one for one in TITLES if one in stored):
+                figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+                draw(figure.subplots(), main_recipe(stored[name]))
+                figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+                figure.savefig(FIGURES / f"fer2013_{stem}.svg", metadata={"Date": None})
+                lines += [f"![{text}](figures/fer2013_{stem}.svg)", ""]
+    PAGE.write_text("\n".join(lines))
+
+
+def section(runs: list[Found]) -> list[str]:
+    lines = []
+    for recipe in dict.fromkeys(run["config"]["recipe"] for run in runs):
+        mine = [run for run in runs if run["config"]["recipe"] == recipe]
+        one, grouped = mine[0], groups(mine)
+        config = one["config"]
+        seeds = sorted({run["config"]["seed"] for run in mine})
+        lines += [
+            f"Recipe `{recipe}`: width {config['width']} ({one['parameters']:,} parameters), {config['epochs']} epochs "
+            f"of {one['data']['faces']['train']:,} faces, batch {config['batch']}{', --fast' * config['fast']}; seeds "
+            f"{', '.join(map(str, seeds))}; {one['faces']:,} faces of {one['data']['names']['test']}, {one['copies']} "
+            f"of them copies; torch {one['versions']['torch']}, {one['versions']['device']}; commit {one['commit']}.",
+            "", *accuracy(grouped), "", *training(grouped), "", *views(grouped), "", *classes(grouped), "",
+        ]  # fmt: skip
+    return lines
+
+
+def groups(runs: list[Found]) -> list[Group]:
+    """Runs that differ in the seed alone, by site, the plain network first."""
+    found: dict[str, list[Found]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run["config"]["after"] != "none", run["config"]["seed"])):
+        found[run["config"]["after"]].append(run)
+    return list(found.items())
+
+
+def rows_of(runs: list[Found]) -> dict[tuple[str, str], list[Found]]:
+    """The rows of several seeds by way and vote."""
+    found: dict[tuple[str, str], list[Found]] = defaultdict(list)
+    for run in runs:
+        for row in run["rows"]:
+            found[row["way"], row["vote"]].append(row)
+    return found
+
+
+def accuracy(grouped: list[Group]) -> list[str]:
+    lines = [
+        "| network | asked | vote | GMACs a face | PrivateTest | without copies | won : lost (p) against plain "
+        "| against plain, mirror image averaged |",
+        "|---|---|---|---:|---:|---:|---|---|",
+    ]
+    for site, runs in grouped:
+        for (way, how), rows in rows_of(runs).items():
+            tests = [", ".join(_test(row["against"][other]) for row in rows if other in row["against"]) or "–"
+                     for other in (PLAIN, MIRRORED)]  # fmt: skip
+            gmacs = statistics.mean(row["gmacs"] for row in rows)
+            scores = [spread([row[key] for row in rows]) for key in ("accuracy", "without_copies")]
+            cells = [in_words(site), way, "–" if way == PLAIN else how, f"{gmacs:.3f}", *scores, *tests]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _test(found: dict[str, Any]) -> str:
+    return f"{found['won']} : {found['lost']} ({found['p']:.2g})"
+
+
+def training(grouped: list[Group]) -> list[str]:
+    """Time, and how well the probabilities fit: expected calibration error of one view and of the vote."""
+    lines = [
+        "| network | training, faces / s | minutes | memory of a training face, MiB | calibration error, one view "
+        "| of the soft vote |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for site, runs in grouped:
+        errors = [
+            spread([run["calibration"][what]["ece"] for run in runs]) if what in runs[0]["calibration"] else "–"
+            for what in ("one view", "soft vote")
+        ]
+        rate = statistics.median(run["faces_per_second"] for run in runs)
+        minutes = statistics.mean(run["seconds"] for run in runs) / 60
+        cells = [in_words(site), f"{rate:,.0f}", f"{minutes:.1f}", f"{runs[0]['train_mib']:.2f}", *errors]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def views(grouped: list[Group]) -> list[str]:
+    """Which views earn their keep."""
+    voting = [(site, runs) for site, runs in grouped if site != "none"]
+    sizes = range(1, 11)
+    lines = [
+        "Views added one by one, each time the one that helps most on PublicTest; accuracy on PrivateTest by their",
+        "number (views 0–4 are crops, 4 the centre; 5–9 the same of the mirrored map):",
+        "",
+        f"| network | {' | '.join(map(str, sizes))} | order, by seed |",
+        f"|---|{'---:|' * len(sizes)}---|",
+    ]
+    for site, runs in voting:
+        cells = [f"{100 * statistics.mean(run['greedy']['accuracy'][size - 1] for run in runs):.1f}" for size in sizes]
+        orders = "; ".join(" ".join(map(str, run["greedy"]["order"])) for run in runs)
+        lines.append(f"| {' | '.join([in_words(site), *cells, orders])} |")
+    return lines
+
+
+def classes(grouped: list[Group]) -> list[str]:
+    """Recall of every class, soft vote of all views."""
+    names = grouped[0][1][0]["outputs"]
+    lines = [f"| recall | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for site, runs in grouped:
+        cells = [spread([run["recall"][name] for run in runs]) for name in names]
+        lines.append(f"| {' | '.join([in_words(site), *cells])} |")
+    return lines
+
+
+def main_recipe(runs: list[Found]) -> list[Group]:
+    """The groups of the recipe with the most runs."""
+    recipes = [run["config"]["recipe"] for run in runs]
+    most = max(dict.fromkeys(recipes), key=recipes.count)
+    return groups([run for run in runs if run["config"]["recipe"] == most])
+
+
+def draw_cost(axes: Axes, grouped: list[Group]) -> None:
+    """Accuracy against multiply-adds: a line a network, from one view to ten."""
+    marks = {PLAIN: "o", MIRRORED: "D", CROPPED: "s", SURE: "*"}
+    for site, runs in grouped:
+        rows = {way: rows for (way, how), rows in rows_of(runs).items() if how == "soft"}
+        points = {
+            way: (statistics.mean(r["gmacs"] for r in found), *mean_and_sd([r["accuracy"] for r in found]))
+            for way, found in rows.items()
+        }
+        line = sorted(points[way][:2] for way in points if way not in marks)
+        axes.plot(*zip(*line, strict=True), color=COLOURS[site], lw=1) if line else None
+        for way, (cost, mean, sd) in points.items():
+            last = way in (ALL, PLAIN, MIRRORED, CROPPED)
+            label = {ALL: in_words(site), PLAIN: "plain"}.get(way, f"plain, {way}") if last else None
+            fill, size = "white" if way in (MIRRORED, CROPPED) else None, 11 if way == SURE else 6
+            axes.errorbar(cost, mean, sd, fmt=marks.get(way, "o"), ms=size, capsize=3, lw=0.8, color=COLOURS[site],
+                          mfc=fill, label=label)  # fmt: skip
+        if PLAIN in points:
+            axes.axhline(points[PLAIN][1], lw=0.8, ls="--", color="#888888", zorder=0)
+    axes.set(xscale="log", xlabel="GMACs a face (log); one, two, five, ten views; stars: ten only where two are unsure",
+             ylabel="accuracy on PrivateTest, %")  # fmt: skip
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
+
+
+def draw_views(axes: Axes, grouped: list[Group]) -> None:
+    """Accuracy by the number of views, the most helpful first."""
+    for site, runs in grouped:
+        if site == "none":
+            mean, _ = mean_and_sd([run["rows"][0]["accuracy"] for run in runs])
+            axes.axhline(mean, ls="--", color="#888888", label="plain")
+            continue
+        sizes = range(1, len(runs[0]["greedy"]["accuracy"]) + 1)
+        means, sds = zip(*[mean_and_sd([run["greedy"]["accuracy"][s - 1] for run in runs]) for s in sizes], strict=True)
+        axes.errorbar(sizes, means, sds, marker="o", ms=4, capsize=3, color=COLOURS[site], label=in_words(site))
+    axes.set(xlabel="number of views, the most helpful on PublicTest first", ylabel="accuracy on PrivateTest, %")
+
+
+def draw_reliability(axes: Axes, grouped: list[Group]) -> None:
+    """Accuracy against confidence, the first seed."""
+    axes.plot([0, 100], [0, 100], lw=0.8, ls="--", color="#888888")
+    for site, runs in grouped:
+        for what, found in runs[0]["calibration"].items():
+            bins = [one for one in found["bins"] if one["faces"] >= 20]
+            points = [[100 * one[key] for one in bins] for key in ("confidence", "accuracy")]
+            name, dotted = in_words(site), site != "none" and what == "one view"
+            label = f"{name}{', one of them alone' * dotted}: {100 * found['ece']:.1f}"
+            axes.plot(*points, marker="o", ms=4, color=COLOURS[site], ls=":" if dotted else "-", label=label)
+    axes.set(xlabel="probability of the class, % (bins of 20 faces and more)", ylabel="right on PrivateTest, %")
+    axes.set_title("with the expected calibration error", fontsize=9)
+
+
+PICTURES: list[tuple[str, Callable[[Axes, list[Group]], None], str]] = [
+    ("cost", draw_cost, "Accuracy against multiply-adds of every network, by the number of views."),
+    ("views", draw_views, "Accuracy by the number of views."),
+    ("reliability", draw_reliability, "Reliability diagram: how often a class of that probability is right."),
+]

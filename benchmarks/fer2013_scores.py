@@ -1,0 +1,142 @@
+"""From the logits of finished runs to figures: benchmarks/results/fer2013.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from compare import mcnemar
+from cropvote import agreement, choose_confidence
+from scoring import HOWS, predictions, score
+
+STORED = Path(__file__).parent / "results" / "fer2013.json"
+BINS = 10
+#: The views of ten that are computed where fewer than all are; they stand in the order of ten_crop().
+FEW = {"centre": [4], "centre + mirror": [4, 9], "five crops": [0, 1, 2, 3, 4]}
+ALL, SURE = "ten views", "until sure"
+PLAIN, MIRRORED, CROPPED = "plain", "averaged with the mirror image", "ten crops of the input"
+
+
+class Run:
+    """What one run left: ``told``, the words and numbers about it, and the arrays of its file."""
+
+    def __init__(self, file: Path) -> None:
+        self.name = file.stem
+        with np.load(file, allow_pickle=False) as arrays:
+            self.told: dict[str, Any] = json.loads(str(arrays["told"]))
+            self.arrays = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "told"}
+        self.site: str = self.told["config"]["after"]
+        self.labels, self.copies = self.arrays["test_labels"], self.arrays["copies"]
+
+    def logits(self, split: str, way: str = "views") -> Tensor:
+        """(n, v, k) in float32."""
+        return self.arrays[f"{split}_{way}"].float()
+
+    def ways(self) -> dict[str, tuple[float, dict[str, Tensor]]]:
+        """By each way of asking this network: GMACs of a face, and the classes of the test faces by each vote."""
+        cost, rows = self.told["gmacs"], self.logits("test")
+        if self.site == "none":
+            twice, cropped = self.logits("test", "mirrored"), self.logits("test", "cropped")
+            return {
+                PLAIN: (cost["plain"], {"soft": predictions(rows, "soft")}),
+                MIRRORED: (2 * cost["plain"], {"soft": predictions(twice, "soft")}),
+                CROPPED: (cost["10"], _votes(cropped)),
+            }
+        found = {name: (cost[str(len(views))], _votes(rows[:, views])) for name, views in FEW.items()}
+        return {**found, SURE: self._until_sure(rows), ALL: (cost["10"], _votes(rows))}
+
+    def _until_sure(self, rows: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """All views only where centre and mirror are unsure; the confidence is chosen on the validation faces."""
+        cost, first = self.told["gmacs"], FEW["centre + mirror"]
+        confidence = choose_confidence(self.logits("val"), self.arrays["val_labels"], first=first)
+        sure = rows[:, first].mean(1).softmax(1).max(1).values > confidence
+        votes = torch.where(sure, predictions(rows[:, first], "soft"), predictions(rows, "soft"))
+        share = float(sure.double().mean())
+        return share * cost["2"] + (1 - share) * cost["10"], {"soft": votes}
+
+
+def store(name: str, runs: list[Run]) -> None:
+    """Put the figures of a list of runs into the file, in the place of that list's older ones."""
+    kept = json.loads(STORED.read_text()) if STORED.exists() else {}
+    plain = {(run.told["config"]["recipe"], run.told["config"]["seed"]): run for run in runs if run.site == "none"}
+    kept[name] = [figures(run, plain) for run in runs]
+    STORED.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def figures(run: Run, plain: dict[tuple[str, int], Run]) -> dict[str, Any]:
+    """Everything that is told of one run; ``plain`` are the plain runs by recipe and seed."""
+    config = run.told["config"]
+    beside = plain.get((config["recipe"], config["seed"]))
+    others = {name: classes["soft"] for name, (_, classes) in beside.ways().items()} if beside else {}
+    rows = []
+    for way, (cost, votes) in run.ways().items():
+        for how, classes in votes.items():
+            right = (classes == run.labels).double()
+            row = {"way": way, "vote": how, "gmacs": cost, "accuracy": float(right.mean())}
+            row["without_copies"] = float(right[~run.copies].mean())
+            row["against"] = {
+                other: mcnemar(classes, theirs, run.labels)
+                for other, theirs in others.items()
+                if not (run is beside and other == way)
+            }
+            rows.append(row)
+    told = {key: value for key, value in run.told.items() if key != "curve"}
+    rates = [row["faces_per_second"] for row in run.told["curve"]]
+    found = {"run": run.name, **told, "faces_per_second": float(np.median(rates)), "rows": rows,
+             "faces": len(run.labels), "copies": int(run.copies.sum()), **calibration(run)}  # fmt: skip
+    whole = score(run.logits("test"), run.labels, tuple(run.told["outputs"]))["soft"]
+    found["recall"] = {name: row["recall"] for name, row in whole["per_class"].items()}
+    return found if run.site == "none" else {**found, **which_views(run)}
+
+
+def which_views(run: Run) -> dict[str, Any]:
+    """Subsets of the views, grown by the view that helps most on the validation faces; and how far views agree."""
+    val, test = run.logits("val"), run.logits("test")
+    taken: list[int] = []
+    while len(taken) < val.shape[1]:
+        left = [view for view in range(val.shape[1]) if view not in taken]
+        taken.append(max(left, key=lambda view: _accuracy(val[:, [*taken, view]], run.arrays["val_labels"])))
+    grown = [_accuracy(test[:, taken[: size + 1]], run.labels) for size in range(len(taken))]
+    each = [_accuracy(test[:, [view]], run.labels) for view in range(test.shape[1])]
+    shares = (agreement(test) * test.shape[1]).round().long()
+    right = predictions(test, "soft") == run.labels
+    agreeing = []
+    for count in sorted(set(shares.tolist())):
+        some = right[shares == count]
+        agreeing.append({"views": count, "faces": len(some), "accuracy": float(some.double().mean())})
+    return {"greedy": {"order": taken, "accuracy": grown}, "each_view": each, "agreement": agreeing}
+
+
+def calibration(run: Run) -> dict[str, Any]:
+    """Expected calibration error and the bins of the reliability diagram: one view alone, and the vote."""
+    rows = run.logits("test")
+    asked = {"one view": rows[:, FEW["centre"][0] if rows.shape[1] > 1 else 0]}
+    if rows.shape[1] > 1:
+        asked["soft vote"] = rows.mean(1)
+    found = {}
+    for name, logits in asked.items():
+        sure, classes = logits.softmax(1).max(1)
+        right, place = (classes == run.labels).double(), (sure * BINS).long().clamp(max=BINS - 1)
+        error = multiclass_calibration_error(logits.softmax(1), run.labels, logits.shape[1], n_bins=BINS)
+        bins = [
+            {"confidence": float(sure[place == i].mean()), "accuracy": float(right[place == i].mean()), "faces": int(n)}
+            for i in range(BINS)
+            if (n := (place == i).sum())
+        ]
+        found[name] = {"ece": float(error), "bins": bins}
+    return {"calibration": found}
+
+
+def _votes(rows: Tensor) -> dict[str, Tensor]:
+    """The classes by every vote of ten views, by the soft one of fewer."""
+    return {how: predictions(rows, how) for how in (HOWS if rows.shape[1] == 10 else HOWS[:1])}
+
+
+def _accuracy(rows: Tensor, labels: Tensor) -> float:
+    return float((predictions(rows, "soft") == labels).double().mean())
