@@ -1,6 +1,6 @@
 """What voting inside the network is worth on FER2013: docs/results.md.
 
-    python benchmarks/fer2013.py train full --data fer2013.csv --minutes 9    trains what is missing, on a GPU
+    python benchmarks/fer2013.py train full --data fer2013.csv --minutes 9    on a GPU: speed, then what is missing
     python benchmarks/fer2013.py train small --data fer2013.csv               narrow networks, on two CPU cores
     python benchmarks/fer2013.py score full      benchmarks/results/fer2013.json from the logits, then the page
     python benchmarks/fer2013.py page            docs/results.md and its pictures from that file
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cropvote import hflip, inject_crop_vote, profile, remove_crop_vote, ten_crop
 
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT / "examples" / "fer48"))
 import compare  # noqa: E402
 import fer2013_page as page  # noqa: E402
 import fer2013_scores as results  # noqa: E402
+import throughput  # noqa: E402
 from config import PLANS, from_dict, sites_of  # noqa: E402
 from data.sources import Split  # noqa: E402
 from keeping import load_model, write_whole  # noqa: E402
@@ -55,8 +57,14 @@ LISTS = {
 
 
 def train(name: str, data: str, minutes: float, out: Path) -> None:
-    """Every run of a list that has no file yet, as long as another one of its kind is likely to fit into the time."""
+    """Every run of a list that has no file yet, as long as another one of its kind is likely to fit into the time.
+
+    The full list measures the speed of training first, for four minutes at most.
+    """
     started, taken = time.monotonic(), dict[str, float]()
+    speed = out / "throughput.json"
+    if name == "full" and not speed.exists():
+        throughput.measure(torch.device("cuda"), [135, 512, 2048], 7, min(4.0, minutes), speed)
     for line in LISTS[name]:
         config, sites, seeds = compare.parse([*shlex.split(line), "--data", data, "--out", str(out)])
         for seed, site in [(seed, site) for seed in seeds for site in sites]:

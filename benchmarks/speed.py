@@ -12,11 +12,9 @@ import argparse
 import contextlib
 import copy
 import json
-import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "fer48"))
 
 from model import fer_resnet18  # noqa: E402
+from timing import machine, peak, seconds  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 PAGE = ROOT / "docs" / "speed.md"
@@ -95,14 +94,6 @@ def gmacs(model: nn.Module) -> dict[str, float]:
     return found
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def interleaved(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds, and the median over rounds of the ratio to the first, with its quartiles."""
     for call in calls.values():
@@ -148,25 +139,6 @@ def training(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
     return interleaved(calls, device, rounds)
 
 
-def peak(call: Callable[[], Any], device: torch.device) -> float:
-    """MiB allocated at once during a call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        kept = call()
-    now = most = 0
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    del kept
-    return most / 2**20
-
-
 def passes(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
     """Ten views after layer1, a few at a time: peak memory, time, and the largest difference of the vote."""
     torch.manual_seed(0)
@@ -187,18 +159,8 @@ def passes(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
     return times
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def page(stored: dict[str, Any]) -> str:
-    """docs/speed.md."""
+def page(stored: dict[str, Any], more: list[str]) -> str:
+    """docs/speed.md; ``more`` is what benchmarks/throughput.py has to say."""
     lines = [
         "# Speed and memory", "",
         "Made by `python benchmarks/speed.py`: the paper's network (11.2 M parameters, images 48×48, seven classes),",
@@ -220,7 +182,7 @@ def page(stored: dict[str, Any]) -> str:
             *(f"| {step} | {row['peak_mib']:.1f} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['difference']:.0e} |"
               for step, row in result["passes"].items()), "",
         ]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*lines, *more])
 
 
 def table(times: dict[str, Any], work: dict[str, float]) -> list[str]:
@@ -261,7 +223,9 @@ def main() -> None:
             "passes": passes(device, batch, rounds),
         }
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
-    PAGE.write_text(page(stored))
+    import throughput  # it uses this file's functions
+
+    PAGE.write_text(page(stored, throughput.section()))
 
 
 if __name__ == "__main__":

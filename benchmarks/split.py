@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cropvote import split_views, ten_crop
+from timing import peak, seconds
 
 SHAPE = (64, 64, 48, 48)
 VIEWS = ten_crop()
@@ -37,34 +38,6 @@ def run(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> tu
     return y, torch.autograd.grad(y, x, gradient)[0]
 
 
-def peak(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> int:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(function, x, gradient)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        kept = run(function, x, gradient)
-    now = most = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    del kept
-    return most
-
-
-def seconds(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> float:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run(function, x, gradient)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
@@ -84,13 +57,13 @@ def main() -> None:
         times: dict[Callable[[Tensor], Tensor], list[float]] = {naive: [], ours: []}
         for _ in range(arguments.rounds):
             for function, measured in times.items():
-                measured.append(seconds(function, x, gradient))
-        base, base_peak = statistics.median(times[naive]), peak(naive, x, gradient)
+                measured.append(seconds(partial(run, function, x, gradient), x.device))
+        base, base_peak = statistics.median(times[naive]), peak(partial(run, naive, x, gradient), x.device)
         for function, measured in times.items():
-            middle, most = statistics.median(measured), peak(function, x, gradient)
+            middle, most = statistics.median(measured), peak(partial(run, function, x, gradient), x.device)
             print(
                 f"{str(memory_format)[6:]:<18}{function.__name__:<8}{1e3 * middle:>10.1f}{middle / base:>8.2f}"
-                f"{most / 2**20:>10.1f}{most / base_peak:>8.2f}"
+                f"{most:>10.1f}{most / base_peak:>8.2f}"
             )
 
 
