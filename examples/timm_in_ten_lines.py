@@ -1,0 +1,19 @@
+"""A timm model that votes: one training step, then the vote. Random images stand for yours."""
+
+import timm
+import torch
+
+from cropvote import CropVoteLoss, inject_crop_vote
+
+model = timm.create_model("resnet10t", num_classes=7)  # pretrained=True for its weights
+inject_crop_vote(model, after="layer1")
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+loss = CropVoteLoss(torch.nn.CrossEntropyLoss())
+images, labels = torch.randn(4, 3, 176, 176), torch.tensor([0, 1, 2, 3])
+
+value = loss(model.train()(images), labels)  # a row and a loss for each of the ten views
+value.backward()
+optimizer.step()
+with torch.no_grad():
+    votes = model.eval()(images)  # (4, 7): one row for each image
+print(f"loss {value:.3f}; classes {votes.argmax(1).tolist()}")

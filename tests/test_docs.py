@@ -1,0 +1,143 @@
+"""The documentation: kept true by what it describes."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cropvote
+from cropvote import errors, profile
+from model import fer_resnet18
+from test_package import ORDER
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+EXAMPLES = ("timm_in_ten_lines.py", "own_network.py", "choose_site.py")
+
+
+def module_table() -> str:
+    """docs/architecture.md's table, from the modules themselves."""
+    lines = ["| module | what it holds | imports |", "|---|---|---|"]
+    for name in ORDER:
+        tree = ast.parse((ROOT / "cropvote" / f"{name}.py").read_text())
+        used = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+        summary = (ast.get_docstring(tree) or "").splitlines()[0].replace("``", "`")
+        cells = (f"`{name}`", summary, ", ".join(sorted(used, key=ORDER.index)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_architecture_is_as_built():
+    assert module_table() in (DOCS / "architecture.md").read_text()
+
+
+def test_the_api_page_has_every_public_name_once():
+    named = re.findall(r"^::: cropvote\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(set(named) - {"errors"}) == cropvote.__all__
+    assert len(named) == len(set(named))
+    listed = re.search(r"members: \[(.*)\]", (DOCS / "api.md").read_text())
+    assert listed
+    assert sorted({*listed[1].split(", "), "CropVoteError"}) == sorted(errors.__all__)
+
+
+def test_the_method_cards_table_is_the_librarys():
+    text, table = (DOCS / "method.md").read_text(), profile(fer_resnet18(), 48, sites=["layer1", "layer2", "layer3"])
+    for row in table:
+        name = "– (plain)" if row.site == "baseline" else f"`{row.site}`"
+        distinct = "" if row.site == "baseline" else f"{row.distinct} "
+        line = f"| {name} | {row.gmacs:.3f} | {row.ratio:.2f} | {row.train_memory_mib:.2f} | {distinct}|"
+        assert line in text
+
+
+def test_the_comparisons_figures_are_those_of_the_speed_page():
+    """The first table of docs/speed.md, in float32 and eager."""
+    speed = {
+        row[0]: row[2::2] for row in _rows((DOCS / "speed.md").read_text().partition("### Inference, bfloat16")[0])
+    }
+    found = _rows((DOCS / "comparison.md").read_text().partition("## Measured")[2])
+    assert len(found) == 8
+    for name, *figures in found:
+        assert figures == speed[name]
+
+
+def _rows(text: str) -> list[list[str]]:
+    """The cells of the rows that end in a number."""
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    return [row for row in rows if re.fullmatch(r"[\d.]+", row[-1])]
+
+
+def test_the_home_page_is_readmes_first_screen():
+    sys.path.insert(0, str(DOCS))
+    try:
+        import hooks
+    finally:
+        sys.path.remove(str(DOCS))
+    text = hooks.first_screen()
+    assert text.startswith("# cropvote")
+    assert "## See it run" in text
+    assert "## Where to split" not in text
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("https://") or (DOCS / target).exists(), target
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """(where, the longest fixed part) of every error that the library raises, and every reason against a site."""
+    for path in sorted((ROOT / "cropvote").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [node.exc.args[0]] if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else []
+            if path.name in ("trials.py", "walk.py") and isinstance(node, ast.Return):
+                found = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            for one in found:
+                longest = max(re.split(r"\0|\"", _text(one)), key=len).strip(" :,;.")
+                if len(longest) > 8:
+                    yield f"{path.name}:{node.lineno}", longest
+
+
+def _text(node: ast.expr) -> str:
+    """The fixed words of a message; what is filled in becomes a null."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return _text(node.left) + _text(node.right)
+    if isinstance(node, ast.IfExp):
+        return max(_text(node.body), _text(node.orelse), key=len)
+    return "\0"
+
+
+def test_every_error_is_explained():
+    text = " ".join((DOCS / "troubleshooting.md").read_text().split())
+    missing = [(where, words) for where, words in messages() if " ".join(words.split()) not in text]
+    assert not missing
+    for name in errors.__all__:
+        assert name in text
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
+def test_the_short_examples_run(script):
+    path = ROOT / "examples" / script
+    assert len(path.read_text().splitlines()) < 40
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, cwd=path.parent)
+    assert done.stdout
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_asks_nothing_of_the_network(tmp_path):
+    """No page loads a style, script, font or picture from elsewhere."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    subprocess.run(build, cwd=ROOT, check=True)
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 20
+    for page in pages:
+        for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", page.read_text()):
+            if 'rel="canonical"' not in tag:
+                assert not re.search(r'(?:src|href)="?(?:https?:)?//', tag), (page.name, tag)
