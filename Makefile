@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo check test test-slow test-zoo test-all clean
+.PHONY: setup demo docs docs-serve check test test-slow test-zoo test-all clean
 
 setup: $(STAMP)
 
@@ -35,5 +35,11 @@ test-zoo: setup
 
 test-all: test test-slow test-zoo
 
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: setup
+	$(BIN)/python -m mkdocs serve
+
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv runs build dist site
