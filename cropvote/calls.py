@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import OptionError, RowsError
 from .layouts import Layout
@@ -58,6 +58,57 @@ def plan_of(settings: Settings, training: bool, split: object = None) -> Plan:
 def is_steered(settings: Settings, split: object) -> bool:
     """Whether calls of these settings' model, in this thread, run inside :func:`following`."""
     return not torch.compiler.is_compiling() and not _PLANS.get().keys().isdisjoint((settings, split))
+
+
+#: The splits that the call in this thread ran so far: whose they are, by the settings, and their place.
+_RAN: ContextVar[list[tuple[Settings, int]] | None] = ContextVar("ran", default=None)
+
+
+def watched(run: Callable[[], Any], settings: Settings, places: int, model: nn.Module) -> Any:
+    """What ``run`` returns, in which every split of ``model`` must run, once and in order.
+
+    A missing one need not show in the number of rows: with few views, a site may take as many maps as it gives. Under
+    a compiler nothing can be noted, so that a split of a compiled part of the model is not missed.
+
+    Raises:
+        RowsError: a split that did not run, or not in its turn.
+    """
+    if torch.compiler.is_compiling():
+        return run()
+    ran: list[tuple[Settings, int]] = []
+    token = _RAN.set(ran)
+    try:
+        output = run()
+    finally:
+        _RAN.reset(token)
+    found = [place for owner, place in ran if owner is settings]
+    if found != list(range(places)) and not (found == sorted(set(found)) and _is_compiled_inside(model)):
+        times = ", ".join(f"{found.count(place)} times" for place in range(places))
+        raise RowsError(
+            f"the split did not run exactly once in this call, but {times if places > 1 else f'{len(found)} times'}: "
+            f"was the site replaced (by a copy, by a converter), skipped or called again since the model was checked?"
+        )
+    return output
+
+
+def note(settings: Settings, place: int) -> None:
+    """Say that this split ran."""
+    if not torch.compiler.is_compiling():
+        ran = _RAN.get()
+        if ran is not None:
+            ran.append((settings, place))
+
+
+def has_run(settings: Settings, place: int) -> bool:
+    """Whether this split ran in the call of this thread; also where that is not known: compiled, or in a backward."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:  # checkpointing runs a part again
+        return True
+    return (settings, place) in (_RAN.get() or ())
+
+
+def _is_compiled_inside(model: nn.Module) -> bool:
+    """Whether a part of it is compiled by itself."""
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
 
 
 @contextmanager
@@ -174,6 +225,6 @@ def _check_rows(rows: Tensor, samples: int, count: int) -> None:
     if rows.shape[0] != samples * count:
         raise RowsError(
             f"the network returned {rows.shape[0]} rows for {samples} samples of {count} views: expected "
-            f"{samples * count}, a sample's views adjacent. The split did not run exactly once in this call: was the "
-            f"site replaced, skipped or called again since the model was checked?"
+            f"{samples * count}, a sample's views adjacent. Was a part of the network replaced, skipped or compiled "
+            f"by itself since the model was checked?"
         )

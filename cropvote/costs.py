@@ -199,6 +199,8 @@ def profile(
         ``train_memory_mib`` and ``gmacs``.
     """
     views, example = _asked(model, input_size, views)
+    if sites is not None and not isinstance(sites, (str, Mapping, Sequence)):
+        raise InputTypeError(f"sites must be names or plans, in a list, got {sites!r}.")
     asked: list[After] = [] if sites is None else [sites] if isinstance(sites, (str, Mapping)) else list(sites)
     names = [one for one in asked if isinstance(one, str)]
     plans = [plan_after(model, one) for one in asked if not isinstance(one, str)]
@@ -220,9 +222,9 @@ def profile(
     rows = on_fake_copy(model, count)
     costs = [cost for cost, _, _ in rows]
     if measure:
-        places = {cost.site: (after, layout) for cost, after, layout in rows[1:]}
+        places = [(after, layout) for _, after, layout in rows[1:]]
         times = measured(model, example, views, places, device, batch, rounds)
-        costs = [cost._replace(milliseconds=times[cost.site]) for cost in costs]
+        costs = [cost._replace(milliseconds=time) for cost, time in zip(costs, times, strict=True)]
     return Profile(type(model).__name__, size_of(example), views, costs)
 
 

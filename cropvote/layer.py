@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .calls import Plan, conclude, following, in_passes, plan_of, split_by
+from .calls import Plan, conclude, following, has_run, in_passes, note, plan_of, split_by, watched
 from .errors import InputTypeError, OptionError, SurgeryError
 from .layouts import Layout, check_layout
 from .options import EvalViews, Output, Settings
@@ -85,9 +86,9 @@ class CropVote(nn.Module):
         self.layout = layout
         self.place = 0  # of the layers in one another, the outermost first
         inner: list[CropVote] = _layers_in(tail)
-        parts = parts_of(Settings(views=views).views)
+        (self.views,) = parts_of(Settings(views=views).views)
         self.settings: Settings = Settings(
-            views=joined((*parts, *parts_of(inner[0].settings.views))) if inner else parts[0],
+            views=joined([self.views, *(layer.views for layer in inner)]),
             vote=vote,
             train_output=train_output,
             eval_output=eval_output,
@@ -95,7 +96,7 @@ class CropVote(nn.Module):
             eval_views=eval_views,
             views_per_pass=views_per_pass,
         )
-        self.nested = bool(inner)
+        self.depth = 1 + len(inner)
         for place, layer in enumerate(inner, start=1):
             layer.place, layer.settings = place, self.settings
 
@@ -105,29 +106,46 @@ class CropVote(nn.Module):
         if self.place:
             return self._forward_inside(x)
         plan = plan_of(self.settings, self.training)
+        if self.depth > 1 and torch.compiler.is_compiling():
+            self._check_recorded(plan)
         if plan.per_pass is not None:
-            if self.nested and torch.compiler.is_compiling():
-                raise SurgeryError("views_per_pass of layers in one another cannot be compiled: set it to None.")
             return in_passes(plan, self.settings, x.shape[0], lambda i, part: self._rows(part, x[:1] if i else x))
         return conclude(plan, self._rows(plan, x), x.shape[0], self.settings)
 
     def _rows(self, plan: Plan, x: Tensor) -> Any:
         """The rows of every view that a plan cuts; the layers inside follow it."""
-        maps = self._cut(plan, x)
-        if not self.nested or torch.compiler.is_compiling():
-            return self.tail(maps)
-        with following({(self.settings, "inside"): plan}):
-            return self.tail(maps)
+
+        def run() -> Any:
+            maps = self._cut(plan, x)
+            if self.depth == 1 or torch.compiler.is_compiling():
+                return self.tail(maps)
+            with following({(self.settings, "inside"): plan}):
+                return self.tail(maps)
+
+        return watched(run, self.settings, self.depth, self)
 
     def _cut(self, plan: Plan, x: Tensor) -> Tensor:
+        note(self.settings, self.place)
         if plan.front is not None and plan.front_at == self.place:
             if not plan.front:
                 plan.front.append(x)
             x = plan.front[0]
         return split_by(plan.cuts[self.place], x, self.layout)
 
+    def _check_recorded(self, plan: Plan) -> None:
+        """What layers in one another cannot do under a compiler, where those inside follow their own mode."""
+        if plan.per_pass is not None:
+            raise SurgeryError("views_per_pass of layers in one another cannot be compiled: set it to None.")
+        if any(module.training != self.training for module in self.tail.modules() if isinstance(module, CropVote)):
+            raise SurgeryError("layers in one another that are in different modes, train and eval, cannot be compiled.")
+
     def _forward_inside(self, x: Tensor) -> Any:
         """Cut what the layer around this one makes; the vote is its affair."""
+        if not has_run(self.settings, 0):
+            raise SurgeryError(
+                "this CropVote stands inside another one, which votes for both: call the outer one; or make this one "
+                "anew, if the other is no longer used."
+            )
         plan = plan_of(self.settings, self.training, split=(self.settings, "inside"))
         return self.tail(self._cut(plan, x))
 
@@ -145,16 +163,16 @@ def _layers_in(tail: nn.Module) -> list[CropVote]:
     found = [module for module in tail.modules() if isinstance(module, CropVote)]
     if not found:
         return []
-    first = found[0]
-    if set(found[1:]) != {module for module in first.tail.modules() if isinstance(module, CropVote)}:
-        raise SurgeryError(
-            f"the tail holds {len(found)} CropVote layers side by side; they can only stand in one another."
-        )
-    plain = Settings(views=first.settings.views)
+    for outer, layer in itertools.pairwise(found):
+        if layer not in set(outer.tail.modules()):
+            raise SurgeryError(
+                f"the tail holds {len(found)} CropVote layers side by side; they can only stand in one another."
+            )
+    first, plain = found[0], Settings()
     for name, value in first.settings._fields().items():
-        if value != getattr(plain, name):
+        if name != "views" and value != getattr(plain, name):
             raise OptionError(
                 f"the layer in the tail says {name}={value!r}, which is for the outer layer to say: a layer inside has "
-                f"its views and layout, no more."
+                f"its views and layout, no more. (So does one that stood inside a layer made before: make it anew.)"
             )
     return found

@@ -183,8 +183,11 @@ class Meter:
             return lambda module, base, *a, **k: cut(place, base.forward(module, *a, **k))
 
         modes = {module: module.training for module in self.model.modules()}
+        graded = [p for p in self.model.parameters() if p.requires_grad and not grad]
         if not grad:
             self.model.eval()
+        for parameter in graded:  # FlopCounterMode fails on modules that take one, where no graph is made
+            parameter.requires_grad_(False)
         args, kwargs = self.probe.example[:2]
         args = tuple(_images(leaf, batch) for leaf in args)
         inside = {place: self.probe.holders[s.name] for place, s in enumerate(splits) if s.name != INPUT}
@@ -204,6 +207,8 @@ class Meter:
         finally:
             for holder in inside.values():
                 restore_forward(holder)
+            for parameter in graded:
+                parameter.requires_grad_(True)
             for module, mode in modes.items():
                 module.training = mode
         return _Run(counter.get_total_flops() / 2, front / 2, sum(kept.values()), live.peak, maps)
@@ -242,34 +247,37 @@ def measured(
     model: nn.Module,
     example: Example,
     views: Views,
-    networks_at: dict[str, tuple[After, Layout | None]],
+    networks_at: list[tuple[After, Layout | None]],
     device: str | torch.device | None,
     batch: int,
     rounds: int,
-) -> dict[str, float]:
-    """Milliseconds per image, by site: the median of rounds in which the networks take turns."""
+) -> list[float]:
+    """Milliseconds per image, plain and then of every split: the median of rounds in which the networks take turns."""
     for name, value in (("batch", batch), ("rounds", rounds)):
         if type(value) is not int or value < 1:
             raise OptionError(f"{name} must be a whole number above 0, got {value!r}.")
     twin = copy.deepcopy(model).eval()
     if device is not None:
-        twin = twin.to(device)
+        try:
+            twin = twin.to(device)
+        except (RuntimeError, AssertionError) as error:  # PyTorch's, where there is no such device
+            raise OptionError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     tensors = [*twin.parameters(), *twin.buffers()]
     where = tensors[0].device if tensors else torch.device(device or "cpu")
     if where.type == "meta":
         raise OptionError("a model on the meta device cannot be measured: it has no weights.")
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     images = torch.randn(batch, *size_of(example), generator=torch.Generator().manual_seed(0)).to(where, dtype)
-    networks = {BASELINE: twin}
-    for name, (after, layout) in networks_at.items():  # the same weights, in models of their own
+    networks = [twin]
+    for after, layout in networks_at:  # the same weights, in models of their own
         copied = copy.deepcopy(twin, {id(tensor): tensor for tensor in tensors})
         alone = views if isinstance(after, str) else None
-        networks[name] = inject_crop_vote(copied, after, views=alone, input_size=size_of(example), layout=layout)
+        networks.append(inject_crop_vote(copied, after, views=alone, input_size=size_of(example), layout=layout))
     with torch.no_grad():
-        for network in networks.values():
+        for network in networks:
             network(images)
-        taken = [{site: _seconds(network, images) for site, network in networks.items()} for _ in range(rounds)]
-    return {site: 1e3 * statistics.median(times[site] for times in taken) / batch for site in networks}
+        taken = [[_seconds(network, images) for network in networks] for _ in range(rounds)]
+    return [1e3 * statistics.median(times) / batch for times in zip(*taken, strict=True)]
 
 
 def _seconds(network: nn.Module, images: Tensor) -> float:

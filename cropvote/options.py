@@ -157,10 +157,10 @@ def eval_indices(views: AnyViews, asked: EvalViews, name: str = "eval_views") ->
     if isinstance(asked, str):  # str is a Sequence, too
         if asked not in NAMED:
             raise OptionError(f"{name} must be indices, one of {tuple(NAMED)}, or None, got {asked!r}.")
-        centred = {}
+        centred: dict[bool, int] = {}
         for i, combined in enumerate(itertools.product(*parts_of(views))):
             if all(view[:2] == CENTRE and view.turns % 4 == 0 for view in combined):
-                centred[sum(view.mirror for view in combined) % 2 == 1] = i
+                centred.setdefault(sum(view.mirror for view in combined) % 2 == 1, i)  # mirrored twice comes later
         missing = [what for mirror, what in NAMED[asked] if mirror not in centred]
         if missing:
             raise OptionError(f"{name}={asked!r}, but {views!r} holds no {missing[0]}: give indices.")

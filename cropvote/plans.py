@@ -20,7 +20,8 @@ NAMES: dict[str, Callable[[], Views]] = {"ten": ten_crop, "five": five_crop, "hf
 def in_words(plan: Mapping[str, Views]) -> str:
     """A plan's sites and views, such as ``layer1=hflip,layer3=five``."""
     known = {make(): name for name, make in NAMES.items()}
-    return ",".join(f"{site}={known.get(views, f'{len(views)} views')}" for site, views in plan.items())
+    sizes = {views: " x ".join(map(str, dict.fromkeys(views.scale))) for views in plan.values()}
+    return ",".join(f"{s}={known.get(v, f'{len(v)} views of {sizes[v]}')}" for s, v in plan.items())
 
 
 class ViewProduct(Sequence[tuple[View, ...]]):

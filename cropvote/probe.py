@@ -42,9 +42,7 @@ def sites(
         SurgeryError: the model does not run on such an input.
 
     Example:
-        >>> from contextlib import suppress
-
-    from torch import nn
+        >>> from torch import nn
         >>> from cropvote import sites
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
         >>> [(site.name, site.shape) for site in sites(net, 32)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ def choose_confidence(
     per_view_logits: Tensor,
     targets: Tensor,
     *,
-    first: Sequence[int] = (4, 9),
+    first: Sequence[int] | None = None,
     max_loss: float = 0.001,
     how: How = "soft",
 ) -> float:
@@ -118,7 +119,9 @@ def choose_confidence(
     Args:
         per_view_logits: (N, V, K), as :func:`per_view` gives them.
         targets: the classes, (N,).
-        first: the indices of the views of the first vote.
+        first: the indices of the views of the first vote, as :func:`vote_until_sure` gets them; by default, for ten
+            views, the fifth and the tenth, centre and mirror in the order of :func:`ten_crop`. (For other views,
+            ``settings(model)`` says what they are: crops first and mirrored later, centre and mirror are 8 and 9.)
         max_loss: how much accuracy may be lost, as a share of the samples.
         how: the rule.
 
@@ -137,23 +140,33 @@ def choose_confidence(
         >>> choose_confidence(logits, torch.tensor([0, 1]), first=[4]) < 0.98
         True
     """
+    if not isinstance(per_view_logits, Tensor):
+        raise InputTypeError(f"per_view_logits must be a tensor (N, V, K), got {type(per_view_logits).__name__}.")
     if per_view_logits.dim() != 3 or len(per_view_logits) == 0:
         raise RowsError(f"per_view_logits must be (N, V, K), got {tuple(per_view_logits.shape)}.")
     samples, total, _ = per_view_logits.shape
     if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.is_floating_point():
         raise InputTypeError(f"targets must be a tensor of {samples} classes, one per sample.")
-    if not max_loss >= 0:
+    if not _is_number(max_loss) or not max_loss >= 0:
         raise OptionError(f"max_loss must be a share of the samples, 0 or more, got {max_loss!r}.")
-    chosen = sorted(set(first))
-    if not chosen or len(chosen) != len(first) or not 0 <= chosen[0] <= chosen[-1] < total:
-        raise OptionError(f"first must be different indices from 0 to {total - 1}, at least one, got {list(first)}.")
+    first = (4, 9) if first is None and total == 10 else first
+    able = isinstance(first, Sequence) and not isinstance(first, str) and all(type(i) is int for i in first)
+    if (
+        first is None
+        or not able
+        or not first
+        or len(set(first)) < len(first)
+        or not 0 <= min(first) <= max(first) < total
+    ):
+        raise OptionError(f"first must be different indices from 0 to {total - 1}, at least one, got {first!r}.")
+    chosen = sorted(first)
     whole = vote(per_view_logits.flatten(0, 1), total, how).argmax(1) == targets
     early = vote(per_view_logits[:, chosen].flatten(0, 1), len(chosen), how)
     winner, order = early.softmax(1).max(1).values.sort(descending=True)
     lost = (whole.long() - (early.argmax(1) == targets).long())[order].cumsum(0)  # by stopping the surest so many
     # so many may stop; those of one probability stop together
-    able = [0, *(n + 1 for n in range(samples) if n + 1 == samples or winner[n] > winner[n + 1])]
-    count = max(n for n in able if n == 0 or float(lost[n - 1]) <= max_loss * samples)
+    counts = [0, *(n + 1 for n in range(samples) if n + 1 == samples or winner[n] > winner[n + 1])]
+    count = max(n for n in counts if n == 0 or float(lost[n - 1]) <= max_loss * samples)
     return 1.0 if count == 0 else 0.0 if count == samples else float(winner[count])
 
 
@@ -173,8 +186,12 @@ def _check(model: nn.Module, found: Settings, x: Any, rule: How, confidence: flo
         raise OptionError(f'confidence=None stops a hard vote exactly, how="hard"; the rule here is {rule!r}.')
     if confidence is not None and rule in ("mean", "median"):
         raise OptionError(f"the rule {rule!r} is for regression, whose numbers say nothing of how sure they are.")
-    if confidence is not None and (isinstance(confidence, bool) or not 0 <= confidence <= 1):
+    if confidence is not None and not (_is_number(confidence) and 0 <= confidence <= 1):
         raise OptionError(f"confidence must be a probability, 0 to 1, or None, got {confidence!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _rows(model: nn.Module, found: Settings, x: Tensor, plan: Plan, samples: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .calls import Plan, conclude, following, in_passes, is_steered, plan_of, split_by
+from .calls import Plan, conclude, following, in_passes, is_steered, note, plan_of, split_by, watched
 from .checks import Injection, first_tensor, is_traced, parameters_of
 from .errors import InputTypeError, PlainModelError, SurgeryError
 from .fakes import example_of, map_first_tensor, tensors_in
@@ -180,7 +180,9 @@ def remove_crop_vote(model: Model) -> Model:
             f"this {type(model).__name__} was never injected"
             + (f", but its submodule {inner!r} was: pass that." if inner else ": there is nothing to remove.")
         )
-    marked = [(m, mark) for m in model.modules() for mark in MARKS if vars(m).get(mark) is injection]
+    carried = [(m, mark, vars(m).get(mark)) for m in model.modules() for mark in MARKS]
+    # and what a copy of a stage, put in the place of the stage, brought along: its injection has no model of its own
+    marked = [(m, mark) for m, mark, one in carried if one is injection or (one is not None and one.is_orphan)]
     for module, _ in marked:
         check_restorable(module)
     for module, mark in marked:
@@ -239,14 +241,17 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
     plan = plan_of(injection.settings, injection.training(module))
     if plan.per_pass is not None:
         return _in_passes(module, base, args, kwargs, injection, plan)
-    if injection.sites[0] == INPUT:
-        args, kwargs = map_first_tensor(lambda x: _split(x, injection, plan, 0), args, kwargs)
-    if is_steered(injection.settings, injection):  # a call of the model inside this one is a call of its own
-        with following({injection.settings: None, injection: plan}):
-            rows = base.forward(module, *args, **kwargs)
-    else:
-        rows = base.forward(module, *args, **kwargs)
-    return conclude(plan, rows, samples, injection.settings)
+
+    def run() -> Any:
+        found, named = args, kwargs
+        if injection.sites[0] == INPUT:
+            found, named = map_first_tensor(lambda x: _split(x, injection, plan, 0), args, kwargs)
+        if not is_steered(injection.settings, injection):
+            return base.forward(module, *found, **named)
+        with following({injection.settings: None, injection: plan}):  # a call inside this one is a call of its own
+            return base.forward(module, *found, **named)
+
+    return conclude(plan, watched(run, injection.settings, len(injection.sites), module), samples, injection.settings)
 
 
 def _in_passes(
@@ -267,9 +272,12 @@ def _in_passes(
         return _split(x, injection, part, 0) if injection.sites[0] == INPUT else x
 
     def run(i: int, part: Plan) -> Any:
-        found, named = map_first_tensor(lambda x: change(x, i, part), args, kwargs)
-        with following({injection.settings: None, injection: part}):
-            return base.forward(module, *found, **named)
+        def once() -> Any:
+            found, named = map_first_tensor(lambda x: change(x, i, part), args, kwargs)
+            with following({injection.settings: None, injection: part}):
+                return base.forward(module, *found, **named)
+
+        return watched(once, injection.settings, len(injection.sites), module)
 
     return in_passes(plan, injection.settings, tensors[0].shape[0], run)
 
@@ -277,7 +285,7 @@ def _in_passes(
 def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of the module that carries the split."""
     injection: Injection | None = getattr(module, "_cropvote_split", None)
-    if injection is None or not injection.settings.enabled:
+    if injection is None or injection.is_orphan or not injection.settings.enabled:
         return base.forward(module, *args, **kwargs)
     place: int = module._cropvote_place  # type: ignore[assignment]
     plan = plan_of(injection.settings, injection.training(module), split=injection)
@@ -294,6 +302,7 @@ def _split(x: Tensor, injection: Injection, plan: Plan, place: int) -> Tensor:
             f"the site {injection.site} was not yet checked, so where its channels are is not known: call the model "
             f"itself once, or pass input_size= to inject_crop_vote."
         )
+    note(injection.settings, place)
     if plan.front is not None and plan.front_at == place:
         if not plan.front:
             plan.front.append(x)

@@ -1,0 +1,242 @@
+"""Splits that are lost, copied or left behind after the check: where the number of rows alone would not show it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import networks
+import oracle
+from cropvote import (
+    CropVote,
+    CropVoteError,
+    CropVoteLoss,
+    Views,
+    choose_confidence,
+    d4,
+    five_crop,
+    hflip,
+    inject_crop_vote,
+    profile,
+    remove_crop_vote,
+    settings,
+    ten_crop,
+    vote_until_sure,
+)
+from cropvote.errors import InputTypeError, OptionError, RowsError, SurgeryError
+from cropvote.options import eval_indices
+from cropvote.plans import ViewProduct
+
+IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+TWO = {"layer1": hflip(), "layer3": five_crop()}
+LOST = "the split did not run exactly once"
+
+
+def voting(after=TWO, **options: object) -> nn.Module:
+    return inject_crop_vote(networks.fer(), after=after, input_size=48, **options)
+
+
+@pytest.mark.parametrize(
+    ("after", "options", "lost"),
+    [
+        (TWO, {"eval_views": "centre+mirror"}, "layer3"),  # two maps in, two maps out
+        (TWO, {"eval_views": [5, 6, 7, 8, 9]}, "layer1"),  # one map in, one map out
+        ({"layer1": hflip(), "layer3": five_crop()}, {}, "layer3"),
+        ({"layer1": hflip(), "layer3": Views([(0.5, 0.5)])}, {}, "layer3"),
+        ("layer1", {"eval_views": "centre"}, "layer1"),
+        ("layer1", {"eval_views": "centre", "views_per_pass": 1}, "layer1"),
+        (TWO, {"train_views": 2}, "layer3"),
+    ],
+)
+def test_a_replaced_stage_takes_its_split_along(after, options, lost):
+    model = voting(after, **options).train("train_views" in options)
+    model(IMAGES)
+    setattr(model, lost, getattr(networks.fer(), lost))
+    with pytest.raises(RowsError, match=LOST):
+        model(IMAGES)
+
+
+def test_a_first_vote_of_few_views_misses_no_split_either():
+    model = voting("layer1")
+    model.layer1 = networks.fer().layer1
+    with pytest.raises(RowsError, match=LOST):
+        vote_until_sure(model, IMAGES, first="centre", confidence=0)
+    model = voting()
+    model.layer3 = networks.fer().layer3
+    for confidence in (0, 1):
+        with pytest.raises(RowsError, match=LOST):
+            vote_until_sure(model, IMAGES, confidence=confidence)
+
+
+class Dropping(nn.Module):
+    """A stage that a flag, set after the check, leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.stage = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+        self.drop = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.front(x)
+        return self.tail(x if self.drop else self.stage(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_stage_that_is_left_out_is_missed(training):
+    model = Dropping().train(training)
+    inject_crop_vote(model, {"front": hflip(), "stage": five_crop()}, input_size=48, train_views=2, eval_views=[0, 5])
+    model(IMAGES)
+    model.drop = True
+    with pytest.raises(RowsError, match=r"1 times, 0 times.*replaced.*skipped"):
+        model(IMAGES)
+
+
+def test_a_stage_that_is_compiled_by_itself_is_not_missed():
+    model, wanted = voting(), voting()(IMAGES)
+    model.layer3.compile(backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(model(IMAGES), wanted, atol=1e-5)
+
+
+def test_a_copy_of_a_stage_is_a_plain_stage():
+    """Its split belongs to no model: a call says so, without the vote it is the plain model, and the undo is exact."""
+    plain = networks.fer()(IMAGES)
+    for after in (TWO, "layer3"):
+        model = voting(after)
+        model.layer3 = copy.deepcopy(model.layer3)
+        with pytest.raises(RowsError, match=LOST):
+            model(IMAGES)
+        settings(model).enabled = False
+        assert torch.equal(model(IMAGES), plain)
+        assert torch.equal(remove_crop_vote(model)(IMAGES), plain)
+        assert not any("_cropvote" in name for module in model.modules() for name in vars(module))
+        inject_crop_vote(model, after, input_size=48)
+
+
+def test_copies_of_the_model_have_splits_of_their_own():
+    model, wanted = voting(), voting()(IMAGES)
+    twin = copy.deepcopy(model)
+    del model
+    assert torch.allclose(twin(IMAGES), wanted, atol=1e-5)
+
+
+# --- layers in one another -------------------------------------------------------------------------------------------
+
+
+def layers(**options: object) -> tuple[nn.Module, nn.Module]:
+    """A network of two layers, and the tail with the inner one."""
+    torch.manual_seed(0)
+    inner = CropVote(
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)),
+        views=five_crop(),
+    )
+    tail = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), inner)
+    return CropVote(tail, views=hflip(), **options).eval(), tail
+
+
+def test_a_tail_may_be_wrapped_again():
+    """As a notebook's cell does that is run twice."""
+    net, tail = layers()
+    wanted = net(IMAGES)
+    again = CropVote(tail, views=hflip()).eval()
+    assert len(settings(again).views) == 10
+    assert torch.equal(again(IMAGES), wanted)
+    settings(again).eval_views = "centre+mirror"
+    few = again(IMAGES)
+    settings(net).eval_views = "centre+mirror"
+    rows = [tail[1].tail(oracle.five_views(tail[0](x))[4]) for x in oracle.flip_views(IMAGES)]
+    assert torch.allclose(few, torch.stack(rows).mean(0), atol=1e-6)
+
+
+def test_a_layer_inside_does_not_vote_alone():
+    net, tail = layers()
+    with pytest.raises(SurgeryError, match="stands inside another one, which votes for both"):
+        tail(IMAGES)
+    assert net(IMAGES).shape == (3, 7)
+
+
+def test_a_layer_inside_may_run_in_a_checkpoint():
+    net, tail = layers()
+    wanted, _ = layers()
+    loss, targets = CropVoteLoss(nn.CrossEntropyLoss()), torch.tensor([0, 1, 2])
+    inner = tail[1]
+    forward = inner.forward
+    inner.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    for model in (net, wanted):
+        loss(model.train()(IMAGES), targets).backward()
+    for one, other in zip(net.parameters(), wanted.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
+
+
+def test_layers_in_different_modes_are_not_compiled():
+    net, tail = layers(train_views=2, eval_views="centre+mirror")
+    net.train()
+    tail.eval()
+    assert net(IMAGES).shape == (6, 7)
+    with pytest.raises(Exception, match="in different modes, train and eval, cannot be compiled"):
+        torch.compile(net, backend="eager", fullgraph=True)(IMAGES)
+
+
+# --- names and numbers -----------------------------------------------------------------------------------------------
+
+
+def test_the_centre_is_not_mirrored_twice():
+    assert eval_indices(ViewProduct([hflip(), ten_crop()]), "centre") == (4,)
+    assert eval_indices(ViewProduct([d4(), d4()]), "centre") == (0,)
+
+
+def test_a_confidence_is_chosen_for_views_that_are_named():
+    logits, targets = torch.randn(20, 5, 3), torch.randint(3, (20,))
+    assert 0 <= choose_confidence(logits, targets, first=[4]) <= 1
+    for first in (None, 4, "centre", [True], [0, 0], [5], []):
+        with pytest.raises(OptionError, match="first must be different indices from 0 to 4"):
+            choose_confidence(logits, targets, first=first)
+    with pytest.raises(InputTypeError, match="must be a tensor"):
+        choose_confidence([[1.0]], targets)
+    with pytest.raises(OptionError, match="max_loss"):
+        choose_confidence(logits, targets, first=[4], max_loss="x")
+    with pytest.raises(OptionError, match="confidence must be a probability"):
+        vote_until_sure(voting(), IMAGES, confidence="x")
+
+
+class Pooling(nn.Module):
+    """A learned query, expanded to the batch, that attends to the map: what ViTs with attention pooling do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.query = nn.Conv2d(3, 8, 3, 2, 1), nn.Parameter(torch.zeros(1, 1, 8))
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.front(x).flatten(2).transpose(1, 2)
+        return self.head(self.attention(self.query.expand(len(tokens), -1, -1), tokens, tokens)[0][:, 0])
+
+
+def test_a_model_that_hands_on_a_parameter_is_profiled():
+    model = Pooling()
+    row = profile(model, 48, sites=["front"])["front"]
+    front, tail = 24 * 24 * 27 * 8, 20 * 20 * 8 * 8 * 2 + 2 * 8 * 8 + 2 * 400 * 8 + 8 * 7
+    assert row.gmacs == pytest.approx((front + 10 * tail) / 1e9, rel=1e-6)
+    assert row.train_memory_mib > 0
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_plans_of_one_name_are_timed_each_by_itself():
+    small, large = ({"layer1": hflip(), "layer3": five_crop(scale)} for scale in (0.3, 0.9))
+    _, _, one, other = profile(networks.fer(), 48, sites=[small, large], measure=True, batch=2, rounds=3)
+    assert (one.site, other.site) == ("layer1=hflip,layer3=5 views of 3/10", "layer1=hflip,layer3=5 views of 9/10")
+    assert one.milliseconds != other.milliseconds
+
+
+def test_a_device_that_is_not_there_is_said():
+    with pytest.raises(CropVoteError, match="device='mps' cannot be used|device='cuda' cannot be used"):
+        profile(
+            networks.fer(), 48, sites=["layer1"], measure=True, device="mps" if torch.cuda.is_available() else "cuda"
+        )
+    with pytest.raises(InputTypeError, match="sites must be names or plans"):
+        profile(networks.fer(), 48, sites=5)
