@@ -65,8 +65,8 @@ class Injection:
 
     @property
     def is_orphan(self) -> bool:
-        """Whether no model votes with it: it belongs to a copy of a part of one."""
-        return self.root is None or self.root() is None
+        """Whether it belongs to a copy of a part of a model, with which no model ever voted."""
+        return self.root is None
 
     def training(self, module: nn.Module) -> bool:
         """The mode of the model that votes, for it or for the module that carries its split.

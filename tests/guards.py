@@ -12,6 +12,7 @@ from cropvote import (
     calls,
     checks,
     fakes,
+    layer,
     layouts,
     options,
     splitting,
@@ -39,7 +40,14 @@ def batch_of_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_rows(patch: pytest.MonkeyPatch) -> None:
+    """Neither the splits that ran nor the rows that came out are counted."""
     patch.setattr(calls, "_check_rows", lambda *_: None)
+    no_watch(patch)
+
+
+def no_watch(patch: pytest.MonkeyPatch) -> None:
+    for module in (surgery, layer):
+        patch.setattr(module, "watched", lambda run, *_: run())
 
 
 def no_carrier(patch: pytest.MonkeyPatch) -> None:

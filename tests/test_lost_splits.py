@@ -234,7 +234,7 @@ def test_plans_of_one_name_are_timed_each_by_itself():
 
 
 def test_a_device_that_is_not_there_is_said():
-    with pytest.raises(CropVoteError, match="device='mps' cannot be used|device='cuda' cannot be used"):
+    with pytest.raises(CropVoteError, match="cannot be used"):
         profile(
             networks.fer(), 48, sites=["layer1"], measure=True, device="mps" if torch.cuda.is_available() else "cuda"
         )

@@ -57,7 +57,7 @@ def _() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(IMAGES)
     inject_crop_vote(model, after="layer2", input_size=48)
-    tools.agree(compiled(IMAGES), tools.expected(10))
+    tools.agree(compiled(IMAGES), tools.expected(tools.ONE, 10))
 
 
 @hazard("torch.fx, which records the plain forward", "a proxy is refused", guards.plain_wraps, guards.by_hooks)
@@ -146,12 +146,20 @@ def _() -> None:
     tools.agree(found, (networks.Net.forward(model, IMAGES[:5]) + networks.Net.forward(model, IMAGES[:5].flip(3))) / 2)
 
 
+@hazard("a lost split that takes as many maps as it gives", "the splits that ran are counted", guards.no_watch)
+def _() -> None:
+    model = tools.voting(tools.TWO, eval_views="centre+mirror")
+    model.layer2 = networks.fer().layer2
+    with pytest.raises(CropVoteError, match="did not run exactly once"):
+        model(IMAGES)
+
+
 @hazard("settings shared by copies", "a copy has its own", guards.shared_settings)
 def _() -> None:
     model = tools.voting()
     twin = copy.deepcopy(model)
     settings(twin).enabled = False
-    tools.agree(model(IMAGES), tools.expected(10))
+    tools.agree(model(IMAGES), tools.expected(tools.ONE, 10))
 
 
 @hazard("a vote inside a call that gives every view", "each call has its own plan", guards.one_plan_for_all)

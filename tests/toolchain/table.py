@@ -74,8 +74,8 @@ def images(count: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(count)).to(dtype)
 
 
-def voting(split: Split = ONE, make: Callable[[], nn.Module] = networks.fer) -> nn.Module:
-    return inject_crop_vote(make(), after=split.after, input_size=SIDE)
+def voting(split: Split = ONE, make: Callable[[], nn.Module] = networks.fer, **options: object) -> nn.Module:
+    return inject_crop_vote(make(), after=split.after, input_size=SIDE, **options)
 
 
 def rows(model: nn.Module, split: Split, count: int = 3) -> Tensor:
