@@ -17,7 +17,7 @@ class Tokens(NamedTuple):
     The views are cut from the grid, whose columns a mirrored view reverses; the prefix tokens (class, distillation,
     registers) stand first and are kept whole in every view.
 
-    Args:
+    Fields:
         height: the grid's rows.
         width: the grid's columns.
         prefix: the number of tokens before the grid.

@@ -24,7 +24,7 @@ class View(NamedTuple):
 
     The map is mirrored (left-right) first, then turned, then cropped.
 
-    Args:
+    Fields:
         top: the crop's vertical position, as a fraction of the free margin (0 top, 1 bottom).
         left: its horizontal position, likewise (0 left, 1 right).
         mirror: whether the map is mirrored left-right first.

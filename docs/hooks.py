@@ -1,7 +1,8 @@
-"""The home page of the site is README's first screen: one text, two places."""
+"""What the site's pages are made of: README's first screen as the home page, and links between the API's names."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ def first_screen() -> str:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return first_screen() + markdown if page.file.src_uri == "index.md" else markdown
+
+
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """The docstrings' references to other names become links."""
+    if page.file.src_uri != "api.md":
+        return html
+    return re.sub(r":(?:func|class|meth|mod):<code>([\w.]+)</code>", _link, html)
+
+
+def _link(found: re.Match[str]) -> str:
+    name = found[1]
+    target = f"https://docs.pytorch.org/docs/stable/generated/{name}.html" if name.startswith("torch.") else ""
+    return f'<a href="{target or f"#cropvote.{name}"}"><code>{name}</code></a>'
 
 
 def on_config(config: Any) -> Any:

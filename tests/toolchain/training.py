@@ -138,7 +138,7 @@ class Faces(torch.utils.data.Dataset):
         return dict(zip(self.names, row, strict=True)) if self.names else row
 
 
-@tool("Lightning", "`CropVoteLoss` in `training_step`, the vote in `validation_step`: docs/recipes.md")
+@tool("Lightning", "`CropVoteLoss` in `training_step`, the vote in `validation_step`: docs/guides/trainers.md")
 def _(path: Path, split: Split) -> None:
     import lightning
 
