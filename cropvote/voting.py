@@ -22,19 +22,14 @@ How = Rule | Callable[[Tensor], Tensor]
 def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
     """Vote over each sample's views.
 
-    ==========  ==========================================  ==========================================
-    ``how``     formula                                     what the numbers are
-    ==========  ==========================================  ==========================================
-    "soft"      mean of the logits                          logits (the paper's average of FC outputs)
-    "probs"     log of the mean softmax                     log-probabilities
-    "hard"      log((counts + mean softmax) / (V + 1))      log-probabilities whose argmax is the
-                                                            majority, ties to the higher mean
-                                                            probability
-    "mean"      mean                                        a regression's outputs
-    "median"    median; the mean of the two middle          a regression's outputs
-                values where V is even
-    a callable  (N, V, K) -> (N, K)                         its own
-    ==========  ==========================================  ==========================================
+    | ``how``    | formula                                             | what the numbers are                        |
+    |------------|-----------------------------------------------------|---------------------------------------------|
+    | "soft"     | mean of the logits                                  | logits (the paper's average of FC outputs)  |
+    | "probs"    | log of the mean softmax                             | log-probabilities                           |
+    | "hard"     | log((counts + mean softmax) / (V + 1))              | log-probabilities: majority, ties by mean   |
+    | "mean"     | mean                                                | a regression's outputs                      |
+    | "median"   | median; the mean of the middle two where V is even  | a regression's outputs                      |
+    | a callable | (N, V, K) -> (N, K)                                 | its own                                     |
 
     A view whose highest logits are equal counts for the first of them. Half-precision rows are voted
     on, and returned, in float32: ties would be decided by rounding otherwise. NaN in a row gives NaN. "hard" resolves

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 #: Where the first screen ends.
 END = "## Where to split"
@@ -42,3 +44,14 @@ def _link(found: re.Match[str]) -> str:
 def on_config(config: Any) -> Any:
     config.watch.append(str(README))
     return config
+
+
+class Sections(griffe.Extension):
+    """The sections of our docstrings, by the names that the parser knows."""
+
+    names = {"Example:": "Examples:", "Fields:": "Attributes:"}  # noqa: RUF012
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            lines = obj.docstring.value.split("\n")
+            obj.docstring.value = "\n".join(self.names.get(line, line) for line in lines)
