@@ -25,7 +25,7 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest -n auto tests
-	$(BIN)/python -m pytest -q README.md docs cropvote  # in order: a page's examples use what those before them made
+	$(BIN)/python -m pytest -q -n auto --dist loadfile README.md docs cropvote  # a page in order: its examples build on one another
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -n auto

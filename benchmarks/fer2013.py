@@ -100,7 +100,7 @@ def keep(file: Path, result: dict[str, Any], here: Machine) -> None:
         if views is not None:
             remove_crop_vote(model)
     told = {key: value for key, value in result.items() if key not in ("votes", "summary", "split", "out")}
-    told |= {"gmacs": gmacs(card), "commit": commit(), "command": shlex.join(sys.argv)}
+    told |= {"gmacs": gmacs(card), "commit": commit()}
     stored = io.BytesIO()
     np.savez_compressed(stored, **arrays, told=json.dumps(told))
     write_whole(file, lambda handle: handle.write(stored.getvalue()))

@@ -36,7 +36,8 @@ def write() -> None:
         "PrivateTest is only scored. Figures are in %, mean ± standard deviation over the seeds; the same seed gives",
         "every network the same start and order of faces. *Without copies*: without the test faces that are,",
         "pixel for pixel, among those learnt or chosen by. *won : lost*: the faces that only this network, or only the",
-        "other one of the same seed, gets right; p: McNemar's exact test, seed by seed.",
+        "other one of the same seed, gets right; p: McNemar's exact test, seed by seed. Rates and minutes are those of the",
+        "training itself, beside whatever else the machine did.",
         "",
     ]
     for name, title in TITLES.items():
@@ -48,7 +49,8 @@ def write() -> None:
             if name == next(one for one in TITLES if one in stored):
                 figure = Figure(figsize=(7.2, 4.4), layout="constrained")
                 draw(figure.subplots(), main_recipe(stored[name]))
-                figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+                long = stem == "reliability"
+                figure.legend(loc="outside lower center", ncols=1 if long else 2, frameon=False, fontsize=8)
                 figure.savefig(FIGURES / f"fer2013_{stem}.svg", metadata={"Date": None})
                 lines += [f"![{text}](figures/fer2013_{stem}.svg)", ""]
     PAGE.write_text("\n".join(lines))

@@ -65,7 +65,7 @@ def store(name: str, runs: list[Run]) -> None:
     """Put the figures of a list of runs into the file, in the place of that list's older ones."""
     kept = json.loads(STORED.read_text()) if STORED.exists() else {}
     plain = {(run.told["config"]["recipe"], run.told["config"]["seed"]): run for run in runs if run.site == "none"}
-    kept[name] = [figures(run, plain) for run in runs]
+    kept[name] = [{"command": f"python benchmarks/fer2013.py train {name}", **figures(run, plain)} for run in runs]
     STORED.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -86,7 +86,8 @@ def figures(run: Run, plain: dict[tuple[str, int], Run]) -> dict[str, Any]:
                 if not (run is beside and other == way)
             }
             rows.append(row)
-    told = {key: value for key, value in run.told.items() if key != "curve"}
+    told = {key: value for key, value in run.told.items() if key not in ("curve", "command")}
+    told["config"] = {**config, "data": Path(config["data"]).name, "out": "", "cache": ""}  # no one's own paths
     rates = [row["faces_per_second"] for row in run.told["curve"]]
     found = {"run": run.name, **told, "faces_per_second": float(np.median(rates)), "rows": rows,
              "faces": len(run.labels), "copies": int(run.copies.sum()), **calibration(run)}  # fmt: skip

@@ -41,7 +41,8 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     Raises:
         SurgeryError: the model does not vote, holds several layers that do, or is in training mode.
         OptionError: its settings say ``enabled=False``.
-        RowsError: what follows the layer does not keep one row of logits per view.
+        SurgeryError: what follows the layer changes its rows, which would not be the ones it votes over.
+        RowsError: there is not one row of logits per view.
 
     Example:
         >>> import torch, torchvision
@@ -58,12 +59,35 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if not found.enabled:
         raise OptionError("per_view reads a model that votes; this one's settings say enabled=False.")
     plan = Plan(cuts_of(found.views), voted=False, per_pass=found.views_per_pass)
-    with following({found: plan}), torch.compiler.set_stance("force_eager"):  # compiled parts keep to the settings
-        output = model(*args, **kwargs)
+    output = asked(model, found, plan, *args, **kwargs)
     rows = dict(tensors_of(output)).get(prediction_places(output)[0])
     if rows is None or rows.dim() != 2 or rows.shape[0] % len(found.views):
         raise RowsError(f"the model returned {describe(output)}, not one row of logits for each view, (N*V, K).")
     return part_views(rows, len(found.views))
+
+
+def asked(model: nn.Module, found: Settings, plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    """What the model returns where it follows a plan; a layer inside a network must have the last word.
+
+    Raises:
+        SurgeryError: the network makes something else of what its layer returns.
+    """
+    layers = [m for m in model.modules() if isinstance(m, CropVote) and m.settings is found and m.place == 0]
+    said: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda _m, _a, out: said.extend(dict(tensors_of(out)).values())) for m in layers]
+    try:
+        with following({found: plan}), torch.compiler.set_stance("force_eager"):  # compiled parts keep to the settings
+            output = model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = dict(tensors_of(output)).get(prediction_places(output)[0])
+    if layers and not any(rows is one for one in said):
+        raise SurgeryError(
+            f"this {type(model).__name__} makes something else of what its CropVote layer returns, so the views' rows "
+            f"would not be those of its vote: put what follows into the layer's tail, or pass the layer itself."
+        )
+    return output
 
 
 def settings_in(model: nn.Module) -> Settings:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .calls import Plan, following
+from .calls import Plan
 from .checks import is_traced
 from .errors import InputTypeError, OptionError, RowsError, SurgeryError
 from .options import EvalViews, Settings, eval_indices
 from .outputs import describe, prediction_places, tensors_of
 from .plans import cuts_of
-from .reading import settings_in
+from .reading import asked, settings_in
 from .refusals import unwrap
 from .splitting import part_views
 from .voting import How, vote
@@ -197,8 +197,7 @@ def _is_number(value: Any) -> bool:
 def _rows(model: nn.Module, found: Settings, x: Tensor, plan: Plan, samples: int) -> Tensor:
     """The logits (M, v, K) of the views that a plan cuts; where the front is kept, one image goes through it again."""
     kept = bool(plan.front)
-    with following({found: plan}), torch.compiler.set_stance("force_eager"):
-        output = model(x[:1] if kept else x)
+    output = asked(model, found, plan, x[:1] if kept else x)
     tensors = dict(tensors_of(output))
     rows = tensors.get(prediction_places(output)[0])
     if rows is None or len(tensors) != 1 or rows.dim() != 2 or rows.shape[0] != samples * plan.rows:

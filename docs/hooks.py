@@ -32,6 +32,7 @@ def on_page_content(html: str, *, page: Any, **_: Any) -> str:
     """The docstrings' references to other names become links."""
     if page.file.src_uri != "api.md":
         return html
+    html = html.replace(":meth:<code>crop_size</code>", ":meth:<code>Views.crop_size</code>")
     return re.sub(r":(?:func|class|meth|mod):<code>([\w.]+)</code>", _link, html)
 
 

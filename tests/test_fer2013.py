@@ -13,6 +13,7 @@ import fer2013
 import fer2013_page as page
 import fer2013_scores as results
 
+ROOT = Path(__file__).parent.parent
 N, K = 60, 3
 COST = {"1": 1.0, "2": 2.0, "5": 4.0, "10": 8.0, "plain": 1.5}
 
@@ -27,7 +28,16 @@ def a_run(folder: Path, site: str, seed: int) -> results.Run:
         for way, count in counts.items():
             hint = np.eye(K)[arrays[f"{split}_labels"]][:, None] * 1.5
             arrays[f"{split}_{way}"] = (hint + rng.normal(0, 1.5, (N, count, K))).astype(np.float16)
-    config = {"after": site, "seed": seed, "recipe": "toy", "width": 8, "epochs": 2, "batch": 16, "fast": False}
+    config = {
+        "after": site,
+        "seed": seed,
+        "recipe": "toy",
+        "width": 8,
+        "epochs": 2,
+        "batch": 16,
+        "fast": False,
+        "data": "/some/where/fer2013.csv",
+    }
     told = {
         "config": config, "outputs": ["a", "b", "c"], "gmacs": COST, "curve": [{"faces_per_second": 10.0}],
         "parameters": 5, "train_mib": 1.0, "seconds": 60.0, "commit": "abc", "epochs": None,
@@ -76,6 +86,7 @@ def test_accuracies_are_counted_by_hand(runs, stored):
             assert row["gmacs"] == cost
         assert found["faces"] == N
         assert found["copies"] == 6
+        assert "some" not in json.dumps(found["config"])
 
 
 def test_the_test_against_the_plain_network_of_the_same_seed(runs, stored):
@@ -135,6 +146,19 @@ def test_the_page_holds_every_network_and_its_pictures(stored, tmp_path):
     for stem in ("cost", "views", "reliability"):
         assert (tmp_path / f"fer2013_{stem}.svg").stat().st_size > 5000
         assert f"figures/fer2013_{stem}.svg" in text
+
+
+def test_the_results_are_those_of_the_stored_figures(tmp_path, monkeypatch):
+    stored, written = json.loads(results.STORED.read_text()), page.PAGE.read_text()
+    monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(page, "FIGURES", tmp_path)
+    page.write()
+    assert (tmp_path / "results.md").read_text() == written
+    beyond = " ".join((ROOT / "docs" / "beyond.md").read_text().split())
+    for site in ("none", "layer1", "layer1=hflip,layer3=five"):
+        runs = [run for run in stored["small"] if run["config"]["after"] == site]
+        assert _mean(runs, "plain" if site == "none" else "ten views") in beyond
+        assert len(runs) == 3
 
 
 def _mean(found: list[dict], way: str) -> str:

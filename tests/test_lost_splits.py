@@ -21,6 +21,7 @@ from cropvote import (
     five_crop,
     hflip,
     inject_crop_vote,
+    per_view,
     profile,
     remove_crop_vote,
     settings,
@@ -171,6 +172,16 @@ def test_a_layer_inside_may_run_in_a_checkpoint():
         loss(model.train()(IMAGES), targets).backward()
     for one, other in zip(net.parameters(), wanted.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, atol=1e-6)
+
+
+def test_a_layer_has_the_last_word_where_its_views_are_read():
+    """A head behind the vote would be another thing behind each view."""
+    net, _ = layers()
+    model = nn.Sequential(nn.Identity(), net, nn.Softmax(1)).eval()
+    for read in (per_view, vote_until_sure):
+        with pytest.raises(SurgeryError, match="put what follows into the layer's tail"):
+            read(model, IMAGES)
+        assert len(read(nn.Sequential(nn.Identity(), net).eval(), IMAGES)[0])
 
 
 def test_layers_in_different_modes_are_not_compiled():

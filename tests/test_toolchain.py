@@ -7,13 +7,14 @@ import functools
 import pytest
 
 from toolchain import LIMITS, RAISES, TOOLS
+from toolchain.table import TWO
 
 CASES = [
     pytest.param(
         functools.partial(tool.check, split=split) if split else tool.check,
         tool.name,
         id=f"{tool.name}, {split.name}" if split else tool.name,
-        marks=[pytest.mark.slow] * tool.slow
+        marks=[pytest.mark.slow] * (tool.slow or split is TWO)
         + [pytest.mark.xfail(strict=True, reason=LIMITS.get(tool.name, ""))] * (tool.name in LIMITS),
     )
     for tool in TOOLS
