@@ -36,8 +36,8 @@ def write() -> None:
         "PrivateTest is only scored. Figures are in %, mean ± standard deviation over the seeds; the same seed gives",
         "every network the same start and order of faces. *Without copies*: without the test faces that are,",
         "pixel for pixel, among those learnt or chosen by. *won : lost*: the faces that only this network, or only the",
-        "other one of the same seed, gets right; p: McNemar's exact test, seed by seed. Rates and minutes are those of the",
-        "training itself, beside whatever else the machine did.",
+        "other one of the same seed, gets right; p: McNemar's exact test, seed by seed. Rates and minutes are those of",
+        "the training itself, beside whatever else the machine did.",
         "",
     ]
     for name, title in TITLES.items():

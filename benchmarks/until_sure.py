@@ -75,7 +75,8 @@ def look_at(run: str, final_test: bool) -> dict[str, Any]:
             "stopped": share, "accuracy": float(right.double().mean()), "gmacs": share * few + (1 - share) * row.gmacs,
             "time": taken[name] / taken["all views, soft"],
         }  # fmt: skip
-    return {"run": run, "config": stored["config"], "faces": len(scored), "scored": name_of(scored, final_test),
+    told = {**stored["config"], "data": Path(config.data).name, "out": "", "cache": ""}  # no one's own paths
+    return {"run": Path(run).name, "config": told, "faces": len(scored), "scored": name_of(scored, final_test),
             "confidence": confidence, "plain": cost["baseline"].gmacs, "rows": found}  # fmt: skip
 
 
