@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cropvote
+import until_sure
 from cropvote import errors, profile
 from model import fer_resnet18
 from test_package import ORDER
@@ -72,6 +74,13 @@ def _rows(text: str) -> list[list[str]]:
         [cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
     return [row for row in rows if re.fullmatch(r"[\d.]+", row[-1])]
+
+
+@pytest.mark.parametrize("name", ["until_sure.json", "until_sure_fer2013.json"])
+def test_the_tables_of_stopping_votes_are_those_of_the_stored_figures(name):
+    runs = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["runs"]
+    assert until_sure.table(runs) in (DOCS / "beyond.md").read_text()
+    assert not any(str(value).startswith("/") for run in runs for value in run["config"].values())
 
 
 def test_the_home_page_is_readmes_first_screen():
