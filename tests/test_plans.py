@@ -252,8 +252,8 @@ def test_copies(duplicate):
 @pytest.mark.parametrize(
     "options",
     [
-        *[pytest.param(options, marks=pytest.mark.slow) for options in ({}, {"eval_views": [4, 9]})],
-        {"eval_views": [0, 2, 6]},
+        pytest.param(options, marks=pytest.mark.slow)
+        for options in ({}, {"eval_views": [4, 9]}, {"eval_views": [0, 2, 6]})
     ],
 )
 def test_compiled_and_exported(options):

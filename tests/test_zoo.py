@@ -49,7 +49,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "site", "reason"), REFUSED, ids=[f"{name}-{site}" for name, site, _ in REFUSED])
+LARGE = ("gcvit", "maxvit")
+CASES = [pytest.param(*case, marks=[pytest.mark.slow] * case[0].startswith(LARGE)) for case in REFUSED]
+
+
+@pytest.mark.parametrize(("name", "site", "reason"), CASES, ids=[f"{name}-{site}" for name, site, _ in REFUSED])
 def test_what_is_no_site_is_refused_with_the_reason_and_the_valid_ones(name, site, reason):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7).eval()
@@ -91,7 +95,11 @@ def works(known: dict[str, Any]) -> set[str]:
     return {site for site, verdict in known["tried"].items() if verdict["verdict"] == "works"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+#: Most families are looked at among the slow tests, every fourth here.
+VERDICTS = [pytest.param(f, marks=[pytest.mark.slow] * bool(i % 4)) for i, f in enumerate(FAMILIES)]
+
+
+@pytest.mark.parametrize("family", VERDICTS)
 def test_verdicts_on_fake_tensors(family):
     """At every entry of feature_info the verdict is the stored one, and every refusal has its reason."""
     known = FAMILIES[family]
