@@ -429,7 +429,7 @@ def test_per_view_that_cannot_be():
     with pytest.raises(CropVoteError, match="settings takes an injected model"):
         per_view(3, IMAGES)
     after = nn.Sequential(layered(), nn.Flatten(0)).eval()
-    with pytest.raises(CropVoteError, match="put what follows into the layer.s tail"):
+    with pytest.raises(CropVoteError, match="put what follows into the layer's tail"):
         per_view(after, IMAGES)
 
 
