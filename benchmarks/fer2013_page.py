@@ -105,8 +105,12 @@ def accuracy(grouped: list[Group]) -> list[str]:
             gmacs = statistics.mean(row["gmacs"] for row in rows)
             scores = [spread([row[key] for row in rows]) for key in ("accuracy", "without_copies")]
             cells = [in_words(site), way, "–" if way == PLAIN else how, f"{gmacs:.3f}", *scores, *tests]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(line(*cells))
     return lines
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _test(found: dict[str, Any]) -> str:
@@ -128,7 +132,7 @@ def training(grouped: list[Group]) -> list[str]:
         rate = statistics.median(run["faces_per_second"] for run in runs)
         minutes = statistics.mean(run["seconds"] for run in runs) / 60
         cells = [in_words(site), f"{rate:,.0f}", f"{minutes:.1f}", f"{runs[0]['train_mib']:.2f}", *errors]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(*cells))
     return lines
 
 
@@ -146,7 +150,7 @@ def views(grouped: list[Group]) -> list[str]:
     for site, runs in voting:
         cells = [f"{100 * statistics.mean(run['greedy']['accuracy'][size - 1] for run in runs):.1f}" for size in sizes]
         orders = "; ".join(" ".join(map(str, run["greedy"]["order"])) for run in runs)
-        lines.append(f"| {' | '.join([in_words(site), *cells, orders])} |")
+        lines.append(line(in_words(site), *cells, orders))
     return lines
 
 
@@ -156,7 +160,7 @@ def classes(grouped: list[Group]) -> list[str]:
     lines = [f"| recall | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     for site, runs in grouped:
         cells = [spread([run["recall"][name] for run in runs]) for name in names]
-        lines.append(f"| {' | '.join([in_words(site), *cells])} |")
+        lines.append(line(in_words(site), *cells))
     return lines
 
 

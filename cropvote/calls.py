@@ -60,8 +60,8 @@ def is_steered(settings: Settings, split: object) -> bool:
     return not torch.compiler.is_compiling() and not _PLANS.get().keys().isdisjoint((settings, split))
 
 
-#: The splits that the call in this thread ran so far: whose they are, by the settings, and their place.
-_RAN: ContextVar[list[tuple[Settings, int]] | None] = ContextVar("ran", default=None)
+#: The places of the splits that ran so far in the calls of this thread, by the settings of the model that is called.
+_RAN: ContextVar[dict[Settings, list[int]]] = ContextVar("ran", default={})  # noqa: B039  # never changed in place
 
 
 def watched(run: Callable[[], Any], settings: Settings, places: int, model: nn.Module) -> Any:
@@ -75,13 +75,12 @@ def watched(run: Callable[[], Any], settings: Settings, places: int, model: nn.M
     """
     if torch.compiler.is_compiling():
         return run()
-    ran: list[tuple[Settings, int]] = []
-    token = _RAN.set(ran)
+    found: list[int] = []
+    token = _RAN.set({**_RAN.get(), settings: found})  # a call of the same model inside this one has a list of its own
     try:
         output = run()
     finally:
         _RAN.reset(token)
-    found = [place for owner, place in ran if owner is settings]
     if found != list(range(places)) and not (found == sorted(set(found)) and _is_compiled_inside(model)):
         times = ", ".join(f"{found.count(place)} times" for place in range(places))
         raise RowsError(
@@ -93,17 +92,15 @@ def watched(run: Callable[[], Any], settings: Settings, places: int, model: nn.M
 
 def note(settings: Settings, place: int) -> None:
     """Say that this split ran."""
-    if not torch.compiler.is_compiling():
-        ran = _RAN.get()
-        if ran is not None:
-            ran.append((settings, place))
+    if not torch.compiler.is_compiling() and settings in _RAN.get():
+        _RAN.get()[settings].append(place)
 
 
 def has_run(settings: Settings, place: int) -> bool:
     """Whether this split ran in the call of this thread; also where that is not known: compiled, or in a backward."""
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:  # checkpointing runs a part again
         return True
-    return (settings, place) in (_RAN.get() or ())
+    return place in _RAN.get().get(settings, ())
 
 
 def _is_compiled_inside(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 
 from .calls import split_by
 from .errors import OptionError
-from .fakes import Example, Spec, map_first_tensor, tensors_in
+from .fakes import Example, Spec, first_line, map_first_tensor, tensors_in
 from .layouts import Layout, sides
 from .options import NAMED, eval_indices
 from .plans import After, cuts_of, in_words, joined
@@ -261,7 +261,7 @@ def measured(
         try:
             twin = twin.to(device)
         except (RuntimeError, AssertionError) as error:  # PyTorch's, where there is no such device
-            raise OptionError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+            raise OptionError(f"device={str(device)!r} cannot be used: {first_line(error)}") from error
     tensors = [*twin.parameters(), *twin.buffers()]
     where = tensors[0].device if tensors else torch.device(device or "cpu")
     if where.type == "meta":

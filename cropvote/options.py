@@ -165,13 +165,17 @@ def eval_indices(views: AnyViews, asked: EvalViews, name: str = "eval_views") ->
         if missing:
             raise OptionError(f"{name}={asked!r}, but {views!r} holds no {missing[0]}: give indices.")
         return tuple(sorted(centred[mirror] for mirror, _ in NAMED[asked]))
-    indices = [i for i in asked if type(i) is int] if isinstance(asked, Sequence) else []
-    if not isinstance(asked, Sequence) or len(indices) < len(asked):
-        raise InputTypeError(f"{name} must be whole numbers, one of {tuple(NAMED)}, or None, got {asked!r}.")
-    if not indices or len(set(indices)) < len(indices) or min(indices) < 0 or max(indices) >= len(views):
-        raise OptionError(
-            f"{name} must be different indices from 0 to {len(views) - 1}, at least one, got {list(asked)}."
-        )
+    return checked_indices(len(views), asked, name, f"whole numbers, one of {tuple(NAMED)}, or None")
+
+
+def checked_indices(total: int, asked: object, name: str, kind: str = "whole numbers") -> tuple[int, ...]:
+    """Some of ``total`` views, ascending; the errors are those of :func:`eval_indices`."""
+    able = isinstance(asked, Sequence) and not isinstance(asked, str)
+    if not able or not all(type(i) is int for i in asked):  # type: ignore[attr-defined]
+        raise InputTypeError(f"{name} must be {kind}, got {asked!r}.")
+    indices: tuple[int, ...] = tuple(asked)  # type: ignore[arg-type]
+    if not indices or len(set(indices)) < len(indices) or min(indices) < 0 or max(indices) >= total:
+        raise OptionError(f"{name} must be different indices from 0 to {total - 1}, at least one, got {list(indices)}.")
     return tuple(sorted(indices))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .calls import Plan
 from .checks import is_traced
 from .errors import InputTypeError, OptionError, RowsError, SurgeryError
-from .options import EvalViews, Settings, eval_indices
+from .options import EvalViews, Settings, checked_indices, eval_indices
 from .outputs import describe, prediction_places, tensors_of
 from .plans import cuts_of
 from .reading import asked, settings_in
@@ -149,17 +149,9 @@ def choose_confidence(
         raise InputTypeError(f"targets must be a tensor of {samples} classes, one per sample.")
     if not _is_number(max_loss) or not max_loss >= 0:
         raise OptionError(f"max_loss must be a share of the samples, 0 or more, got {max_loss!r}.")
-    first = (4, 9) if first is None and total == 10 else first
-    able = isinstance(first, Sequence) and not isinstance(first, str) and all(type(i) is int for i in first)
-    if (
-        first is None
-        or not able
-        or not first
-        or len(set(first)) < len(first)
-        or not 0 <= min(first) <= max(first) < total
-    ):
-        raise OptionError(f"first must be different indices from 0 to {total - 1}, at least one, got {first!r}.")
-    chosen = sorted(first)
+    if first is None and total != 10:
+        raise OptionError(f"first is centre and mirror of ten views; of {total}, name the indices of the first vote.")
+    chosen = checked_indices(total, (4, 9) if first is None else first, "first")
     whole = vote(per_view_logits.flatten(0, 1), total, how).argmax(1) == targets
     early = vote(per_view_logits[:, chosen].flatten(0, 1), len(chosen), how)
     winner, order = early.softmax(1).max(1).values.sort(descending=True)

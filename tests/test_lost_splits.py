@@ -161,6 +161,18 @@ def test_a_layer_inside_does_not_vote_alone():
     assert net(IMAGES).shape == (3, 7)
 
 
+def test_a_site_inside_a_layer_is_not_missed():
+    """Two votes, one in the other: each call counts its own splits."""
+    torch.manual_seed(0)
+    site = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    tail = nn.Sequential(site, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+    inner = inject_crop_vote(tail, after="0", input_size=(8, 40, 40)).eval()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CropVote(inner)).eval()
+    with torch.no_grad():
+        wanted = torch.stack([inner(view) for view in oracle.ten_views(net[0](IMAGES))]).mean(0)
+        assert torch.allclose(net(IMAGES), wanted, atol=1e-6)
+
+
 def test_a_layer_inside_may_run_in_a_checkpoint():
     net, tail = layers()
     wanted, _ = layers()
@@ -204,9 +216,14 @@ def test_the_centre_is_not_mirrored_twice():
 def test_a_confidence_is_chosen_for_views_that_are_named():
     logits, targets = torch.randn(20, 5, 3), torch.randint(3, (20,))
     assert 0 <= choose_confidence(logits, targets, first=[4]) <= 1
-    for first in (None, 4, "centre", [True], [0, 0], [5], []):
+    for first in ([0, 0], [5], []):
         with pytest.raises(OptionError, match="first must be different indices from 0 to 4"):
             choose_confidence(logits, targets, first=first)
+    for first in (4, "centre", [True]):
+        with pytest.raises(InputTypeError, match="first must be whole numbers"):
+            choose_confidence(logits, targets, first=first)
+    with pytest.raises(OptionError, match="of 5, name the indices of the first vote"):
+        choose_confidence(logits, targets)
     with pytest.raises(InputTypeError, match="must be a tensor"):
         choose_confidence([[1.0]], targets)
     with pytest.raises(OptionError, match="max_loss"):
