@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -113,6 +114,20 @@ def test_until_sure_is_chosen_on_validation_faces_alone(runs, stored):
         hits = right(run, list(range(10)))
         hits[surest[:count].numpy()] = right(run, [4, 9])[surest[:count].numpy()]
         assert row["accuracy"] == pytest.approx(hits.mean())
+
+
+def test_the_confidence_does_not_know_the_test_labels(runs):
+    """The cost tells how many stop: other test labels change nothing in it, other validation labels do."""
+    moved = []
+    for run in runs[2:]:
+        costs = []
+        for name in ("test_labels", "val_labels", "copies"):
+            other = copy.copy(run)
+            other.arrays = {**run.arrays, name: 0 * run.arrays[name]}
+            costs.append(other.ways()["until sure"][0])
+        assert costs[0] == costs[2] == run.ways()["until sure"][0]
+        moved.append(costs[1] != costs[0])
+    assert any(moved)
 
 
 def test_views_are_added_by_validation_and_counted_on_test(runs, stored):
