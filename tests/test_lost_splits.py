@@ -104,6 +104,17 @@ def test_a_stage_that_is_compiled_by_itself_is_not_missed():
         assert torch.allclose(model(IMAGES), wanted, atol=1e-5)
 
 
+def test_a_replaced_stage_is_missed_under_a_compiler():
+    """Where the splits that ran cannot be counted: the ones that are left can be."""
+    model = voting(eval_views="centre+mirror")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(IMAGES), model(IMAGES), atol=1e-6)
+        model.layer3 = networks.fer().layer3
+        with pytest.raises(Exception, match="one was replaced since the model was checked"):
+            compiled(IMAGES)
+
+
 def test_a_copy_of_a_stage_is_a_plain_stage():
     """Its split belongs to no model: a call says so, without the vote it is the plain model, and the undo is exact."""
     plain = networks.fer()(IMAGES)
