@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputTypeError, SiteError, SurgeryError
+from .errors import InputTypeError, RowsError, SiteError, SurgeryError
 from .fakes import example_from_call
 from .layouts import Layout, Tokens
 from .options import Settings
 from .plans import parts_of
 from .probe import check_sites
+from .walk import INPUT
 
 __all__: list[str] = []
 
@@ -121,6 +122,19 @@ class Injection:
             return True
         broadcasts = first.shape[0] == 1 or self.settings.rows(training) == 1  # or a split that did not run hides
         return not broadcasts or (call, tuple(first.shape[1:])) in self.sizes
+
+    def check_carriers(self, model: nn.Module) -> None:
+        """Where the splits that run cannot be counted: whether the modules that carry them are still there.
+
+        Raises:
+            RowsError: one was replaced since.
+        """
+        there = [m for m in model.modules() if getattr(m, "_cropvote_split", None) is self]
+        if len(there) < len(self.sites) - (self.sites[0] == INPUT):
+            raise RowsError(
+                f"of the modules that carry the splits after {self.site}, {len(there)} are left: one was replaced "
+                f"since the model was checked. remove_crop_vote, and inject again."
+            )
 
     def check_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the site with the shapes of a real call; the mark is kept by copies.

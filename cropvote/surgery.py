@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .calls import Plan, conclude, following, in_passes, is_steered, note, plan_of, split_by, watched
 from .checks import Injection, first_tensor, is_traced, parameters_of
-from .errors import InputTypeError, PlainModelError, RowsError, SurgeryError
+from .errors import InputTypeError, PlainModelError, SurgeryError
 from .fakes import example_of, map_first_tensor, tensors_in
 from .layer import CropVote
 from .layouts import Layout
@@ -239,7 +239,7 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
     if injection.failure or not injection.is_checked(module.training, args, kwargs):
         injection.check_call(module, args, kwargs)
     if torch.compiler.is_compiling():
-        _check_carriers(module, injection)
+        injection.check_carriers(module)
     plan = plan_of(injection.settings, injection.training(module))
     if plan.per_pass is not None:
         return _in_passes(module, base, args, kwargs, injection, plan)
@@ -254,20 +254,6 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
             return base.forward(module, *found, **named)
 
     return conclude(plan, watched(run, injection.settings, len(injection.sites), module), samples, injection.settings)
-
-
-def _check_carriers(model: nn.Module, injection: Injection) -> None:
-    """Where the splits that run cannot be counted: whether the modules that carry them are still there.
-
-    Raises:
-        RowsError: one was replaced since.
-    """
-    there = [m for m in model.modules() if getattr(m, "_cropvote_split", None) is injection]
-    if len(there) < len(injection.sites) - (injection.sites[0] == INPUT):
-        raise RowsError(
-            f"of the modules that carry the splits after {injection.site}, {len(there)} are left: one was replaced "
-            f"since the model was checked. remove_crop_vote, and inject again."
-        )
 
 
 def _in_passes(
