@@ -232,6 +232,7 @@ def test_the_stored_weights_reach_the_stored_figures(finished):
     assert result["votes"]["soft"]["accuracy"] == best == result["epochs"]["best"]
 
 
+@pytest.mark.slow
 def test_the_test_split_is_scored_only_when_asked(finished, tmp_path, capsys):
     """Going on with a finished run adds the test's figures, and trains nothing; and nothing takes them away again."""
     before = json.loads((finished / "result.json").read_text())
@@ -261,6 +262,7 @@ def test_a_plain_network(tmp_path):
     assert not hasattr(model, "_cropvote")
 
 
+@pytest.mark.slow
 def test_a_plan_over_two_places(tmp_path):
     """Mirrored after layer1, cropped after layer3: stored, loaded and read like any other."""
     plan = "layer1=hflip,layer3=five"
@@ -296,6 +298,7 @@ def test_all_faces_learnt_and_none_scored(tmp_path, capsys):
     assert not (tmp_path / "run" / "logits.npz").exists()
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
     out = tmp_path / "run"
     run(*SMALL, "--retrain", "--out", out)
@@ -316,6 +319,7 @@ def test_stopping_by_hand_is_one_line(tmp_path, capsys, monkeypatch):
     assert "stopped; --resume goes on" in refused(capsys, *SMALL, "--out", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_other_pixels_are_other_faces(tmp_path, capsys, monkeypatch):
     run(*SMALL, "--out", tmp_path / "run")
     import data
@@ -342,6 +346,7 @@ def test_another_run_is_not_gone_on_with(finished, capsys, options, message):
     assert message in refused(capsys, *SMALL, *options, "--out", finished, "--resume")
 
 
+@pytest.mark.slow
 def test_other_classes_or_faces_are_refused(finished, tmp_path, capsys):
     """The stored state of a run with the same options, but of other classes, faces or processes."""
     for key, value, message in (

@@ -125,7 +125,7 @@ def assert_judged_right(family: str, whole: bool) -> None:
     assert not noise["invented"]
 
 
-@pytest.mark.parametrize("family", DOZEN)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (i % 2)) for i, f in enumerate(DOZEN)])
 def test_a_dozen_against_the_oracle_and_noise(family):
     assert_judged_right(family, whole=False)
 
