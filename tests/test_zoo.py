@@ -49,7 +49,7 @@ REFUSED = [
 ]
 
 
-LARGE = ("gcvit", "maxvit")
+LARGE = ("coatnet", "gcvit", "maxvit", "nasnet", "visformer")
 CASES = [pytest.param(*case, marks=[pytest.mark.slow] * case[0].startswith(LARGE)) for case in REFUSED]
 
 
@@ -95,8 +95,8 @@ def works(known: dict[str, Any]) -> set[str]:
     return {site for site, verdict in known["tried"].items() if verdict["verdict"] == "works"}
 
 
-#: Most families are looked at among the slow tests, every fourth here.
-VERDICTS = [pytest.param(f, marks=[pytest.mark.slow] * bool(i % 4)) for i, f in enumerate(FAMILIES)]
+#: Most families are looked at among the slow tests, every eighth here.
+VERDICTS = [pytest.param(f, marks=[pytest.mark.slow] * bool(i % 8)) for i, f in enumerate(FAMILIES)]
 
 
 @pytest.mark.parametrize("family", VERDICTS)
@@ -125,7 +125,9 @@ def assert_judged_right(family: str, whole: bool) -> None:
     assert not noise["invented"]
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (i % 2)) for i, f in enumerate(DOZEN)])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * bool(i % 3)) for i, f in enumerate(DOZEN)]
+)
 def test_a_dozen_against_the_oracle_and_noise(family):
     assert_judged_right(family, whole=False)
 
@@ -139,7 +141,9 @@ def test_all_others_against_the_oracle_and_noise(family):
 TOKENS = [f for f, known in FAMILIES.items() if any(v.get("layout") == "tokens" for v in known["tried"].values())]
 
 
-@pytest.mark.parametrize("family", TOKENS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * bool(i % 4)) for i, f in enumerate(TOKENS)]
+)
 def test_tokens_stand_where_their_patches_are(family):
     """The gradient of the token (row, column) of the stated grid is largest on that patch of the image."""
     known, model = FAMILIES[family], build(family, fake=False)
