@@ -34,5 +34,7 @@ pages = Sybil(
     setup=enter,
     teardown=leave,
 )
-docstrings = Sybil(parsers=[DocTestParser(optionflags=ELLIPSIS)], pattern="cropvote/*.py", setup=enter, teardown=leave)
+docstrings = Sybil(
+    parsers=[DocTestParser(optionflags=ELLIPSIS)], pattern="cropvote/**/*.py", setup=enter, teardown=leave
+)
 pytest_collect_file = (pages + docstrings).pytest()

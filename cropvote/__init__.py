@@ -1,18 +1,19 @@
 """Make almost any image classifier vote over crops of its own feature map, at no extra parameter."""
 
-from .costs import Profile, Suggestion, profile, suggest_site
+from .calling.options import Settings
+from .costs.meters import SiteCost
+from .costs.suggesting import Suggestion, suggest_site
+from .costs.tables import Profile, profile
 from .errors import CropVoteError
 from .layer import CropVote
 from .layouts import Tokens
-from .meters import SiteCost
-from .options import Settings
 from .plots import plot_agreement, plot_views
-from .probe import sites
+from .probing.probe import sites
+from .probing.verdicts import Site
 from .reading import per_view
 from .splitting import split_views
 from .stopping import SureVotes, choose_confidence, vote_until_sure
 from .surgery import inject_crop_vote, remove_crop_vote, settings
-from .trials import Site
 from .uncertainty import agreement, mutual_information, predictive_entropy
 from .views import View, Views, d4, five_crop, grid, hflip, ten_crop
 from .voting import CropVoteLoss, repeat_targets, vote

@@ -1,4 +1,4 @@
-"""The command line: ``cropvote sites MODEL`` and ``cropvote profile MODEL``."""
+"""The command line: ``cropvote sites MODEL``, ``cropvote profile MODEL`` and ``cropvote suggest MODEL``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .costs import Profile, profile
+from .costs.suggesting import suggest_site
+from .costs.tables import Profile, profile, row_of
 from .errors import CropVoteError, MissingExtraError, OptionError
-from .fakes import example_of
 from .layouts import Tokens
 from .plans import NAMES, After
 from .plots import check_path
-from .probe import sites
-from .trials import Site
+from .probing.fakes import example_of
+from .probing.probe import sites
+from .probing.verdicts import Site
 
 __all__: list[str] = []
 
@@ -34,6 +35,7 @@ Nothing is downloaded: the weights are random.
   cropvote profile torchvision:resnet50 --size 224
   cropvote profile mynet:build --size 3x48x48 --views five --plot cost.png
   cropvote profile timm:resnet18 --after layer1=hflip --after layer3=five
+  cropvote suggest timm:resnet18 --max-macs-ratio 4
 """
 
 
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, summary in (
         ("sites", _sites, "the places where a split is sound"),
         ("profile", _profile, "work and memory of a split at each of them"),
+        ("suggest", _suggest, "the earliest of them within a budget"),
     ):
         command = commands.add_parser(
             name,
@@ -83,10 +86,15 @@ def _parser() -> argparse.ArgumentParser:
         add("--size", help="the image: 48, 48x64 or 3x48x48; needless for timm models")
         add("--views", choices=NAMES, default="ten", help="ten (default), five, hflip or d4")
         form = command.add_mutually_exclusive_group()
-        form.add_argument("--markdown", action="store_true", help="print a Markdown table")
         form.add_argument("--json", action="store_true", help="print JSON")
+        if run is not _suggest:
+            form.add_argument("--markdown", action="store_true", help="print a Markdown table")
         if run is _sites:
             add("--all", action="store_true", help="also the modules that are no valid sites, and why")
+        elif run is _suggest:
+            add("--max-macs-ratio", type=float, metavar="X", help="at most X times the plain network's multiply-adds")
+            add("--max-memory-mib", type=float, metavar="X", help="at most X MiB per image in training")
+            add("--max-sites", type=int, choices=(1, 2), default=1, help="2: also mirrored at one, cropped at a later")
         else:
             add("--sites", nargs="+", metavar="SITE", help="only these")
             add("--after", action="append", metavar="SITE=VIEWS", help="a plan over several sites; once for each site")
@@ -135,6 +143,23 @@ def _profile(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
     if arguments.json:
         return json.dumps(table.to_dict(), indent=1)
     return table.to_markdown() if arguments.markdown else str(table)
+
+
+def _suggest(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argparse.Namespace) -> str:
+    if arguments.max_macs_ratio is arguments.max_memory_mib is None:
+        raise OptionError("suggest needs a budget: --max-macs-ratio, --max-memory-mib, or both.")
+    views = NAMES[arguments.views]()
+    found = suggest_site(
+        model,
+        size,
+        max_macs_ratio=arguments.max_macs_ratio,
+        max_memory_mib=arguments.max_memory_mib,
+        views=views,
+        max_sites=arguments.max_sites,
+    )
+    if arguments.json:
+        return json.dumps({"reason": found.reason, **row_of(found.cost)}, indent=1)
+    return f"{found.cost.site}\n\n{found.reason}"
 
 
 def _asked(arguments: argparse.Namespace) -> list[After] | None:

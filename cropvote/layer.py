@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Plan, conclude, following, has_run, in_passes, note, plan_of, split_by, watched
+from .calling.calls import Plan, conclude, following, has_run, in_passes, note, plan_of, split_by, watched
+from .calling.options import EvalViews, Output, Settings
 from .errors import InputTypeError, OptionError, SurgeryError
 from .layouts import Layout, check_layout
-from .options import EvalViews, Output, Settings
 from .plans import joined, parts_of
 from .views import Views
 from .voting import How

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Plan, following
+from .calling.calls import Plan, following
+from .calling.options import Settings
+from .calling.outputs import describe, prediction_places, tensors_of
 from .errors import OptionError, RowsError, SurgeryError
 from .layer import CropVote
-from .options import Settings
-from .outputs import describe, prediction_places, tensors_of
 from .plans import cuts_of
-from .refusals import unwrap
+from .probing.refusals import unwrap
 from .splitting import part_views
 from .surgery import settings
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .calls import Plan
-from .checks import is_traced
+from .calling.calls import Plan
+from .calling.options import EvalViews, Settings, checked_indices, eval_indices
+from .calling.outputs import describe, prediction_places, tensors_of
 from .errors import InputTypeError, OptionError, RowsError, SurgeryError
-from .options import EvalViews, Settings, checked_indices, eval_indices
-from .outputs import describe, prediction_places, tensors_of
 from .plans import cuts_of
+from .probing.checks import is_traced
+from .probing.refusals import unwrap
 from .reading import asked, settings_in
-from .refusals import unwrap
 from .splitting import part_views
 from .voting import How, vote
 

@@ -8,20 +8,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .calls import Plan, conclude, following, in_passes, is_steered, note, plan_of, split_by, watched
-from .checks import Injection, first_tensor, is_traced, parameters_of
+from .calling.calls import Plan, conclude, following, in_passes, is_steered, note, plan_of, split_by, watched
+from .calling.options import EvalViews, Output, Settings
 from .errors import InputTypeError, PlainModelError, SurgeryError
-from .fakes import example_of, map_first_tensor, tensors_in
 from .layer import CropVote
 from .layouts import Layout
-from .options import EvalViews, Output, Settings
 from .plans import After, joined
-from .probe import check_sites
-from .refusals import MARKS, check_model, injected_inside, injection_of, plan_after, stated_layouts, unwrap
-from .swapping import check_restorable, restore_forward, swap_forward
+from .probing.checks import Injection, first_tensor, is_traced, parameters_of
+from .probing.fakes import example_of, map_first_tensor, tensors_in
+from .probing.probe import check_sites
+from .probing.refusals import MARKS, check_model, injected_inside, injection_of, plan_after, stated_layouts, unwrap
+from .probing.swapping import check_restorable, restore_forward, swap_forward
+from .probing.walk import INPUT, holder_of
 from .views import Views
 from .voting import How
-from .walk import INPUT, holder_of
 
 __all__ = ["inject_crop_vote", "remove_crop_vote", "settings"]
 

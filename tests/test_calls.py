@@ -26,7 +26,7 @@ from cropvote import (
     settings,
     vote,
 )
-from cropvote.calls import draw
+from cropvote.calling.calls import draw
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import cropvote
 import until_sure
 from cropvote import errors, profile
 from model import fer_resnet18
-from test_package import ORDER
+from test_package import ORDER, absolute, file_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -27,8 +29,8 @@ def module_table() -> str:
     """docs/architecture.md's table, from the modules themselves."""
     lines = ["| module | what it holds | imports |", "|---|---|---|"]
     for name in ORDER:
-        tree = ast.parse((ROOT / "cropvote" / f"{name}.py").read_text())
-        used = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+        tree = ast.parse(file_of(name).read_text())
+        used = {absolute(name, node) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
         summary = (ast.get_docstring(tree) or "").splitlines()[0].replace("``", "`")
         cells = (f"`{name}`", summary, ", ".join(sorted(used, key=ORDER.index)))
         lines.append(f"| {' | '.join(cells)} |")
@@ -99,10 +101,10 @@ def test_the_home_page_is_readmes_first_screen():
 
 def messages() -> Iterator[tuple[str, str]]:
     """(where, the longest fixed part) of every error that the library raises, and every reason against a site."""
-    for path in sorted((ROOT / "cropvote").glob("*.py")):
+    for path in sorted((ROOT / "cropvote").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             found = [node.exc.args[0]] if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else []
-            if path.name in ("trials.py", "walk.py") and isinstance(node, ast.Return):
+            if path.name in ("trials.py", "verdicts.py", "walk.py") and isinstance(node, ast.Return):
                 found = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             for one in found:
                 longest = max(re.split(r"\0|\"", _text(one)), key=len).strip(" :,;.")
@@ -137,6 +139,22 @@ def test_the_short_examples_run(script):
     assert len(path.read_text().splitlines()) < 40
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, cwd=path.parent)
     assert done.stdout
+
+
+@pytest.mark.slow
+def test_the_faces_guide_runs(tmp_path):
+    """Its first commands, and what it makes of their results, in an empty folder beside the examples."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    text = (DOCS / "guides" / "fer48.md").read_text()
+    (commands,) = re.findall(r"a test runs these lines -->\s+```bash\n(.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"and these -->\s+```py\n(.*?)```", text, re.DOTALL)
+    lines = [shlex.split(line) for line in commands.splitlines()]
+    assert len(lines) == 5
+    for program, *rest in [*lines, ["python", "-c", code]]:
+        assert program == "python"
+        subprocess.run([sys.executable, *rest], cwd=tmp_path, check=True, env={**os.environ, "MPLBACKEND": "agg"})
+    assert len(list((tmp_path / "pictures").iterdir())) == len(list((tmp_path / "faces").iterdir())) == 14
+    assert (tmp_path / "runs" / "first" / "model.onnx").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ from cropvote import (
     ten_crop,
     vote_until_sure,
 )
+from cropvote.calling.options import eval_indices
 from cropvote.errors import InputTypeError, OptionError, RowsError, SurgeryError
-from cropvote.options import eval_indices
 from cropvote.plans import ViewProduct
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))

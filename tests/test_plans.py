@@ -36,7 +36,7 @@ from cropvote import (
     suggest_site,
     ten_crop,
 )
-from cropvote.calls import draw, split_by
+from cropvote.calling.calls import draw, split_by
 from cropvote.plans import Cut, ViewProduct, cuts_of, drawn_cuts
 from model import fer_resnet18
 

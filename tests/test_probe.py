@@ -81,7 +81,7 @@ def test_a_site_that_is_never_called_is_refused_where_n_is_divisible_by_v():
 
 def test_the_reason_names_valid_sites():
     with pytest.raises(
-        CropVoteError, match=r"Valid sites: input, conv1, bn1, relu, layer1\.0, layer1, layer2, layer3 \("
+        CropVoteError, match=r"Valid sites: input, conv1, bn1, relu, layer1\.0, layer1, layer2, layer3, \.\.\. \("
     ):
         inject_crop_vote(networks.fer(), after="layer1.0.conv1", input_size=24)
 

@@ -2,9 +2,14 @@
 
 An expression moves brows, eyes, nose and mouth away from a resting face. Resting faces differ, an expression may be
 faint, and the picture is shifted, tilted, badly lit, partly covered and noisy, so the classes overlap.
+
+    python examples/fer48/data/toy.py faces/      fourteen of them, as pictures to try predict.py on
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -114,3 +119,18 @@ def _inside(distance: np.ndarray, blur: float) -> np.ndarray:
 
 def _over(picture: np.ndarray, grey: np.ndarray | float, mask: np.ndarray) -> np.ndarray:
     return picture + (grey - picture) * mask
+
+
+def main(argv: list[str]) -> None:
+    from PIL import Image
+
+    if len(argv) != 1 or argv[0].startswith("-"):
+        sys.exit("usage: toy.py FOLDER, into which two faces of every expression are drawn, new to every network")
+    folder = Path(argv[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (face, label) in enumerate(zip(*toy_faces(2 * len(CLASSES), seed=2**31), strict=True)):
+        Image.fromarray(face).save(folder / f"{number:02d}-{CLASSES[label]}.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

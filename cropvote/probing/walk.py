@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import PlainModelError, RowsError, SurgeryError
+from ..calling.outputs import named, prediction_places, tensors_of
+from ..errors import PlainModelError, RowsError, SurgeryError
+from ..layouts import AXES, LAYOUTS, Layout
 from .fakes import BATCH, Example, Paths, Spec, first_line, map_first_tensor, tensors_in
-from .layouts import AXES, LAYOUTS, Layout
-from .outputs import named, prediction_places, tensors_of
 from .swapping import is_swapped, restore_forward, swap_forward
 
 __all__: list[str] = []

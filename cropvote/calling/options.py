@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from .errors import InputTypeError, OptionError
-from .plans import AnyViews, Cut, ViewProduct, cuts_of, drawn_cuts, parts_of
-from .views import CENTRE, Views, ten_crop
-from .voting import How, check_rule
+from ..errors import InputTypeError, OptionError
+from ..plans import AnyViews, Cut, ViewProduct, cuts_of, drawn_cuts, parts_of
+from ..views import CENTRE, Views, ten_crop
+from ..voting import How, check_rule
 
 __all__ = ["Settings"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputTypeError, RowsError, SiteError, SurgeryError
+from ..calling.options import Settings
+from ..errors import InputTypeError, RowsError, SiteError, SurgeryError
+from ..layouts import Layout, Tokens
+from ..plans import parts_of
 from .fakes import example_from_call
-from .layouts import Layout, Tokens
-from .options import Settings
-from .plans import parts_of
 from .probe import check_sites
 from .walk import INPUT
 

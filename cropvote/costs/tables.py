@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import InputTypeError, OptionError, SiteError, ViewsError
-from .fakes import Example, example_of, on_fake_copy
-from .layouts import Layout
+from ..errors import InputTypeError, OptionError, SiteError
+from ..layouts import Layout
+from ..plans import After
+from ..probing.fakes import on_fake_copy
+from ..probing.probe import asked_of, candidates, checked_plan, judged, refusal
+from ..probing.refusals import check_name, plan_after
+from ..probing.verdicts import Probe
+from ..probing.walk import INPUT
+from ..views import Views
 from .meters import BASELINE, Meter, SiteCost, measured, size_of
-from .plans import After
-from .probe import candidates, checked_plan, judged, refusal
-from .refusals import check_name, plan_after
-from .trials import Probe
-from .views import Views, hflip, ten_crop
-from .walk import INPUT
 
-__all__ = ["Profile", "Suggestion", "profile", "suggest_site"]
+__all__ = ["Profile", "profile"]
 
 
 class Profile:
@@ -80,11 +80,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain lists, numbers and strings, for JSON."""
-        rows = [row._asdict() for row in self.rows]
-        for row in rows:
-            row["shape"] = list(row["shape"])
-            row.update({name: None for name, value in row.items() if value != value})  # NaN, which JSON does not know
-            row["gmacs_by_views"] = {str(count): gmacs for count, gmacs in row["gmacs_by_views"].items()}
+        rows = [row_of(row) for row in self.rows]
         return {"model": self.model, "input_size": list(self.input_size), "views": len(self.views), "rows": rows}
 
     def plot(self, path: str | Path) -> None:
@@ -94,7 +90,7 @@ class Profile:
             MissingExtraError: matplotlib is not installed.
             OptionError: a path where no picture can be written.
         """
-        from .plots import plot_profile
+        from ..plots import plot_profile
 
         plot_profile(self, path)
 
@@ -129,24 +125,19 @@ class Profile:
         return cells
 
 
+def row_of(cost: SiteCost) -> dict[str, Any]:
+    """A row as plain lists, numbers and strings, for JSON."""
+    row = cost._asdict()
+    row["shape"] = list(row["shape"])
+    row.update({name: None for name, value in row.items() if value != value})  # NaN, which JSON does not know
+    row["gmacs_by_views"] = {str(count): gmacs for count, gmacs in row["gmacs_by_views"].items()}
+    return row
+
+
 UNITS = (
     "GMACs: 1e9 multiply-adds, for all views and for fewer (eval_views). train MiB: kept for the backward pass. "
     "peak MiB: largest sum of live activations at inference. tail: share of the plain network's work behind the site."
 )
-
-
-class Suggestion(NamedTuple):
-    """What :func:`suggest_site` advises.
-
-    Fields:
-        site: the site's name, or a plan over two sites, for ``inject_crop_vote(model, after=...)``.
-        reason: why, in a sentence.
-        cost: its row of the table.
-    """
-
-    site: After
-    reason: str
-    cost: SiteCost
 
 
 def profile(
@@ -198,7 +189,7 @@ def profile(
         Table 2 of Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, whose "forward pass" and "GFLOPs" are
         ``train_memory_mib`` and ``gmacs``.
     """
-    views, example = _asked(model, input_size, views)
+    views, example = asked_of(model, input_size, views)
     if sites is not None and not isinstance(sites, (str, Mapping, Sequence)):
         raise InputTypeError(f"sites must be names or plans, in a list, got {sites!r}.")
     asked: list[After] = [] if sites is None else [sites] if isinstance(sites, (str, Mapping)) else list(sites)
@@ -226,136 +217,3 @@ def profile(
         times = measured(model, example, views, places, device, batch, rounds)
         costs = [cost._replace(milliseconds=time) for cost, time in zip(costs, times, strict=True)]
     return Profile(type(model).__name__, size_of(example), views, costs)
-
-
-def suggest_site(
-    model: nn.Module,
-    input_size: int | tuple[int, ...] | None = None,
-    *,
-    max_macs_ratio: float | None = None,
-    max_memory_mib: float | None = None,
-    views: Views | None = None,
-    max_sites: int = 1,
-) -> Suggestion:
-    """The earliest valid site inside the network whose cost is within a budget.
-
-    The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are no
-    suggestion: ``after="input"`` is test-time augmentation, at the price of every view.
-
-    Args:
-        model: an image classifier that was not injected.
-        input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
-        max_macs_ratio: at most so many times the plain network's multiply-adds.
-        max_memory_mib: at most so many MiB kept per image for the backward pass.
-        views: the views, :func:`ten_crop` by default.
-        max_sites: with 2, also plans that mirror the map at the site and cut the crops at a later one, where the budget
-            does not allow all views at once; views that are not crops and their mirror images have no such plan.
-
-    Returns:
-        A :class:`Suggestion`: the site or plan, the reason, and its cost.
-
-    Raises:
-        SiteError: no site fits; the message names the cheapest.
-        OptionError: no budget, or no input size is known.
-        SurgeryError: the model does not run on such an input.
-
-    Example:
-        >>> import torchvision
-        >>> from cropvote import suggest_site
-        >>> suggest_site(torchvision.models.resnet18(), 64, max_macs_ratio=4).site
-        'layer3.0'
-    """
-    limits = {"ratio": max_macs_ratio, "train_memory_mib": max_memory_mib}
-    budget = {name: limit for name, limit in limits.items() if limit is not None}
-    if not budget:
-        raise OptionError("suggest_site needs a budget: max_macs_ratio=, max_memory_mib=, or both.")
-    for name, limit in budget.items():
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-            asked = "max_macs_ratio" if name == "ratio" else "max_memory_mib"
-            raise OptionError(f"{asked} must be a number above 0, got {limit!r}.")
-    views, example = _asked(model, input_size, views)
-
-    if max_sites not in (1, 2) or isinstance(max_sites, bool):
-        raise OptionError(f"max_sites must be 1 or 2, got {max_sites!r}.")
-    halves = _mirrored_halves(views) if max_sites == 2 else None
-
-    def look(fake: nn.Module) -> tuple[tuple[After, SiteCost] | None, list[SiteCost]]:
-        meter = Meter(Probe(fake, example, views, None))
-        names = [name for name in candidates(meter.probe) if name != INPUT and not meter.probe.site(name).reason]
-        seen: list[SiteCost] = []
-        for place, name in enumerate(names):
-            cost = meter.cost(meter.probe.site(name))
-            if _fits(cost, budget):
-                if not meter.probe.why_not_swapped([name]):
-                    return (name, cost), seen
-                continue
-            seen.append(cost)
-            found = halves and _cut_later(meter, name, names[place + 1 :], halves, budget)
-            if found:
-                return found, seen
-        return None, seen
-
-    found, dearer = on_fake_copy(model, look)
-    asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
-    if found is None and not dearer:
-        raise SiteError(f"no site inside this {type(model).__name__} is valid for these views: see cropvote.sites.")
-    if found is None:
-        cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
-        raise SiteError(
-            f"no site of this {type(model).__name__} costs at most {asked}; the cheapest is {cheapest.site!r}, with "
-            f"{_in_words(cheapest)}. Fewer views cost less: five_crop(), hflip(), or eval_views= and train_views=."
-        )
-    after, cost = found
-    before = f"; {dearer[-1].site!r}, {'before it' if isinstance(after, str) else 'alone'}, has " if dearer else ""
-    what = "the earliest site that costs" if isinstance(after, str) else "the earliest plan over two sites that costs"
-    reason = f"{what} at most {asked}: it has {_in_words(cost)}{before + _in_words(dearer[-1]) if dearer else ''}"
-    return Suggestion(after, reason, cost)
-
-
-def _fits(cost: SiteCost, budget: dict[str, float]) -> bool:
-    return all(getattr(cost, field) <= limit for field, limit in budget.items())
-
-
-def _mirrored_halves(views: Views) -> tuple[Views, Views] | None:
-    """The mirroring and the crops, where the views are some crops and then the same ones of the mirrored map."""
-    half = views.entries[: len(views) // 2]
-    if any(view.mirror for view in half) or (*half, *(view._replace(mirror=True) for view in half)) != views.entries:
-        return None
-    return hflip(), Views(half, scale=views.scale)
-
-
-def _cut_later(
-    meter: Meter, name: str, later: list[str], halves: tuple[Views, Views], budget: dict[str, float]
-) -> tuple[After, SiteCost] | None:
-    """The plan that mirrors at ``name`` and crops as early behind it as the budget allows; earlier is dearer."""
-    found = None
-    for crops in reversed(later):
-        plan = {name: halves[0], crops: halves[1]}
-        try:
-            cost = meter.cost_of(checked_plan(meter.probe, plan))
-        except (SiteError, ViewsError):
-            continue
-        if not _fits(cost, budget):
-            break
-        if cost.distinct == len(halves[0]) * len(halves[1]):  # on small maps some views coincide
-            found = plan, cost
-    return found
-
-
-UNIT = {"ratio": "times the plain multiply-adds", "train_memory_mib": "MiB per image in training"}
-
-
-def _in_words(cost: SiteCost) -> str:
-    return f"{cost.ratio:.2f} times the plain multiply-adds and {cost.train_memory_mib:.2f} MiB per image in training"
-
-
-def _asked(model: nn.Module, input_size: int | tuple[int, ...] | None, views: Views | None) -> tuple[Views, Example]:
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
-    views = ten_crop() if views is None else views
-    if not isinstance(views, Views):
-        raise InputTypeError(f"views must be a Views, such as ten_crop(), got {views!r}.")
-    example = example_of(model, input_size)
-    if example is None:
-        raise OptionError("no input size is known for this model: pass input_size=, such as input_size=(3, 224, 224).")
-    return views, example

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import RowsError
+from ..errors import RowsError
 
 __all__: list[str] = []
 

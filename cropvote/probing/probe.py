@@ -6,11 +6,12 @@ from contextlib import suppress
 
 from torch import nn
 
-from .errors import InputTypeError, OptionError, SiteError, ViewsError
+from ..errors import InputTypeError, OptionError, SiteError, ViewsError
+from ..layouts import Layout
+from ..views import Views, ten_crop
 from .fakes import Example, example_of, on_fake_copy
-from .layouts import Layout
-from .trials import Probe, Site, Split
-from .views import Views, ten_crop
+from .trials import Split
+from .verdicts import Probe, Site
 from .walk import INPUT
 
 __all__ = ["sites"]
@@ -48,6 +49,17 @@ def sites(
         >>> [(site.name, site.shape) for site in sites(net, 32)]
         [('input', (3, 32, 32)), ('0', (8, 30, 30)), ('1', (8, 30, 30))]
     """
+    views, example = asked_of(model, input_size, views)
+
+    def look(fake: nn.Module) -> list[Site]:
+        probe = Probe(fake, example, views, None)
+        return judged(probe, candidates(probe, every=all))
+
+    return [row for row in on_fake_copy(model, look) if all or not row.reason]
+
+
+def asked_of(model: nn.Module, input_size: int | tuple[int, ...] | None, views: Views | None) -> tuple[Views, Example]:
+    """The views and the images meant by what a user asks of a model that need not be injected."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
     views = ten_crop() if views is None else views
@@ -56,12 +68,7 @@ def sites(
     example = example_of(model, input_size)
     if example is None:
         raise OptionError("no input size is known for this model: pass input_size=, such as input_size=(3, 224, 224).")
-
-    def look(fake: nn.Module) -> list[Site]:
-        probe = Probe(fake, example, views, None)
-        return judged(probe, candidates(probe, every=all))
-
-    return [row for row in on_fake_copy(model, look) if all or not row.reason]
+    return views, example
 
 
 def judged(probe: Probe, names: list[str]) -> list[Site]:
@@ -147,7 +154,7 @@ def _advice(probe: Probe, most: int = 8, tried: int = 40) -> str:
     outermost = sorted(names, key=lambda n: n.count("."))
     valid: list[str] = []
     for name in outermost[:tried]:
-        if len(valid) < most and not probe.site(name).reason:
+        if len(valid) <= most and not probe.site(name).reason:
             valid.append(name)
     if not valid:
         kind = type(probe.model).__name__
@@ -156,5 +163,6 @@ def _advice(probe: Probe, most: int = 8, tried: int = 40) -> str:
                 f"None of the {tried} outermost modules of this {kind} is valid: see cropvote.sites(model, all=True)."
             )
         return f"No site of this {kind} is valid for these views."
-    valid.sort(key=names.index)
-    return f"Valid sites: {', '.join(valid)} (all of them: cropvote.sites(model, input_size))."
+    more = ", ..." if len(valid) > most or len(outermost) > tried else ""
+    shown = sorted(valid[:most], key=names.index)
+    return f"Valid sites: {', '.join(shown)}{more} (all of them: cropvote.sites(model, input_size))."

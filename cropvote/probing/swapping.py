@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from .errors import SurgeryError
+from ..errors import SurgeryError
 
 __all__: list[str] = []
 

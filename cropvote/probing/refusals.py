@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..calling.options import Settings
+from ..errors import InputTypeError, OptionError, SiteError, SurgeryError, UnknownSiteError
+from ..layouts import Layout, check_layout
+from ..plans import After
+from ..views import Views
 from .checks import Injection
-from .errors import InputTypeError, OptionError, SiteError, SurgeryError, UnknownSiteError
-from .layouts import Layout, check_layout
-from .options import Settings
-from .plans import After
 from .swapping import own_forward
-from .views import Views
 from .walk import INPUT, holder_of
 
 __all__: list[str] = []

@@ -1,27 +1,20 @@
-"""Trials: a split at a site of a fake model with the real mechanism, to see whether the network behind it takes it."""
+"""Verdicts: where the height and the width of a module's output are, and whether it is a valid site."""
 
 from __future__ import annotations
 
-import itertools
-import operator
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from .errors import RowsError, ViewsError
-from .fakes import BATCH, Example, Paths, first_line, map_first_tensor
-from .layouts import AXES, LAYOUTS, Layout, Tokens, resized, sides, stated_layout, stated_tokens
-from .outputs import describe, map_tensors, named, tensors_of
-from .splitting import split_views
-from .swapping import restore_forward, swap_forward
-from .views import Views
-from .walk import INPUT, Walk
+from ..errors import ViewsError
+from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, stated_tokens
+from ..views import Views
+from .fakes import Example
+from .trials import Split, Trials
+from .walk import INPUT
 
 __all__ = ["Site"]
-
-#: The bits of a trial: data of the images, and of the views of the first site; those of the next have the bits above.
-IMAGES, VIEWS = 1, 2
 
 
 class Site(NamedTuple):
@@ -42,15 +35,7 @@ class Site(NamedTuple):
     reason: str = ""
 
 
-class Split(NamedTuple):
-    """One split of a plan: at a site, into its views, of a map of that layout."""
-
-    name: str
-    views: Views
-    layout: Layout
-
-
-class Probe(Walk):
+class Probe(Trials):
     """A walk, then a trial split for each site asked for."""
 
     def __init__(self, model: nn.Module, example: Example, views: Views, layout: Layout | None) -> None:
@@ -149,18 +134,6 @@ class Probe(Walk):
             "the split or the vote: somewhere it asks for the very class, as in `type(module) is Conv2d`, where "
             "isinstance would do."
         )
-
-    def _many_views(self, views: Views | None = None) -> Views:
-        """The views, the first of them repeated until their number is a large prime.
-
-        A tail's number of windows or masks may divide the rows of ten views by chance, whatever the views' size.
-        """
-        views = self.views if views is None else views
-        count = max(len(views), 23)
-        while any(count % n == 0 for n in range(2, count)):
-            count += 1
-        entries = views.entries
-        return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale)
 
     def _find_layout(self, name: str) -> tuple[Layout, str]:
         """Where the channels are: height and width can shrink, channels cannot. The layout, or why it is unknown."""
@@ -280,89 +253,3 @@ class Probe(Walk):
             return layout == "NCHW" and self._crops(name) and not self._trial([Split(name, self.views, layout)])
         except ViewsError:
             return False
-
-    def _trial(self, splits: list[Split]) -> str:
-        """Split for real, with the mechanism that the live model gets, and look at what comes out."""
-        paths = Paths()
-        ran: list[tuple[int, int]] = []
-        votes: list[nn.Module] = []
-
-        def split(place: int, x: Tensor) -> Tensor:
-            name, views, layout = splits[place]
-            try:
-                y = split_views(x, views, layout=layout)
-            except ViewsError as error:
-                raise ViewsError(f"at {name!r}: {error}" if len(splits) > 1 else str(error)) from error
-            ran.append((place, y.shape[0]))
-            paths.set(y, VIEWS << place)
-            return y
-
-        def at(place: int) -> Any:
-            return lambda module, base, *a, **k: split(place, base.forward(module, *a, **k))
-
-        def root(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
-            votes.append(module)
-            return base.forward(module, *args, **kwargs)
-
-        holders = [self.holders[s.name] for s in splits if s.name != INPUT]
-        try:
-            with paths:
-                args, kwargs = self.inputs(paths, IMAGES)
-                for place, one in enumerate(splits):
-                    if one.name == INPUT:
-                        args, kwargs = map_first_tensor(lambda x: split(0, x), args, kwargs)
-                    else:
-                        swap_forward(self.holders[one.name], at(place))
-                swap_forward(self.model, root)
-                try:
-                    output = self.model(*args, **kwargs)
-                finally:
-                    restore_forward(self.model)
-        except ViewsError:
-            raise
-        except Exception as error:
-            return self._cannot_take(splits, error)
-        finally:
-            for holder in holders:
-                restore_forward(holder)
-        if len(votes) != 1:
-            return f"the model's forward, where the vote would stand, ran {len(votes)} times in one call."
-        counts = itertools.accumulate((len(s.views) for s in splits), operator.mul, initial=BATCH)
-        if ran != list(enumerate(list(counts)[1:])):
-            if len(splits) == 1:
-                return f"the split ran {len(ran)} times in one forward."
-            order = ", ".join(splits[place].name for place, _ in ran)
-            return f"the splits did not run once each, one behind the other, in one forward, but: {order or 'none'}."
-        return self._rows(output, ran[-1][1], paths, VIEWS << len(splits) - 1)
-
-    def _rows(self, output: Any, expected: int, paths: Paths, last: int) -> str:
-        """Why the predictions after the split are not one row per view."""
-        found = dict(tensors_of(output))
-        for place in self.predictions:
-            rows, plain = found.get(place), self.found[place]
-            bits = 0 if rows is None else paths.of(rows)
-            if place != self.predictions[0] and rows is not None and rows.shape == plain.shape and not bits & ~IMAGES:
-                continue  # a head in front of the site
-            if rows is None or rows.shape != (expected, plain.shape[1]):
-                wanted = f"{named(place)} {(expected, plain.shape[1])}".strip()
-                return f"the model returns {describe(output)} after the split, not {wanted}, one row per view."
-            if bits & (last - 1):
-                return "the model's output also depends on the images by a path around it."
-        try:
-            map_tensors(lambda place, x: x.clone(), output)
-        except RowsError as error:
-            return str(error)
-        return ""
-
-    def _cannot_take(self, splits: list[Split], error: Exception) -> str:
-        *before, (name, views, layout) = splits
-        tokens = " A table of positions, or windows, may fix the grid." if isinstance(layout, Tokens) else ""
-        if before:
-            place = f"the network behind it, or between it and {before[-1].name!r},"
-            return f"{place} cannot take the views: {first_line(error)}.{tokens}"
-        shape = self.shape(name)
-        crop = resized(shape, layout, views.crop_size(*sides(shape, layout)))
-        return (
-            f"the network behind it cannot take the views of its map, of shape {crop} instead of {shape}: "
-            f"{first_line(error)}.{tokens}"
-        )

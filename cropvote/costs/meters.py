@@ -16,17 +16,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from .calls import split_by
-from .errors import OptionError
-from .fakes import Example, Spec, first_line, map_first_tensor, tensors_in
-from .layouts import Layout, sides
-from .options import NAMED, eval_indices
-from .plans import After, cuts_of, in_words, joined
-from .surgery import inject_crop_vote
-from .swapping import restore_forward, swap_forward
-from .trials import Probe, Site, Split
-from .views import Views
-from .walk import INPUT
+from ..calling.calls import split_by
+from ..calling.options import NAMED, eval_indices
+from ..errors import OptionError
+from ..layouts import Layout, sides
+from ..plans import After, cuts_of, in_words, joined
+from ..probing.fakes import Example, Spec, first_line, map_first_tensor, tensors_in
+from ..probing.swapping import restore_forward, swap_forward
+from ..probing.trials import Split
+from ..probing.verdicts import Probe, Site
+from ..probing.walk import INPUT
+from ..surgery import inject_crop_vote
+from ..views import Views
 
 __all__ = ["SiteCost"]
 

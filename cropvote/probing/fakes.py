@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import InputTypeError, OptionError, PlainModelError, SurgeryError
+from ..errors import InputTypeError, OptionError, PlainModelError, SurgeryError
 from .swapping import is_swapped, restore_forward
 
 __all__: list[str] = []

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError, RowsError
-from .layouts import Layout
+from ..errors import OptionError, RowsError
+from ..layouts import Layout
+from ..plans import Cut
+from ..splitting import join_views, part_views, split_views
+from ..voting import vote
 from .options import Settings
 from .outputs import Place, describe, map_tensors, prediction_places, tensors_of
-from .plans import Cut
-from .splitting import join_views, part_views, split_views
-from .voting import vote
 
 __all__: list[str] = []
 

@@ -1,0 +1,1 @@
+"""One call of a voting model: what is asked of it, what it cuts, and what it returns."""

@@ -1,0 +1,1 @@
+"""What a split costs, counted before anything is trained."""

@@ -1,0 +1,179 @@
+"""The earliest site, or plan over two sites, whose cost is within a budget."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import NamedTuple
+
+from torch import nn
+
+from ..errors import OptionError, SiteError, ViewsError
+from ..plans import After
+from ..probing.fakes import on_fake_copy
+from ..probing.probe import asked_of, candidates, checked_plan
+from ..probing.trials import Split
+from ..probing.verdicts import Probe, Site
+from ..probing.walk import INPUT
+from ..views import Views, hflip
+from .meters import Meter, SiteCost
+
+__all__ = ["Suggestion", "suggest_site"]
+
+
+class Suggestion(NamedTuple):
+    """What :func:`suggest_site` advises.
+
+    Fields:
+        site: the site's name, or a plan over two sites, for ``inject_crop_vote(model, after=...)``.
+        reason: why, in a sentence.
+        cost: its row of the table.
+    """
+
+    site: After
+    reason: str
+    cost: SiteCost
+
+
+def suggest_site(
+    model: nn.Module,
+    input_size: int | tuple[int, ...] | None = None,
+    *,
+    max_macs_ratio: float | None = None,
+    max_memory_mib: float | None = None,
+    views: Views | None = None,
+    max_sites: int = 1,
+) -> Suggestion:
+    """The earliest valid site inside the network whose cost is within a budget.
+
+    The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are no
+    suggestion: ``after="input"`` is test-time augmentation, at the price of every view.
+
+    Args:
+        model: an image classifier that was not injected.
+        input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
+        max_macs_ratio: at most so many times the plain network's multiply-adds.
+        max_memory_mib: at most so many MiB kept per image for the backward pass.
+        views: the views, :func:`ten_crop` by default.
+        max_sites: with 2, also plans that mirror the map at the site and cut the crops at a later one, where the budget
+            does not allow all views at once; views that are not crops and their mirror images have no such plan.
+
+    Returns:
+        A :class:`Suggestion`: the site or plan, the reason, and its cost.
+
+    Raises:
+        SiteError: no site fits; the message names the cheapest.
+        OptionError: no budget, or no input size is known.
+        SurgeryError: the model does not run on such an input.
+
+    Example:
+        >>> import torchvision
+        >>> from cropvote import suggest_site
+        >>> suggest_site(torchvision.models.resnet18(), 64, max_macs_ratio=4).site
+        'layer3.0'
+    """
+    limits = {"ratio": max_macs_ratio, "train_memory_mib": max_memory_mib}
+    budget = {name: limit for name, limit in limits.items() if limit is not None}
+    if not budget:
+        raise OptionError("suggest_site needs a budget: max_macs_ratio=, max_memory_mib=, or both.")
+    for name, limit in budget.items():
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            asked = "max_macs_ratio" if name == "ratio" else "max_memory_mib"
+            raise OptionError(f"{asked} must be a number above 0, got {limit!r}.")
+    views, example = asked_of(model, input_size, views)
+
+    if max_sites not in (1, 2) or isinstance(max_sites, bool):
+        raise OptionError(f"max_sites must be 1 or 2, got {max_sites!r}.")
+    halves = _mirrored_halves(views) if max_sites == 2 else None
+
+    def look(fake: nn.Module) -> tuple[tuple[After, SiteCost] | None, list[SiteCost]]:
+        meter = Meter(Probe(fake, example, views, None))
+        names = [name for name in candidates(meter.probe) if name != INPUT]
+        seen: list[SiteCost] = []
+        for place, name in enumerate(names):
+            site = meter.probe.site(name)
+            if site.reason:
+                continue
+            cost = meter.cost(site)
+            if _fits(cost, budget):
+                if not meter.probe.why_not_swapped([name]):
+                    return (name, cost), seen
+                continue
+            seen.append(cost)
+            found = halves and _cut_later(meter, site, names[place + 1 :], halves, budget)
+            if found:
+                return found, seen
+        return None, seen
+
+    found, dearer = on_fake_copy(model, look)
+    asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
+    if found is None and not dearer:
+        raise SiteError(f"no site inside this {type(model).__name__} is valid for these views: see cropvote.sites.")
+    if found is None:
+        cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
+        raise SiteError(
+            f"no site of this {type(model).__name__} costs at most {asked}; the cheapest is {cheapest.site!r}, with "
+            f"{_in_words(cheapest)}. Fewer views cost less: five_crop(), hflip(), or eval_views= and train_views=."
+        )
+    after, cost = found
+    before = f"; {dearer[-1].site!r}, {'before it' if isinstance(after, str) else 'alone'}, has " if dearer else ""
+    what = "the earliest site that costs" if isinstance(after, str) else "the earliest plan over two sites that costs"
+    reason = f"{what} at most {asked}: it has {_in_words(cost)}{before + _in_words(dearer[-1]) if dearer else ''}"
+    return Suggestion(after, reason, cost)
+
+
+def _fits(cost: SiteCost, budget: dict[str, float]) -> bool:
+    return all(getattr(cost, field) <= limit for field, limit in budget.items())
+
+
+def _mirrored_halves(views: Views) -> tuple[Views, Views] | None:
+    """The mirroring and the crops, where the views are some crops and then the same ones of the mirrored map."""
+    half = views.entries[: len(views) // 2]
+    if any(view.mirror for view in half) or (*half, *(view._replace(mirror=True) for view in half)) != views.entries:
+        return None
+    return hflip(), Views(half, scale=views.scale)
+
+
+def _cut_later(
+    meter: Meter, first: Site, later: list[str], halves: tuple[Views, Views], budget: dict[str, float]
+) -> tuple[After, SiteCost] | None:
+    """The plan that mirrors at ``first`` and crops as early behind it as the budget allows.
+
+    The earlier the crops, the dearer: the place is found by bisection, once the last one is within the budget.
+    """
+
+    def cost(crops: str) -> SiteCost:
+        site = meter.probe.site(crops)
+        return meter.cost_of([Split(first.name, halves[0], first.layout), Split(crops, halves[1], site.layout)])
+
+    last = next((place for place in reversed(range(len(later))) if _all_differ(meter, later[place])), None)
+    if last is None or not _fits(cost(later[last]), budget):
+        return None
+    low, high = 0, last
+    while low < high:
+        middle = (low + high) // 2
+        usable = next((place for place in range(middle, high) if _all_differ(meter, later[place])), None)
+        if usable is None or _fits(cost(later[usable]), budget):
+            high = middle
+        else:
+            low = usable + 1
+    for crops in later[high : last + 1]:
+        plan = {first.name: halves[0], crops: halves[1]}
+        if _all_differ(meter, crops):
+            with suppress(SiteError, ViewsError):
+                found = meter.cost_of(checked_plan(meter.probe, plan))
+                if _fits(found, budget):
+                    return plan, found
+    return None
+
+
+def _all_differ(meter: Meter, name: str) -> bool:
+    """Whether it is a valid site, with a map large enough that no two of the views are the same."""
+    site = meter.probe.site(name)
+    return not site.reason and site.distinct == len(meter.views)
+
+
+UNIT = {"ratio": "times the plain multiply-adds", "train_memory_mib": "MiB per image in training"}
+
+
+def _in_words(cost: SiteCost) -> str:
+    return f"{cost.ratio:.2f} times the plain multiply-adds and {cost.train_memory_mib:.2f} MiB per image in training"

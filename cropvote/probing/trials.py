@@ -1,0 +1,133 @@
+"""Trials: a split at a site of a fake model with the real mechanism, to see whether the network behind it takes it."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..calling.outputs import describe, map_tensors, named, tensors_of
+from ..errors import RowsError, ViewsError
+from ..layouts import Layout, Tokens, resized, sides
+from ..splitting import split_views
+from ..views import Views
+from .fakes import BATCH, Paths, first_line, map_first_tensor
+from .swapping import restore_forward, swap_forward
+from .walk import INPUT, Walk
+
+__all__: list[str] = []
+
+#: The bits of a trial: data of the images, and of the views of the first site; those of the next have the bits above.
+IMAGES, VIEWS = 1, 2
+
+
+class Split(NamedTuple):
+    """One split of a plan: at a site, into its views, of a map of that layout."""
+
+    name: str
+    views: Views
+    layout: Layout
+
+
+class Trials(Walk):
+    """A walk, and splits of the same model by its side."""
+
+    def _many_views(self, views: Views | None = None) -> Views:
+        """The views, the first of them repeated until their number is a large prime.
+
+        A tail's number of windows or masks may divide the rows of ten views by chance, whatever the views' size.
+        """
+        views = self.views if views is None else views
+        count = max(len(views), 23)
+        while any(count % n == 0 for n in range(2, count)):
+            count += 1
+        entries = views.entries
+        return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale)
+
+    def _trial(self, splits: list[Split]) -> str:
+        """Split for real, with the mechanism that the live model gets, and look at what comes out."""
+        paths = Paths()
+        ran: list[tuple[int, int]] = []
+        votes: list[nn.Module] = []
+
+        def split(place: int, x: Tensor) -> Tensor:
+            name, views, layout = splits[place]
+            try:
+                y = split_views(x, views, layout=layout)
+            except ViewsError as error:
+                raise ViewsError(f"at {name!r}: {error}" if len(splits) > 1 else str(error)) from error
+            ran.append((place, y.shape[0]))
+            paths.set(y, VIEWS << place)
+            return y
+
+        def at(place: int) -> Any:
+            return lambda module, base, *a, **k: split(place, base.forward(module, *a, **k))
+
+        def root(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+            votes.append(module)
+            return base.forward(module, *args, **kwargs)
+
+        holders = [self.holders[s.name] for s in splits if s.name != INPUT]
+        try:
+            with paths:
+                args, kwargs = self.inputs(paths, IMAGES)
+                for place, one in enumerate(splits):
+                    if one.name == INPUT:
+                        args, kwargs = map_first_tensor(lambda x: split(0, x), args, kwargs)
+                    else:
+                        swap_forward(self.holders[one.name], at(place))
+                swap_forward(self.model, root)
+                try:
+                    output = self.model(*args, **kwargs)
+                finally:
+                    restore_forward(self.model)
+        except ViewsError:
+            raise
+        except Exception as error:
+            return self._cannot_take(splits, error)
+        finally:
+            for holder in holders:
+                restore_forward(holder)
+        if len(votes) != 1:
+            return f"the model's forward, where the vote would stand, ran {len(votes)} times in one call."
+        counts = itertools.accumulate((len(s.views) for s in splits), operator.mul, initial=BATCH)
+        if ran != list(enumerate(list(counts)[1:])):
+            if len(splits) == 1:
+                return f"the split ran {len(ran)} times in one forward."
+            order = ", ".join(splits[place].name for place, _ in ran)
+            return f"the splits did not run once each, one behind the other, in one forward, but: {order or 'none'}."
+        return self._rows(output, ran[-1][1], paths, VIEWS << len(splits) - 1)
+
+    def _rows(self, output: Any, expected: int, paths: Paths, last: int) -> str:
+        """Why the predictions after the split are not one row per view."""
+        found = dict(tensors_of(output))
+        for place in self.predictions:
+            rows, plain = found.get(place), self.found[place]
+            bits = 0 if rows is None else paths.of(rows)
+            if place != self.predictions[0] and rows is not None and rows.shape == plain.shape and not bits & ~IMAGES:
+                continue  # a head in front of the site
+            if rows is None or rows.shape != (expected, plain.shape[1]):
+                wanted = f"{named(place)} {(expected, plain.shape[1])}".strip()
+                return f"the model returns {describe(output)} after the split, not {wanted}, one row per view."
+            if bits & (last - 1):
+                return "the model's output also depends on the images by a path around it."
+        try:
+            map_tensors(lambda place, x: x.clone(), output)
+        except RowsError as error:
+            return str(error)
+        return ""
+
+    def _cannot_take(self, splits: list[Split], error: Exception) -> str:
+        *before, (name, views, layout) = splits
+        tokens = " A table of positions, or windows, may fix the grid." if isinstance(layout, Tokens) else ""
+        if before:
+            place = f"the network behind it, or between it and {before[-1].name!r},"
+            return f"{place} cannot take the views: {first_line(error)}.{tokens}"
+        shape = self.shape(name)
+        crop = resized(shape, layout, views.crop_size(*sides(shape, layout)))
+        return (
+            f"the network behind it cannot take the views of its map, of shape {crop} instead of {shape}: "
+            f"{first_line(error)}.{tokens}"
+        )
