@@ -31,20 +31,20 @@ class Split(NamedTuple):
     layout: Layout
 
 
+def many_views(views: Views) -> Views:
+    """The views, the first of them repeated until their number is a large prime.
+
+    A tail's number of windows or masks may divide the rows of ten views by chance, whatever the views' size.
+    """
+    count = max(len(views), 23)
+    while any(count % n == 0 for n in range(2, count)):
+        count += 1
+    entries = views.entries
+    return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale)
+
+
 class Trials(Walk):
     """A walk, and splits of the same model by its side."""
-
-    def _many_views(self, views: Views | None = None) -> Views:
-        """The views, the first of them repeated until their number is a large prime.
-
-        A tail's number of windows or masks may divide the rows of ten views by chance, whatever the views' size.
-        """
-        views = self.views if views is None else views
-        count = max(len(views), 23)
-        while any(count % n == 0 for n in range(2, count)):
-            count += 1
-        entries = views.entries
-        return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale)
 
     def _trial(self, splits: list[Split]) -> str:
         """Split for real, with the mechanism that the live model gets, and look at what comes out."""

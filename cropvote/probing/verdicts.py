@@ -11,7 +11,7 @@ from ..errors import ViewsError
 from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, stated_tokens
 from ..views import Views
 from .fakes import Example
-from .trials import Split, Trials
+from .trials import Split, Trials, many_views
 from .walk import INPUT
 
 __all__ = ["Site"]
@@ -69,7 +69,7 @@ class Probe(Trials):
             ViewsError: only the map's size is at fault.
         """
         layout, reason = self._alone(name)
-        return layout, reason or self._trial([Split(name, self._many_views(), layout)])
+        return layout, reason or self._trial([Split(name, many_views(self.views), layout)])
 
     def verdict_of(self, plan: dict[str, Views], stated: dict[str, Layout | None]) -> tuple[list[Split], str, str]:
         """The splits of a plan in forward order, the site that is at fault or nothing, and why.
@@ -87,7 +87,7 @@ class Probe(Trials):
             if reason:
                 return [], name, reason
             splits.append(Split(name, plan[name], layout))
-        reason = self._trial([Split(s.name, self._many_views(s.views), s.layout) for s in splits])
+        reason = self._trial([Split(s.name, many_views(s.views), s.layout) for s in splits])
         return splits, splits[-1].name, reason
 
     def _found(self, name: str, views: Views, layout: Layout | None) -> tuple[Layout, str]:
