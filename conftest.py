@@ -35,6 +35,9 @@ pages = Sybil(
     teardown=leave,
 )
 docstrings = Sybil(
-    parsers=[DocTestParser(optionflags=ELLIPSIS)], pattern="cropvote/**/*.py", setup=enter, teardown=leave
+    parsers=[DocTestParser(optionflags=ELLIPSIS)],
+    patterns=["cropvote/*.py", "cropvote/*/*.py"],
+    setup=enter,
+    teardown=leave,
 )
 pytest_collect_file = (pages + docstrings).pytest()

@@ -8,26 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from cropvote import (
-    calls,
-    checks,
-    fakes,
-    layer,
-    layouts,
-    options,
-    splitting,
-    surgery,
-    trials,
-    walk,
-)
+from cropvote import layer, layouts, splitting, surgery
+from cropvote.calling import calls, options
+from cropvote.probing import checks, fakes, trials, verdicts, walk
 
 
 def no_probe(patch: pytest.MonkeyPatch) -> None:
-    def trusted(probe: trials.Probe, plan: dict, stated: dict) -> tuple[list[trials.Split], str, str]:
+    def trusted(probe: verdicts.Probe, plan: dict, stated: dict) -> tuple[list[trials.Split], str, str]:
         splits = [trials.Split(name, views, stated[name] or "NCHW") for name, views in plan.items()]
         return splits, splits[-1].name, ""
 
-    patch.setattr(trials.Probe, "verdict_of", trusted)
+    patch.setattr(verdicts.Probe, "verdict_of", trusted)
 
 
 def no_paths(patch: pytest.MonkeyPatch) -> None:
@@ -60,21 +51,21 @@ def views_outermost(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "_many_views", lambda probe, views=None: views or probe.views)
+    patch.setattr(verdicts, "many_views", lambda views: views)
 
 
 def channels_first(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "_find_layout", lambda probe, name: ("NCHW", ""))
+    patch.setattr(verdicts.Probe, "_find_layout", lambda probe, name: ("NCHW", ""))
 
 
 def guessed_grid(patch: pytest.MonkeyPatch) -> None:
     """Square, with whatever is left over in front."""
 
-    def guess(probe: trials.Probe, name: str, length: int) -> layouts.Tokens:
+    def guess(probe: verdicts.Probe, name: str, length: int) -> layouts.Tokens:
         side = int(length**0.5)
         return layouts.Tokens(side, side, length - side * side)
 
-    patch.setattr(trials.Probe, "_stated_tokens", guess)
+    patch.setattr(verdicts.Probe, "_stated_tokens", guess)
 
 
 def by_length(patch: pytest.MonkeyPatch) -> None:

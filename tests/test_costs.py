@@ -360,6 +360,21 @@ def test_the_command_lists_sites(capsys):
     assert {row["layout"] for row in json.loads(capsys.readouterr().out)} == {"tokens 14×14, 1 in front"}
 
 
+def test_the_command_suggests(capsys):
+    asked = ["suggest", "timm:resnet10t", "--size", "64", "--max-macs-ratio"]
+    model = timm.create_model("resnet10t").eval()
+    for ratio, more in (("4", ["--max-memory-mib", "3"]), ("3", ["--max-sites", "2"])):
+        assert main([*asked, ratio, *more]) == 0
+        options = {"max_memory_mib": 3.0} if "--max-memory-mib" in more else {"max_sites": 2}
+        found = suggest_site(model, 64, max_macs_ratio=float(ratio), **options)
+        assert capsys.readouterr().out == f"{found.cost.site}\n\n{found.reason}\n"
+    assert ("=hflip," in found.cost.site) == (not isinstance(found.site, str))
+    assert main([*asked, "3", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["ratio"] <= 3
+    assert row["site"] in row["reason"] or "earliest" in row["reason"]
+
+
 def test_the_command_profiles(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mynet.py").write_text(
@@ -391,6 +406,9 @@ def test_the_command_profiles(capsys, tmp_path, monkeypatch):
         ("sites math:sqrt --size 48", "math:sqrt failed: TypeError"),
         ("sites math:pi --size 48", "math:pi is a float, not a function"),
         ("sites builtins:dict --size 48", "gives a dict, not an nn.Module"),
+        ("suggest timm:resnet18", "needs a budget: --max-macs-ratio, --max-memory-mib, or both"),
+        ("suggest timm:resnet18 --max-macs-ratio 0.5", "costs at most 0.5 times"),
+        ("suggest timm:resnet18 --max-memory-mib -1", "max_memory_mib must be a number above 0"),
         ("profile timm:resnet18 --size 48x", "--size must be like 48, 48x64 or 3x48x48"),
         ("profile timm:resnet18 --size 4x48x48", "failed on an input of shape"),
         ("profile timm:resnet18 --size 0", "--size must be like"),

@@ -28,7 +28,7 @@ import predict
 import robustness
 import train as training
 from batches import to_input
-from data import load
+from data import load, toy
 from data.toy import CLASSES, toy_faces
 from keeping import load_model
 from machines import Machine
@@ -509,10 +509,11 @@ def test_every_script_has_help_with_an_example(capsys):
 def test_the_readmes_commands_are_commands():
     """Every line of the README's code is understood by its script, and names only options that there are."""
     scripts = {"train": training, "compare": compare, "robustness": robustness, "predict": predict, "export": export}
+    scripts |= {"check_data": check_data, "toy": toy}
     text = (EXAMPLE / "README.md").read_text()
     lines = [line.partition("#")[0].split() for line in text.splitlines() if "examples/fer48/" in line]
     commands = [line for line in lines if line[:1] in (["python"], ["torchrun"])]
     assert len(commands) > 10
     for command in commands:
         place = next(i for i, word in enumerate(command) if word.endswith(".py"))
-        {**scripts, "check_data": check_data}[Path(command[place]).stem].parse(command[place + 1 :])
+        scripts[Path(command[place]).stem].parse(command[place + 1 :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,7 +13,8 @@ import torchvision
 from torch import nn
 
 import networks
-from cropvote import CropVoteError, hflip, inject_crop_vote, remove_crop_vote, sites, ten_crop
+from cropvote import CropVoteError, hflip, inject_crop_vote, profile, remove_crop_vote, sites, ten_crop
+from cropvote.probing import fakes
 from test_surgery import IMAGES
 
 AROUND = r"depends on the images by a path around it"
@@ -344,6 +346,18 @@ def test_a_cache_outside_the_model_never_holds_tensors_without_data_unnoticed():
     model(IMAGES)  # fills the cache with numbers
     inject_crop_vote(model, after="site", input_size=48)
     assert type(model(IMAGES)) is torch.Tensor
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "inception_v3"])
+def test_a_check_leaves_nothing_that_only_the_garbage_collector_would_free(name, monkeypatch):
+    """A collection takes as long as all that was checked; the fake tensors go by themselves."""
+    collected: list[object] = []
+    monkeypatch.setattr(fakes, "gc", SimpleNamespace(collect=lambda *_: collected.append(1)))
+    model = timm.create_model(name, num_classes=7).eval()
+    found = sites(model)
+    profile(model, sites=[found[1].name])
+    inject_crop_vote(model, after=found[1].name)
+    assert not collected
 
 
 def test_a_hook_that_collects_is_noticed():

@@ -198,16 +198,16 @@ class Paths(TorchDispatchMode):
 
     made: ClassVar[list[weakref.ref[Tensor]]] = []  # every tensor of the present fake copy
 
-    def __init__(self, watch: Callable[[str, Any], None] | None = None) -> None:
+    def __init__(self, watch: Callable[[str, Any, Paths], None] | None = None) -> None:
         super().__init__()
-        self.watch = watch  # is told of every operation, before it runs
+        self.watch = watch  # is told of every operation before it runs; a watch that held these paths were a cycle
         self.bits: dict[int, int] = {}
         self.alive: list[Any] = []  # a freed storage's address would be given out again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.watch is not None:
-            self.watch(func.overloadpacket.__name__, args)
+            self.watch(func.overloadpacket.__name__, args, self)
         out = func(*args, **kwargs)
         self.made.extend(weakref.ref(tensor) for tensor in tensors_in(out))
         if func.overloadpacket.__name__ not in _VALUE_FREE:

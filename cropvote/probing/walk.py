@@ -108,7 +108,7 @@ class Walk:
         keep: list[Tensor] = []
         running: list[nn.Module] = []
         self.moves: list[_Move] = []
-        paths = Paths(lambda operation, args: self._watch(operation, args, paths, running))
+        paths = Paths(lambda operation, args, paths: self._watch(operation, args, paths, running))
 
         def look(module: nn.Module, args: Any, output: Any) -> Any:
             running.remove(module)
@@ -168,7 +168,7 @@ class Walk:
                 swap_forward(module, _inert)
             random.seed(0)
             torch.manual_seed(0)
-            with Paths(lambda operation, args: found.append(operation)):
+            with Paths(lambda operation, args, paths: found.append(operation)):
                 args, kwargs = self.inputs(Paths(), 0)
                 self.model(*args, **kwargs)
         except SurgeryError:

@@ -12,15 +12,8 @@ from torch import Tensor, nn
 import guards
 import networks
 import oracle
-from cropvote import (
-    CropVoteError,
-    Views,
-    hflip,
-    inject_crop_vote,
-    layouts,
-    trials,
-    walk,
-)
+from cropvote import CropVoteError, Views, hflip, inject_crop_vote, layouts
+from cropvote.probing import verdicts, walk
 from hazards.table import IMAGES, hazard, refused, right
 from toolchain import table as tools
 
@@ -96,11 +89,11 @@ class Resizing(nn.Module):
 
 
 def grid_of_the_images(patch: pytest.MonkeyPatch) -> None:
-    def guess(probe: trials.Probe, name: str, length: int) -> layouts.Tokens:
+    def guess(probe: verdicts.Probe, name: str, length: int) -> layouts.Tokens:
         height, width = (side // 8 for side in probe.shape("input")[1:])
         return layouts.Tokens(height, width, length - height * width)
 
-    patch.setattr(trials.Probe, "_stated_tokens", guess)
+    patch.setattr(verdicts.Probe, "_stated_tokens", guess)
 
 
 @hazard("a grid of tokens that is not that of the images", "the grid of patches is seen", grid_of_the_images)
@@ -131,7 +124,7 @@ class ClassTokenLast(nn.Module):
 
 
 def any_library(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials, "stated_tokens", lambda part: (1, "conv_proj"))
+    patch.setattr(verdicts, "stated_tokens", lambda part: (1, "conv_proj"))
 
 
 @hazard("a class token taken for the first of the grid", "only known libraries are believed", any_library)
@@ -247,7 +240,7 @@ class TokenLast(nn.Module):
 
 
 def tokens_stay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials.Probe, "_moved", lambda *_: False)
+    patch.setattr(verdicts.Probe, "_moved", lambda *_: False)
 
 
 @hazard("tokens in another order than their patches", "what moves tokens is seen", tokens_stay)

@@ -11,19 +11,9 @@ from torch import Tensor, nn
 
 import guards
 import networks
-from cropvote import (
-    CropVoteError,
-    calls,
-    checks,
-    fakes,
-    hflip,
-    inject_crop_vote,
-    options,
-    outputs,
-    sites,
-    trials,
-    walk,
-)
+from cropvote import CropVoteError, hflip, inject_crop_vote, sites
+from cropvote.calling import calls, options, outputs
+from cropvote.probing import checks, fakes, verdicts, walk
 from hazards.table import IMAGES, hazard, refused, right
 from toolchain import table as tools
 
@@ -142,7 +132,7 @@ class ExactClass(networks.Net):
 
 
 @hazard("a forward that asks for the very class of the site", "run with swapped classes too", lambda patch:
-    patch.setattr(trials.Probe, "why_not_swapped", lambda *_: ""))  # fmt: skip
+    patch.setattr(verdicts.Probe, "why_not_swapped", lambda *_: ""))  # fmt: skip
 def _() -> None:
     refused(ExactClass().eval(), "site")
     assert [site.name for site in sites(ExactClass().eval(), 48)] == ["input", "front"]

@@ -13,16 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import guards
 import networks
 import oracle
-from cropvote import (
-    CropVoteError,
-    CropVoteLoss,
-    checks,
-    hflip,
-    inject_crop_vote,
-    per_view,
-    settings,
-    swapping,
-)
+from cropvote import CropVoteError, CropVoteLoss, hflip, inject_crop_vote, per_view, settings
+from cropvote.probing import checks, swapping
 from hazards.table import IMAGES, hazard, right
 from toolchain import table as tools
 

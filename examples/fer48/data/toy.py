@@ -8,10 +8,11 @@ faint, and the picture is shifted, tilted, badly lit, partly covered and noisy, 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 SIDE = 48
 #: In the order of FER2013.
@@ -121,16 +122,18 @@ def _over(picture: np.ndarray, grey: np.ndarray | float, mask: np.ndarray) -> np
     return picture + (grey - picture) * mask
 
 
-def main(argv: list[str]) -> None:
-    from PIL import Image
-
-    if len(argv) != 1 or argv[0].startswith("-"):
-        sys.exit("usage: toy.py FOLDER, into which two faces of every expression are drawn, new to every network")
-    folder = Path(argv[0])
+def main(argv: list[str] | None = None) -> None:
+    folder = Path(parse(argv).folder)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (face, label) in enumerate(zip(*toy_faces(2 * len(CLASSES), seed=2**31), strict=True)):
         Image.fromarray(face).save(folder / f"{number:02d}-{CLASSES[label]}.png")
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw two toy faces of every expression, new to every network.")
+    parser.add_argument("folder", metavar="FOLDER", help="where to put them; made if it is not there")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
