@@ -100,7 +100,7 @@ def check_name(model: nn.Module, after: str) -> None:
         return
     if not after or after not in modules:
         names = [name for name in modules if name]
-        near = difflib.get_close_matches(after, names, n=5, cutoff=0.4)
+        near = difflib.get_close_matches(after, names, n=5)
         top = [name for name, _ in model.named_children()]
         hint = (
             f"nearest: {', '.join(near)}" if near else f"its children: {', '.join(top)}" if top else "it has no modules"
