@@ -16,7 +16,6 @@ import dataclasses
 import io
 import json
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -41,6 +40,7 @@ from keeping import load_model, write_whole  # noqa: E402
 from learner import read  # noqa: E402
 from machines import Machine, machine  # noqa: E402
 from model import fer_resnet18  # noqa: E402
+from timing import commit  # noqa: E402
 from train import EXPECTED, read_faces  # noqa: E402
 
 #: The runs of a list, in the order in which they are worth having; options of compare.py, seed by seed.
@@ -120,13 +120,6 @@ def gmacs(card: dict[str, Any]) -> dict[str, float]:
     # Five crops without mirror: four tails more than one view; ten views have eight more than centre and mirror.
     by_views["5"] = by_views["1"] + (by_views["10"] - by_views["2"]) / 2
     return {**by_views, "plain": table["baseline"].gmacs}
-
-
-def commit() -> str:
-    """The commit of this checkout, where it is one."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
-    return found.stdout.strip() or "unknown"
 
 
 def main() -> None:

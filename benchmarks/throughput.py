@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -33,7 +34,7 @@ sys.path.insert(0, str(ROOT / "examples" / "fer48"))
 
 from config import PLANS, in_words, sites_of  # noqa: E402
 from model import fer_resnet18  # noqa: E402
-from timing import machine, peak, seconds  # noqa: E402
+from timing import commit, machine, peak, seconds  # noqa: E402
 
 NETWORKS = ("none", "layer1", PLANS[0], "layer3", "layer2", "input")
 MODES = {"fast": torch.bfloat16, "float32 eager": torch.float32}
@@ -45,6 +46,7 @@ def measure(device: torch.device, batches: list[int], rounds: int, minutes: floa
     started = time.monotonic()
     stored = json.loads(out.read_text()) if out.exists() else {}
     mine = stored.setdefault(machine(device), {"rows": []})
+    mine["commit"], mine["command"] = commit(), f"benchmarks/throughput.py {shlex.join(sys.argv[1:])}".strip()
     mine["versions"] = f"torch {torch.__version__}, Python {platform.python_version()}"
     for name, make in {"floors": floors, "split": split}.items():
         if name not in mine:
@@ -162,7 +164,7 @@ def section() -> list[str]:
         rates, cells = found["floors"], found["split"]
         lines += [
             f"### {name}", "",
-            f"{found['versions']}; a matrix product: {rates['fast'] / 1e12:.1f} (bfloat16) and "
+            f"{found['versions']}, commit {found['commit']}; a matrix product: {rates['fast'] / 1e12:.1f} (bfloat16) and "
             f"{rates['float32 eager'] / 1e12:.2f} (float32) 10¹² multiply-adds a second; a copy: "
             f"{rates['copy'] / 1e9:,.0f} GB a second, read and written.", "",
             "| network | mode | batch | training, images / s | time over the plain one's | GMACs over the plain one's "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,3 +53,10 @@ def machine(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit of this checkout, where it is one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)  # noqa: S603
+    return found.stdout.strip() or "unknown"

@@ -324,3 +324,17 @@ def snapshot(model: nn.Module) -> dict:
 def same(a: dict, b: dict) -> bool:
     tensors = zip(a.pop("tensors"), b.pop("tensors"), strict=True)
     return all(torch.equal(x, y) for x, y in tensors) and torch.equal(a.pop("random"), b.pop("random")) and a == b
+
+
+def counted(module: nn.Module) -> list[int]:
+    """The rows that each call of a module gives."""
+    found: list[int] = []
+    module.register_forward_hook(lambda module, args, output: found.append(output.shape[0]))
+    return found
+
+
+def still(model: nn.Module) -> nn.Module:
+    """In training mode, but BatchNorm in eval mode, so that rows do not depend on the others."""
+    model.eval()
+    model.training = True
+    return model

@@ -212,3 +212,11 @@ def loss_on_views(rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tens
                 weight = smoothing / classes + (1 - smoothing) * (k == int(targets[n]))
                 total = total - weight * log_prob[k]
     return total / (count * views)
+
+
+def whose(rows: Tensor, every: Tensor) -> list[list[int]]:
+    """Which views' logits these rows are: for each sample, the indices."""
+    parts = rows.unflatten(0, (len(every), -1))
+    near = (parts.unsqueeze(2) - every.unsqueeze(1)).abs().amax(3)
+    assert near.amin(2).max() < 1e-5
+    return near.argmin(2).tolist()

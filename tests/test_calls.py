@@ -47,13 +47,6 @@ def expected_rows(site: str = "layer2", make=networks.fer) -> torch.Tensor:
         return oracle.tail_rows(make(), site, IMAGES)
 
 
-def counted(module: nn.Module) -> list[int]:
-    """The rows that each call of a module gives."""
-    found: list[int] = []
-    module.register_forward_hook(lambda module, args, output: found.append(output.shape[0]))
-    return found
-
-
 # ---- some views in eval mode -----------------------------------------------------------------------------------------
 
 
@@ -72,7 +65,7 @@ def test_some_views_vote_as_their_columns_do(how, asked, columns):
 
 def test_only_the_views_asked_for_are_computed():
     model = voting(eval_views="centre+mirror")
-    front, tail = counted(model.layer1), counted(model.layer3)
+    front, tail = networks.counted(model.layer1), networks.counted(model.layer3)
     model(IMAGES)
     assert (front, tail) == ([3], [6])
     settings(model).eval_views = [0, 1, 2]
@@ -160,9 +153,9 @@ def test_some_views_compiled_and_exported(backend):
 
 def test_the_roots_mode_decides_for_the_split_too():
     """A frozen stage stands in eval mode inside a model in training, and the two have as many views."""
-    model = still(voting(eval_views=[4, 9], train_views=2, eval_output="views"))
+    model = networks.still(voting(eval_views=[4, 9], train_views=2, eval_output="views"))
     every = expected_rows().float()
-    assert len({tuple(whose(model(IMAGES), every)[0]) for _ in range(12)}) > 3  # drawn, not the two of eval mode
+    assert len({tuple(oracle.whose(model(IMAGES), every)[0]) for _ in range(12)}) > 3  # drawn, not the two of eval mode
     model.training = False
     for module in (model.layer2, *model.layer2):
         module.training = True
@@ -206,23 +199,9 @@ def test_a_voting_model_is_freed_at_once():
 # ---- a few views, drawn, in training ---------------------------------------------------------------------------------
 
 
-def whose(rows: torch.Tensor, every: torch.Tensor) -> list[list[int]]:
-    """Which views' logits these rows are: for each sample, the indices."""
-    parts = rows.unflatten(0, (len(every), -1))
-    near = (parts.unsqueeze(2) - every.unsqueeze(1)).abs().amax(3)
-    assert near.amin(2).max() < 1e-5
-    return near.argmin(2).tolist()
-
-
-def still(model: nn.Module) -> nn.Module:
-    model.eval()
-    model.training = True  # BatchNorm in eval mode, so that rows do not depend on the others
-    return model
-
-
 def test_a_few_views_are_drawn_for_each_batch():
-    model, every = still(voting(train_views=3)), expected_rows().float()
-    drawn = [whose(model(IMAGES), every) for _ in range(12)]
+    model, every = networks.still(voting(train_views=3)), expected_rows().float()
+    drawn = [oracle.whose(model(IMAGES), every) for _ in range(12)]
     for views in drawn:
         assert all(sample == views[0] for sample in views)  # one draw per batch
         assert views[0] == sorted(set(views[0]))
@@ -261,7 +240,7 @@ def test_processes_draw_their_own_and_stay_in_step(monkeypatch):
 @pytest.mark.parametrize("part", ["layer2", "all"])
 def test_a_checkpoint_draws_the_same_again(reentrant, part):
     def gradients(checkpointed: bool) -> torch.Tensor:
-        model = still(voting(train_views=2))
+        model = networks.still(voting(train_views=2))
         if checkpointed and part == "layer2":
             kind, stage = type(model.layer2), model.layer2
             plain = stage.forward
@@ -278,12 +257,12 @@ def test_a_checkpoint_draws_the_same_again(reentrant, part):
 
 @pytest.mark.parametrize("strict", [pytest.param(None, marks=pytest.mark.slow), False, True])
 def test_a_few_views_compiled_and_exported(strict):
-    model, every = still(voting(train_views=3)), expected_rows().float()
+    model, every = networks.still(voting(train_views=3)), expected_rows().float()
     if strict is None:
         run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     else:
         run = torch.export.export(model, (IMAGES,), strict=strict).module()
-    drawn = [whose(run(IMAGES), every) for _ in range(8)]
+    drawn = [oracle.whose(run(IMAGES), every) for _ in range(8)]
     assert all(sample == views[0] for views in drawn for sample in views)
     assert len({tuple(views[0]) for views in drawn}) > 2
     assert all(views[0] == sorted(set(views[0])) for views in drawn)
@@ -292,7 +271,7 @@ def test_a_few_views_compiled_and_exported(strict):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_draw_cannot_be_traced():
     with pytest.raises(CropVoteError, match="train_views draws views at random"):
-        torch.jit.trace(still(voting(train_views=2)), IMAGES, check_trace=False)
+        torch.jit.trace(networks.still(voting(train_views=2)), IMAGES, check_trace=False)
 
 
 # ---- a few views at a time -------------------------------------------------------------------------------------------
@@ -306,7 +285,7 @@ def test_passes_give_what_one_pass_gives(site, how, step):
     with torch.no_grad():
         whole = model(IMAGES)
         settings(model).views_per_pass = step
-        tail = counted(model.layer4)
+        tail = networks.counted(model.layer4)
         assert torch.allclose(model(IMAGES), whole, atol=1e-6)
         assert max(tail) <= 3 * step
         assert sum(tail) == 30
@@ -316,7 +295,7 @@ def test_passes_give_what_one_pass_gives(site, how, step):
 
 def test_the_front_runs_once_on_all_images():
     model = voting(views_per_pass=4)
-    front, carrier = counted(model.layer1), counted(model.layer2[-1].conv2)
+    front, carrier = networks.counted(model.layer1), networks.counted(model.layer2[-1].conv2)
     model(IMAGES)
     assert front == [3, 1, 1]
     assert carrier == [3]
@@ -337,7 +316,7 @@ def test_passes_of_some_views_and_of_each_ones_logits():
 def test_a_layer_in_passes():
     whole = layered()(IMAGES)
     model = layered(views_per_pass=3)
-    tail = counted(model[1].tail)
+    tail = networks.counted(model[1].tail)
     assert torch.allclose(model(IMAGES), whole, atol=1e-6)
     assert tail == [9, 9, 9, 3]
     compiled = torch.compile(model, fullgraph=True, backend="eager")

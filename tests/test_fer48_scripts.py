@@ -1,24 +1,18 @@
-"""The flagship's other scripts: compare, robustness, predict and export; and valence and arousal, from end to end.
-
-What needs finished runs (a minute to make) is slow.
-"""
+"""compare.py and robustness.py, other targets, and what every script has."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage.data import astronaut
 from torchvision.transforms.v2 import functional as tv
 
 import check_data
@@ -31,38 +25,7 @@ from batches import to_input
 from data import load, toy
 from data.toy import CLASSES, toy_faces
 from keeping import load_model
-from machines import Machine
-
-#: Enough for a network to tell some faces from others.
-SMALL = ("--width", 4, "--epochs", 1, "--batch", 8, "--limit", 64, "--rate", 0.02, "--device", "cpu")
-HERE = Machine(torch.device("cpu"), torch.float32, fast=False)
-EXAMPLE = Path(training.__file__).parent
-
-
-def call(script: Any, *arguments: object) -> None:
-    script.main([str(a) for a in arguments])
-
-
-def refused(script: Any, *arguments: object) -> str:
-    """The line with which a script ends, with an exit code that is not 0."""
-    with pytest.raises(SystemExit) as caught:
-        call(script, *arguments)
-    assert isinstance(caught.value.code, str)
-    return caught.value.code
-
-
-def logits(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    with np.load(run / "logits.npz") as stored:
-        return torch.from_numpy(stored["logits"]), torch.from_numpy(stored["labels"])
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a comparison: plain and layer3, seeds 0 and 1."""
-    out = tmp_path_factory.mktemp("fer48") / "compare"
-    call(compare, *SMALL, "--sites", "none", "layer3", "--seeds", 0, 1, "--out", out)
-    return out
-
+from scripts import EXAMPLE, SMALL, call, logits, refused
 
 # --- compare.py ------------------------------------------------------------------------------------------------------
 
@@ -256,159 +219,6 @@ def test_robustness_refuses_networks_that_were_trained_otherwise(compared, tmp_p
     call(training, *SMALL, "--after", "none", "--learn", "train+val", "--out", tmp_path / "all")
     assert "--final-test scores the test faces" in refused(robustness, tmp_path / "all", "--device", "cpu")
     assert "differ in more than after, vote, seed: width 4, now 2" in said
-
-
-# --- predict.py ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Eight toy faces as grey PNGs, in a folder with a folder."""
-    folder = tmp_path / "faces"
-    (folder / "more").mkdir(parents=True)
-    for number, face in enumerate(toy_faces(8, seed=9)[0]):
-        Image.fromarray(face).save(folder / ("more" if number > 5 else "") / f"{number}.png")
-    return folder
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.mark.parametrize("site", ["none", "layer3"])
-@pytest.mark.slow
-def test_a_folder_as_a_csv(compared, pictures, tmp_path, site):
-    """What the model says of the same pixels, computed by hand."""
-    call(predict, "--model", compared / f"{site}-0", pictures, "--csv", tmp_path / "out.csv", "--device", "cpu")
-    rows = table(tmp_path / "out.csv")
-    assert [Path(row["image"]).name for row in rows] == [f"{k}.png" for k in range(8)]
-    model, _ = load_model(compared / f"{site}-0")
-    with torch.no_grad():
-        expected = model(to_input(torch.from_numpy(toy_faces(8, seed=9)[0]).unsqueeze(1))).softmax(1)
-    for row, shares in zip(rows, expected, strict=True):
-        assert [float(row[name]) for name in CLASSES] == pytest.approx(shares.tolist(), abs=2e-4)
-        assert row["class"] == CLASSES[int(shares.argmax())]
-        assert float(row["probability"]) == pytest.approx(float(shares.max()), abs=2e-4)
-        assert round(10 * float(row["agreement"]), 6) in range(1, 11)
-        assert row["problem"] == ""
-
-
-@pytest.mark.slow
-def test_a_damaged_picture_is_named_and_the_others_are_read(compared, pictures, tmp_path, capsys):
-    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:200])
-    options = ("--model", compared / "layer3-0", pictures, pictures / "none.jpg", "--device", "cpu")
-    assert "2 of 9 without a prediction" in refused(predict, *options, "--csv", tmp_path / "out.csv")
-    problems = {Path(row["image"]).name: row["problem"] for row in table(tmp_path / "out.csv") if row["problem"]}
-    assert set(problems) == {"3.png", "none.jpg"}
-    assert problems["none.jpg"] == "no such file"
-    assert "3.png: " in capsys.readouterr().err
-    assert sum(bool(row["class"]) for row in table(tmp_path / "out.csv")) == 7
-
-
-@pytest.mark.slow
-def test_lines_and_pictures_of_the_views(compared, pictures, tmp_path, capsys):
-    call(
-        predict, "--model", compared / "layer3-0", pictures / "0.png", "--views", tmp_path / "views", "--device", "cpu"
-    )
-    said = capsys.readouterr().out
-    assert "0.png: " in said
-    assert "of 10 views agree" in said
-    (picture,) = (tmp_path / "views").iterdir()
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-    plain = ("--model", compared / "none-0", pictures / "0.png", "--device", "cpu")
-    assert "does not vote" in refused(predict, *plain, "--views", tmp_path / "views")
-
-
-def test_agreement_is_with_the_vote():
-    """Six views say a, four say b and are surer: the vote is b, with which four agree."""
-    logits = torch.tensor([[[1.0, 0.0]] * 6 + [[0.0, 9.0]] * 4])
-    card = {"outputs": ["a", "b"], "vote": "soft", "target": "expression"}
-    (row,) = predict.read_rows(logits, card)
-    assert (row["class"], row["agreement"]) == ("b", 0.4)
-
-
-@pytest.mark.slow
-def test_names_that_are_no_text(compared, pictures, tmp_path, capsys):
-    (pictures / "0.png").rename(os.fsdecode(os.fsencode(pictures) + b"/\xff.png"))
-    (pictures / "._1.png").write_bytes(b"left by another system")
-    call(predict, "--model", compared / "layer3-0", pictures, "--csv", tmp_path / "out.csv", "--device", "cpu")
-    assert b"\xff.png" in (tmp_path / "out.csv").read_bytes()
-    call(predict, "--model", compared / "layer3-0", pictures, "--device", "cpu")
-    assert len(capsys.readouterr().out.splitlines()) == 8
-
-
-@pytest.mark.slow
-def test_faces_are_looked_for(compared, tmp_path, capsys):
-    """The astronaut's face (NASA, public domain) is found; a wall has none."""
-    pytest.importorskip("cv2")
-    Image.fromarray(astronaut()).save(tmp_path / "astronaut.png")
-    Image.new("RGB", (200, 200), "grey").save(tmp_path / "wall.png")
-    options = ("--model", compared / "layer3-0", "--detect", "--device", "cpu", "--csv", tmp_path / "out.csv")
-    call(predict, *options, tmp_path / "astronaut.png")
-    rows = table(tmp_path / "out.csv")
-    left, top, right, bottom = map(int, rows[0]["box"].split(","))
-    assert left < 225 < right
-    assert top < 110 < bottom
-    assert right - left < 200
-    assert "1 of 1 without a prediction" in refused(predict, *options, tmp_path / "wall.png")
-    assert "wall.png: no face found" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_film_instead_of_a_camera(compared, tmp_path, capsys):
-    cv2 = pytest.importorskip("cv2")
-    path = tmp_path / "film.avi"
-    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (512, 512))
-    for frame in (astronaut(), np.zeros((512, 512, 3), np.uint8)):
-        film.write(np.ascontiguousarray(frame[..., ::-1]))
-    film.release()
-    call(predict, "--model", compared / "layer3-0", "--webcam", path, "--device", "cpu")
-    lines = capsys.readouterr().out.splitlines()
-    assert "of 10 views agree" in lines[0]
-    assert lines[1] == "frame 1: no face found"
-    assert "no such camera or film" in refused(
-        predict, "--model", compared / "layer3-0", "--webcam", tmp_path / "no.avi"
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--model", "nowhere", "a.png"), "nowhere: no finished model there"),
-        (("--model", "{run}", "{empty}"), "no picture in this folder"),
-    ],
-)
-@pytest.mark.slow
-def test_prediction_misuse_is_one_line(compared, tmp_path, arguments, message):
-    (tmp_path / "empty").mkdir()
-    places = {"run": compared / "layer3-0", "empty": tmp_path / "empty"}
-    assert message in refused(predict, *(argument.format(**places) for argument in arguments))
-
-
-# --- export.py -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_onnx(compared, tmp_path, capsys):
-    """Any batch; classes and preprocessing in the file; the vote is the network's."""
-    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    path = tmp_path / "model.onnx"
-    call(export, "--model", compared / "layer3-0", "--out", path)
-    assert "largest difference to PyTorch" in capsys.readouterr().out
-    stored = {entry.key: json.loads(entry.value) for entry in onnx.load(str(path)).metadata_props}
-    assert tuple(stored["outputs"]) == CLASSES
-    assert stored["preprocessing"] == {"size": 48, "channels": "RGB", "scale": "x / 127.5 - 1"}
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    model, _ = load_model(compared / "layer3-0")
-    for size in (1, 5):
-        x = torch.randn(size, 3, 48, 48)
-        with torch.no_grad():
-            expected = model(x)
-        assert np.allclose(session.run(None, {"faces": x.numpy()})[0], expected, atol=1e-4)
-    other, _ = load_model(compared / "layer3-1")
-    with pytest.raises(export.ExportError, match="differ from PyTorch's"):
-        export.check(other, session)
 
 
 # --- valence and arousal; from one set to another --------------------------------------------------------------------

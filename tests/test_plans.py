@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 import networks
 import oracle
 from cropvote import (
-    CropVote,
     CropVoteError,
     CropVoteLoss,
     Views,
@@ -53,12 +52,6 @@ def voting(plan: dict[str, Views] | None = None, make=networks.fer, **options: o
 def by_hand(sites=BY_HAND, make=networks.fer) -> torch.Tensor:
     with torch.no_grad():
         return oracle.nested_rows(make(), sites, IMAGES).float()
-
-
-def counted(module: nn.Module) -> list[int]:
-    found: list[int] = []
-    module.register_forward_hook(lambda module, args, output: found.append(output.shape[0]))
-    return found
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
@@ -130,7 +123,7 @@ def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
 def test_only_the_views_asked_for_are_computed_at_each_site(asked):
     columns = {"centre": [4], "centre+mirror": [4, 9]}.get(asked, asked) if isinstance(asked, str) else asked
     model = voting(eval_views=asked)
-    front, middle, tail = counted(model.bn1), counted(model.layer2), counted(model.layer4)
+    front, middle, tail = networks.counted(model.bn1), networks.counted(model.layer2), networks.counted(model.layer4)
     assert torch.allclose(model(IMAGES), by_hand()[:, columns].mean(1), atol=1e-5)
     halves = len({column // 5 for column in columns})
     assert (front, middle, tail) == ([3], [3 * halves], [3 * len(columns)])
@@ -145,24 +138,11 @@ def test_views_that_differ_between_the_groups_keep_the_memory_format(layout):
     assert rows.is_contiguous(memory_format=layout)
 
 
-def still(model: nn.Module) -> nn.Module:
-    model.eval()
-    model.training = True  # BatchNorm in eval mode, so that rows do not depend on the others
-    return model
-
-
-def whose(rows: torch.Tensor, every: torch.Tensor) -> list[list[int]]:
-    """Which views' logits these rows are: for each sample, the indices."""
-    near = (rows.unflatten(0, (len(every), -1)).unsqueeze(2) - every.unsqueeze(1)).abs().amax(3)
-    assert near.amin(2).max() < 1e-5
-    return near.argmin(2).tolist()
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10])
 def test_a_few_views_are_drawn_and_spread_over_the_first_site(count):
-    model, every = still(voting(train_views=count)), by_hand()
-    middle = counted(model.layer2)
-    drawn = [whose(model(IMAGES), every) for _ in range(12)]
+    model, every = networks.still(voting(train_views=count)), by_hand()
+    middle = networks.counted(model.layer2)
+    drawn = [oracle.whose(model(IMAGES), every) for _ in range(12)]
     for samples in drawn:
         assert all(views == samples[0] for views in samples)
         assert samples[0] == sorted(set(samples[0]))
@@ -195,7 +175,7 @@ def test_every_combination_is_drawn_as_often(count):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_of_the_parts_draw_the_same_again(reentrant):
     def gradient(checkpointed: bool) -> torch.Tensor:
-        model = still(voting(train_views=3))
+        model = networks.still(voting(train_views=3))
         for stage in (model.layer1, model.layer3) if checkpointed else ():
             plain = stage.forward
             stage.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=reentrant)
@@ -210,7 +190,7 @@ def test_checkpoints_of_the_parts_draw_the_same_again(reentrant):
 @pytest.mark.parametrize("step", [1, 3, 4, 10])
 def test_passes_give_what_one_pass_gives(step):
     model = voting(views_per_pass=step)
-    tail, middle = counted(model.layer4), counted(model.layer2)
+    tail, middle = networks.counted(model.layer4), networks.counted(model.layer2)
     assert torch.allclose(model(IMAGES), by_hand().mean(1), atol=1e-5)
     assert max(tail) <= 3 * step
     assert sum(tail) == 30
@@ -270,9 +250,9 @@ def test_compiled_and_exported(options):
 
 @pytest.mark.slow
 def test_a_few_views_compiled():
-    model, every = still(voting(train_views=3)), by_hand()
+    model, every = networks.still(voting(train_views=3)), by_hand()
     run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    drawn = [whose(run(IMAGES), every) for _ in range(8)]
+    drawn = [oracle.whose(run(IMAGES), every) for _ in range(8)]
     assert all(views == samples[0] and len(set(views)) == 3 for samples in drawn for views in samples)
     assert len({tuple(samples[0]) for samples in drawn}) > 2
 
@@ -285,7 +265,7 @@ def test_a_few_views_compiled():
     ],
 )
 def test_timms_checkpointing_autocast_and_functional_call(make, plan):
-    model = still(voting(plan, make))
+    model = networks.still(voting(plan, make))
 
     def gradients(checkpointed: bool) -> list[torch.Tensor]:
         model.set_grad_checkpointing(checkpointed)
@@ -304,7 +284,7 @@ def test_timms_checkpointing_autocast_and_functional_call(make, plan):
 
 
 def test_gradients_are_those_of_the_rows():
-    model, plain = still(voting()), networks.fer()
+    model, plain = networks.still(voting()), networks.fer()
     targets = torch.tensor([0, 1, 2])
     CropVoteLoss(nn.CrossEntropyLoss(), views=10)(model(IMAGES), targets).backward()
     oracle.loss_on_views(oracle.nested_rows(plain, BY_HAND, IMAGES), targets).backward()
@@ -427,82 +407,6 @@ def test_a_split_that_did_not_run_is_seen():
 def test_injecting_twice_names_the_sites():
     with pytest.raises(CropVoteError, match="after='layer1' and 'layer3': remove_crop_vote"):
         inject_crop_vote(voting(), after="layer2")
-
-
-# --- layers ----------------------------------------------------------------------------------------------------------
-
-
-def layered(**options: object) -> nn.Module:
-    torch.manual_seed(0)
-    tail = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
-    inner = CropVote(tail, views=five_crop())
-    middle = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2), inner)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CropVote(middle, views=hflip(), **options)).eval()
-
-
-def rows_of_layers() -> torch.Tensor:
-    net = layered()
-    with torch.no_grad():
-        tail = net[1].tail[1].tail
-        views = [v for flip in oracle.flip_views(net[0](IMAGES)) for v in oracle.five_views(net[1].tail[0](flip))]
-        return torch.stack([tail(view) for view in views], 1)
-
-
-@pytest.mark.parametrize("how", ["soft", "hard"])
-def test_layers_nest(how):
-    net, wanted = layered(vote=how), rows_of_layers()
-    assert torch.allclose(per_view(net, IMAGES), wanted, atol=1e-6)
-    assert torch.allclose(net(IMAGES), oracle.vote(wanted, how).float(), atol=1e-5)
-    assert torch.allclose(net.train()(IMAGES), wanted.flatten(0, 1), atol=1e-6)
-    assert settings(net[1].tail[1]) is settings(net[1])
-    assert len(settings(net[1]).views) == 10
-
-
-def test_nested_layers_have_the_knobs():
-    wanted = rows_of_layers()
-    net = layered(eval_views="centre+mirror", train_views=3)
-    inner = counted(net[1].tail[0])
-    assert torch.allclose(net(IMAGES), wanted[:, [4, 9]].mean(1), atol=1e-6)
-    settings(net[1]).eval_views = [6]
-    assert torch.allclose(net(IMAGES), wanted[:, 6], atol=1e-6)
-    assert inner == [6, 3]
-    settings(net[1]).eval_views = None
-    settings(net[1]).views_per_pass = 4
-    assert torch.allclose(net(IMAGES), wanted.mean(1), atol=1e-6)
-    assert inner[2:] == [6, 2, 2]
-    settings(net[1]).views_per_pass = None
-    net.train()
-    net[1].tail.eval()  # a frozen part: the outer layer's mode decides
-    drawn = [whose(net(IMAGES), wanted) for _ in range(8)]
-    assert all(views == samples[0] and len(set(views)) == 3 for samples in drawn for views in samples)
-    assert len({tuple(samples[0]) for samples in drawn}) > 2
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_copies_of_nested_layers(duplicate):
-    net = layered()
-    twin = duplicate(net)
-    settings(net[1]).eval_views = "centre"
-    assert torch.allclose(twin(IMAGES), rows_of_layers().mean(1), atol=1e-6)
-    assert settings(twin[1].tail[1]) is settings(twin[1])
-
-
-def test_nested_layers_compiled():
-    wanted = rows_of_layers()
-    compiled = torch.compile(layered(), fullgraph=True, dynamic=True, backend="eager")
-    assert torch.allclose(compiled(IMAGES), wanted.mean(1), atol=1e-6)
-    some = torch.compile(layered(eval_views=[0, 7, 9]), fullgraph=True, backend="eager")
-    assert torch.allclose(some(IMAGES), wanted[:, [0, 7, 9]].mean(1), atol=1e-6)
-    with pytest.raises(Exception, match="views_per_pass of layers in one another cannot be compiled"):
-        torch.compile(layered(views_per_pass=3), fullgraph=True, backend="eager")(IMAGES)
-
-
-def test_layers_that_cannot_nest():
-    tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(CropVoteError, match="2 CropVote layers side by side"):
-        CropVote(nn.ModuleList([CropVote(tail), CropVote(tail)]))
-    with pytest.raises(CropVoteError, match=r"says vote='hard', which is for the outer layer"):
-        CropVote(CropVote(tail, vote="hard"))
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------

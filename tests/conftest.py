@@ -1,0 +1,25 @@
+"""Fixtures of more than one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import compare
+from data import load
+from scripts import SMALL, call
+
+
+@pytest.fixture
+def read(tmp_path):
+    """``load`` with a cache of the test's own."""
+    return lambda path, **options: load(str(path), **{"cache": tmp_path / "cache", "validation": 1, **options})
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison: plain and layer3, seeds 0 and 1."""
+    out = tmp_path_factory.mktemp("fer48") / "compare"
+    call(compare, *SMALL, "--sites", "none", "layer3", "--seeds", 0, 1, "--out", out)
+    return out

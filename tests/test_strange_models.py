@@ -1,0 +1,340 @@
+"""Models and calls out of the ordinary: right, or an error with its reason."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import networks
+from cropvote import CropVoteError, hflip, inject_crop_vote, profile, sites
+from cropvote.probing import fakes
+from test_surgery import IMAGES
+
+AROUND = r"depends on the images by a path around it"
+
+
+class Heated(networks.Net):
+    """Takes a second argument: a temperature for all, or a number per sample."""
+
+    def forward(self, x, temperature):
+        return super().forward(x) / temperature
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_argument_that_is_of_no_sample_may_go_around(count):
+    model = Heated().eval()
+    images, temperature = IMAGES[:count], torch.tensor([2.0])
+    expected = model(images.flip(3), temperature) / 2 + model(images, temperature) / 2
+    inject_crop_vote(model, after="input", views=hflip())
+    assert torch.allclose(model(images, temperature), expected, atol=1e-6)
+
+
+def test_an_argument_of_the_samples_may_not_go_around():
+    model = inject_crop_vote(Heated().eval(), after="site")
+    with pytest.raises(CropVoteError, match=AROUND):
+        model(IMAGES, temperature=torch.ones(3, 1))
+
+
+def mirrored(model, name, images, axis):
+    """The oracle of hflip at a site: the mean of the plain model and of one whose map there is mirrored."""
+    plain = model(images)
+    hook = model.get_submodule(name).register_forward_hook(lambda module, args, output: output.flip(axis))
+    other = model(images)
+    hook.remove()
+    return (plain + other) / 2
+
+
+@pytest.mark.parametrize(("site", "axis"), [("patch_embed.proj", 3), ("layers.0", 2)])
+def test_a_swin_has_maps_of_both_layouts(site, axis):
+    """timm says NHWC of the whole model; its patch embedding's convolution is not."""
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = mirrored(model, site, images, axis)
+        inject_crop_vote(model, after=site, views=hflip())
+        assert torch.allclose(model(images), expected, atol=1e-5)
+
+
+class LastImages(networks.Net):
+    """Takes its images channels last."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2))
+
+
+def test_images_may_have_their_channels_last():
+    model, images = LastImages().eval(), torch.randn(2, 24, 24, 3)
+    expected = (model(images) + model(images.flip(2))) / 2
+    inject_crop_vote(model, after="input", views=hflip())
+    assert torch.allclose(model(images), expected, atol=1e-6)
+
+
+class Cached(networks.Net):
+    """Keeps a tensor in its class."""
+
+    cache: dict = {}  # noqa: RUF012
+
+    def forward(self, x):
+        ramp = self.cache.setdefault(x.shape[-1], torch.linspace(0, 1, x.shape[-1]))
+        return super().forward(x * ramp)
+
+
+def test_a_cache_outside_the_model_never_holds_tensors_without_data_unnoticed():
+    Cached.cache.clear()
+    with pytest.raises(CropVoteError, match=r"kept a tensor of shape \(48,\) outside the model"):
+        inject_crop_vote(Cached().eval(), after="site", input_size=48)
+    Cached.cache.clear()
+    model = Cached().eval()
+    model(IMAGES)  # fills the cache with numbers
+    inject_crop_vote(model, after="site", input_size=48)
+    assert type(model(IMAGES)) is torch.Tensor
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "inception_v3"])
+def test_a_check_leaves_nothing_that_only_the_garbage_collector_would_free(name, monkeypatch):
+    """A collection takes as long as all that was checked; the fake tensors go by themselves."""
+    collected: list[object] = []
+    monkeypatch.setattr(fakes, "gc", SimpleNamespace(collect=lambda *_: collected.append(1)))
+    model = timm.create_model(name, num_classes=7).eval()
+    found = sites(model)
+    profile(model, sites=[found[1].name])
+    inject_crop_vote(model, after=found[1].name)
+    assert not collected
+
+
+def test_a_hook_that_collects_is_noticed():
+    model, seen = networks.Net().eval(), []
+    model.front.register_forward_hook(lambda module, args, output: seen.append(output))
+    with pytest.raises(CropVoteError, match="its forward or a hook kept a tensor"):
+        inject_crop_vote(model, after="site", input_size=12)
+
+
+class Teacher(networks.Net):
+    """Copied by reference, as some shared, frozen networks are."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_module_that_deepcopy_shares_is_not_touched():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Teacher()).eval()
+    with pytest.raises(CropVoteError, match="its deep copy shares the module '1' with it"):
+        inject_crop_vote(model, after="0", input_size=12)
+    assert not any(module.training for module in model.modules())
+
+
+class Direct(networks.Net):
+    """Never uses forward."""
+
+    def __call__(self, x):
+        return self.head(self.site(self.front(x)))
+
+
+class Recursive(networks.Net):
+    def forward(self, x, norm=True):
+        return self(x - 0.5, norm=False) if norm else super().forward(x)
+
+
+@pytest.mark.parametrize(("make", "times"), [(Direct, 0), (Recursive, 2)])
+@pytest.mark.parametrize("site", ["input", "site"])
+def test_a_forward_that_does_not_run_once_is_refused(make, times, site):
+    with pytest.raises(CropVoteError, match=rf"forward, where the vote would stand, ran {times} times in one call"):
+        inject_crop_vote(make().eval(), after=site, input_size=12)
+
+
+class Optional(networks.Net):
+    """A second argument opens a path around the site."""
+
+    def forward(self, x, condition=None):
+        x = self.front(x)
+        return self.head(self.site(x) + (0 if condition is None else condition))
+
+
+def test_an_argument_given_later_is_checked_then():
+    model = inject_crop_vote(Optional().eval(), after="site", input_size=48)
+    assert model(IMAGES).shape == model(x=IMAGES).shape == (3, 7)
+    with pytest.raises(CropVoteError, match=AROUND):
+        model(IMAGES[:1], torch.ones(1, 8, 1, 1))
+    assert model(IMAGES).shape == (3, 7)
+
+
+class Masked(networks.Net):
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+
+def test_the_order_of_keywords_does_not_matter():
+    model = inject_crop_vote(Masked().eval(), after="input", views=hflip())
+    mask = torch.rand(48, 48)
+    assert torch.equal(model(x=IMAGES, mask=mask), model(mask=mask, x=IMAGES))
+
+
+def test_scripted_children_are_no_sites_and_do_no_harm():
+    model = networks.Net().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.act = torch.jit.script(nn.Sequential(nn.ReLU()))
+    assert "act" not in [site.name for site in sites(model, 12, all=True)]
+    assert inject_crop_vote(model, after="site", input_size=48)(IMAGES).shape == (3, 7)
+
+
+@pytest.mark.parametrize("arguments", [(None, 24), ("x", 24), (networks.Net(), 24, 10)])
+def test_sites_of_nonsense(arguments):
+    with pytest.raises(CropVoteError, match="must be"):
+        sites(*arguments[:2], **({"views": arguments[2]} if arguments[2:] else {}))
+
+
+@pytest.mark.parametrize("site", ["input", "0"])
+def test_rows_of_features_are_no_images(site):
+    model = inject_crop_vote(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 7)).eval(), after=site)
+    with pytest.raises(CropVoteError, match=r"has 2 axes; images have 4|a site returns a map"):
+        model(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_images_that_are_not_rgb(channels):
+    """The channels are the first convolution's; a grey image's axis of 1 does not make it look channels-last."""
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7)).eval()
+    assert [(site.name, site.shape) for site in sites(model, 32)] == [("input", (channels, 32, 32)), ("0", (4, 30, 30))]
+    images = torch.randn(2, channels, 32, 32)
+    expected = (model(images) + model(images.flip(3))) / 2
+    inject_crop_vote(model, after="input", views=hflip(), input_size=32)
+    assert torch.allclose(model(images), expected, atol=1e-6)
+
+
+def test_a_tail_without_a_weight_tells_its_channels_by_its_outputs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    assert [(site.name, site.layout) for site in sites(model, 24)] == [("input", "NCHW"), ("0", "NCHW")]
+
+
+class AnyChannels(networks.Net):
+    """A front that makes every image one size, and a tail that takes any number of channels."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.adaptive_avg_pool2d(x, 48))
+
+    def head(self, x):
+        return nn.functional.adaptive_avg_pool2d(x.mean(1, keepdim=True), (1, 7)).flatten(1)
+
+
+def test_axes_that_cannot_be_told_have_to_be_said():
+    model = AnyChannels().eval()
+    with pytest.raises(CropVoteError, match=r"can shrink along all of its axes.*pass layout="):
+        inject_crop_vote(model, after="act", views=hflip(), input_size=48)
+    with torch.no_grad():
+        expected = mirrored(model, "act", IMAGES, 3)
+        inject_crop_vote(model, after="act", views=hflip(), layout="NCHW", input_size=48)
+        assert torch.allclose(model(IMAGES), expected, atol=1e-6)
+
+
+class HeldNumbers(networks.Net):
+    """Numbers of the images or of the whole map reach the tail without any tensor."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.pool = kind, nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        n = x.shape[0]
+        x = self.front(x)
+        h, w = x.shape[2:]
+        x = self.site(self.act(x))
+        x = x.reshape(n, 8, -1) if self.kind == "batch" else x.reshape(-1, 8, h, w).flatten(2)
+        return self.fc(x.mean(2))
+
+
+@pytest.mark.parametrize("kind", ["batch", "sides"])
+def test_numbers_held_from_in_front_of_a_site(kind):
+    model = HeldNumbers(kind).eval()
+    early = ["front"] if kind == "sides" else []  # in front of the numbers
+    assert [site.name for site in sites(model, 48)] == ["input", *early]
+    for name in {"front", "act", "site"}.difference(early):
+        with pytest.raises(CropVoteError, match=r"cannot take the views|after the split, not \(713, 7\)"):
+            inject_crop_vote(model, after=name, input_size=48)
+
+
+class Transposed(networks.Net):
+    def forward(self, x):
+        return self.head(self.site(self.front(x).transpose(2, 3)))
+
+
+class Windowed(networks.Net):
+    """4-D, and no map: (N, windows, C, pixels)."""
+
+    def forward(self, x):
+        x = self.front(x)
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, h // 6, 6, w // 6, 6).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c, 36)
+        return self.fc(self.act(x).mean((1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "site", "axes"),
+    [(Transposed, "site", "axis 3 grows .* axis 2 with"), (Windowed, "act", "axis 1 grows .* axis 1 with")],
+)
+def test_what_looks_like_a_map_and_is_none(make, site, axes):
+    with pytest.raises(CropVoteError, match=f"its shape is .*, whose {axes} their width: that is no map"):
+        inject_crop_vote(make().eval(), after=site, views=hflip(), input_size=48)
+
+
+class SmallGate(networks.Gate):
+    """A gate that exists for small images only."""
+
+    def forward(self, x):
+        return super().forward(x) if x.shape[-1] < 40 else networks.Net.forward(self, x)
+
+
+def test_a_path_that_opens_at_another_size_is_refused_for_one_image_too():
+    """With one image, a gate broadcasts over the views, so that no shape tells."""
+    model = inject_crop_vote(SmallGate().eval(), after="site", input_size=48)
+    assert model(IMAGES[:1]).shape == (1, 7)
+    with pytest.raises(CropVoteError, match=AROUND):
+        model(IMAGES[:1, :, :24, :24])
+
+
+class Emptied(networks.Net):
+    """Maps without a row, or no tokens at all."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.tokens, self.site = tokens, nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.front(x)
+        x = x.flatten(2).transpose(1, 2)[:, :0] if self.tokens else x[:, :, :0]
+        return self.fc(self.site(x).sum(1 if self.tokens else (2, 3)))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_map_without_values_is_no_site(tokens):
+    with pytest.raises(CropVoteError, match=r"which holds no values\. Valid sites: input, front"):
+        inject_crop_vote(Emptied(tokens).eval(), after="site", input_size=48)
+    assert [site.name for site in sites(Emptied(tokens).eval(), 48)] == ["input", "front"]
+
+
+class LinearLast(nn.Module):
+    """Images as (N, H, W, C), and no convolution whose channels would tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.fc = nn.Linear(3, 8), nn.Linear(8 * 6, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.front(x)
+        return self.fc(nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (2, 3)).flatten(1))
+
+
+def test_where_the_channels_of_images_are_is_seen_without_a_convolution():
+    torch.manual_seed(0)
+    model = LinearLast().eval()
+    images = torch.randn(2, 24, 30, 3)
+    with torch.no_grad():
+        wanted = (model(images) + model(images.flip(2))) / 2
+        inject_crop_vote(model, after="input", views=hflip())
+        assert torch.allclose(model(images), wanted, atol=1e-6)
+    assert model._cropvote.layouts == ("NHWC",)
