@@ -108,7 +108,7 @@ class CropVote(nn.Module):
         plan = plan_of(self.settings, self.training)
         if self.depth > 1 and torch.compiler.is_compiling():
             self._check_recorded(plan)
-        if plan.per_pass is not None:
+        if plan.passes:
             return in_passes(plan, self.settings, x.shape[0], lambda i, part: self._rows(part, x[:1] if i else x))
         return conclude(plan, self._rows(plan, x), x.shape[0], self.settings)
 
@@ -134,7 +134,7 @@ class CropVote(nn.Module):
 
     def _check_recorded(self, plan: Plan) -> None:
         """What layers in one another cannot do under a compiler, where those inside follow their own mode."""
-        if plan.per_pass is not None:
+        if plan.passes:
             raise SurgeryError("views_per_pass of layers in one another cannot be compiled: set it to None.")
         if any(module.training != self.training for module in self.tail.modules() if isinstance(module, CropVote)):
             raise SurgeryError("layers in one another that are in different modes, train and eval, cannot be compiled.")

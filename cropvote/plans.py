@@ -124,6 +124,14 @@ def cuts_of(views: AnyViews, indices: Iterable[int] | None = None, *, whole: int
     return tuple(cuts)
 
 
+def passes_of(cut: Cut, step: int | None) -> tuple[Cut, ...]:
+    """The same cut, ``step`` views at a time; nothing where they are not to be parted."""
+    if step is None:
+        return ()
+    kept = tuple(range(cut.total)) if cut.kept is None else cut.kept
+    return tuple(cut.keeping(kept[start : start + step]) for start in range(0, len(kept), step))
+
+
 def drawn_cuts(views: AnyViews, count: int) -> tuple[Cut, ...]:
     """What to cut at each site so that ``count`` random views come out, spread evenly over the first sites' views."""
     cuts: list[Cut] = []

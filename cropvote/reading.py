@@ -12,7 +12,7 @@ from .calling.options import Settings
 from .calling.outputs import describe, prediction_places, tensors_of
 from .errors import OptionError, RowsError, SurgeryError
 from .layer import CropVote
-from .plans import cuts_of
+from .plans import cuts_of, passes_of
 from .probing.refusals import unwrap
 from .splitting import part_views
 from .surgery import settings
@@ -58,7 +58,8 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         raise SurgeryError("per_view reads a model in eval mode, and this one is in training mode: model.eval() first.")
     if not found.enabled:
         raise OptionError("per_view reads a model that votes; this one's settings say enabled=False.")
-    plan = Plan(cuts_of(found.views), voted=False, per_pass=found.views_per_pass)
+    cuts = cuts_of(found.views)
+    plan = Plan(cuts, voted=False, passes=passes_of(cuts[-1], found.views_per_pass))
     output = asked(model, found, plan, *args, **kwargs)
     rows = dict(tensors_of(output)).get(prediction_places(output)[0])
     if rows is None or rows.dim() != 2 or rows.shape[0] % len(found.views):

@@ -241,7 +241,7 @@ def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
     if torch.compiler.is_compiling():
         injection.check_carriers(module)
     plan = plan_of(injection.settings, injection.training(module))
-    if plan.per_pass is not None:
+    if plan.passes:
         return _in_passes(module, base, args, kwargs, injection, plan)
 
     def run() -> Any:

@@ -26,7 +26,7 @@ class Plan(NamedTuple):
 
     cuts: tuple[Cut, ...]  # one for each site
     voted: bool
-    per_pass: int | None = None  # the tail runs on so many views at a time
+    passes: tuple[Cut, ...] = ()  # the tail runs on a few views at a time: the last site's cut in parts
     front: list[Tensor] | None = None  # the maps that the first pass leaves for the others ...
     front_at: int = 0  # ... at this site
 
@@ -52,7 +52,7 @@ def plan_of(settings: Settings, training: bool, split: object = None) -> Plan:
         return plan
     if training:
         return Plan(settings._trained, settings.train_output == "vote")
-    return Plan(settings._evaluated, settings.eval_output == "vote", settings.views_per_pass)
+    return Plan(settings._evaluated, settings.eval_output == "vote", settings._passes)
 
 
 def is_steered(settings: Settings, split: object) -> bool:
@@ -167,13 +167,10 @@ def in_passes(plan: Plan, settings: Settings, samples: int, run: Callable[[int, 
     Raises:
         RowsError: the model returns more than its predictions, which would have to be put together as well.
     """
-    *before, last = plan.cuts
-    kept = tuple(range(last.total)) if last.kept is None else last.kept
-    step = plan.per_pass or len(kept)
+    *before, _ = plan.cuts
     front: list[Tensor] = []
     rows, output = [], None
-    for i, start in enumerate(range(0, len(kept), step)):
-        cut = last.keeping(kept[start : start + step])
+    for i, cut in enumerate(plan.passes):
         part = Plan((*before, cut), voted=False, front=front, front_at=len(before))
         found = run(i, part)
         output = found if i == 0 else output

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from ..errors import InputTypeError, OptionError
-from ..plans import AnyViews, Cut, ViewProduct, cuts_of, drawn_cuts, parts_of
+from ..plans import AnyViews, Cut, ViewProduct, cuts_of, drawn_cuts, parts_of, passes_of
 from ..views import CENTRE, Views, ten_crop
 from ..voting import How, check_rule
 
@@ -60,6 +60,7 @@ class Settings:
     enabled: bool
     _trained: tuple[Cut, ...]  # what is cut at each site in training mode
     _evaluated: tuple[Cut, ...]  # and in eval mode
+    _passes: tuple[Cut, ...]  # the last of them in parts, if views_per_pass says so
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class Settings:
         self.__dict__.update(fields)
         self.__dict__["_trained"] = drawn_cuts(fields["views"], fields["train_views"] or len(fields["views"]))
         self.__dict__["_evaluated"] = cuts_of(fields["views"], indices)
+        self.__dict__["_passes"] = passes_of(self._evaluated[-1], fields["views_per_pass"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self._fields()
