@@ -94,15 +94,15 @@ class Cut(NamedTuple):
         each = tuple(self.views.take(indices) if indices else None for indices in of_group)
         return Cut(self.views, self.groups, tuple(kept), each[:1] if len(set(each)) == 1 else each)
 
-    @property
-    def total(self) -> int:
-        """How many views of a sample there are to cut."""
-        return self.groups * len(self.views)
 
-    @property
-    def rows(self) -> int:
-        """How many maps of a sample go out."""
-        return self.drawn or (self.total if self.kept is None else len(self.kept))
+def total_of(cut: Cut) -> int:
+    """How many views of a sample there are to cut. No property: a compiler of PyTorch 2.6 knows none of tuples."""
+    return cut.groups * len(cut.views)
+
+
+def rows_of(cut: Cut) -> int:
+    """How many maps of a sample go out."""
+    return cut.drawn or (total_of(cut) if cut.kept is None else len(cut.kept))
 
 
 def cuts_of(views: AnyViews, indices: Iterable[int] | None = None, *, whole: int = 0) -> tuple[Cut, ...]:
@@ -119,7 +119,7 @@ def cuts_of(views: AnyViews, indices: Iterable[int] | None = None, *, whole: int
         after = list(dict.fromkeys(place[:depth] for place in (places if depth <= whole else wanted)))
         kept = [before.index(place[:-1]) * len(part) + place[-1] for place in after]
         cut = Cut(part, len(before))
-        cuts.append(cut if len(kept) == cut.total else cut.keeping(kept))
+        cuts.append(cut if len(kept) == total_of(cut) else cut.keeping(kept))
         before = after
     return tuple(cuts)
 
@@ -128,7 +128,7 @@ def passes_of(cut: Cut, step: int | None) -> tuple[Cut, ...]:
     """The same cut, ``step`` views at a time; nothing where they are not to be parted."""
     if step is None:
         return ()
-    kept = tuple(range(cut.total)) if cut.kept is None else cut.kept
+    kept = tuple(range(total_of(cut))) if cut.kept is None else cut.kept
     return tuple(cut.keeping(kept[start : start + step]) for start in range(0, len(kept), step))
 
 

@@ -13,7 +13,7 @@ from .calling.calls import Plan
 from .calling.options import EvalViews, Settings, checked_indices, eval_indices
 from .calling.outputs import describe, prediction_places, tensors_of
 from .errors import InputTypeError, OptionError, RowsError, SurgeryError
-from .plans import cuts_of
+from .plans import cuts_of, rows_of
 from .probing.checks import is_traced
 from .probing.refusals import unwrap
 from .reading import asked, settings_in
@@ -188,16 +188,16 @@ def _is_number(value: Any) -> bool:
 
 def _rows(model: nn.Module, found: Settings, x: Tensor, plan: Plan, samples: int) -> Tensor:
     """The logits (M, v, K) of the views that a plan cuts; where the front is kept, one image goes through it again."""
-    kept = bool(plan.front)
+    kept, count = bool(plan.front), rows_of(plan.cuts[-1])
     output = asked(model, found, plan, x[:1] if kept else x)
     tensors = dict(tensors_of(output))
     rows = tensors.get(prediction_places(output)[0])
-    if rows is None or len(tensors) != 1 or rows.dim() != 2 or rows.shape[0] != samples * plan.rows:
+    if rows is None or len(tensors) != 1 or rows.dim() != 2 or rows.shape[0] != samples * count:
         raise RowsError(
             f"the model returned {describe(output)}; vote_until_sure needs one tensor with a row for each of "
-            f"{plan.rows} views of {samples} samples."
+            f"{count} views of {samples} samples."
         )
-    return part_views(rows, plan.rows)
+    return part_views(rows, count)
 
 
 def _sure(rows: Tensor, votes: Tensor, total: int, confidence: float | None) -> Tensor:

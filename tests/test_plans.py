@@ -36,7 +36,7 @@ from cropvote import (
     ten_crop,
 )
 from cropvote.calling.calls import draw, split_by
-from cropvote.plans import Cut, ViewProduct, cuts_of, drawn_cuts
+from cropvote.plans import Cut, ViewProduct, cuts_of, drawn_cuts, rows_of, total_of
 from model import fer_resnet18
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
@@ -108,9 +108,9 @@ def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
     for cut, size in zip(cuts_of(views, wanted), sizes, strict=True):
         assert cut.groups == len(maps)
         made = [(*one, i) for one in maps for i in range(size)]
-        assert cut.total == len(made)
+        assert total_of(cut) == len(made)
         maps = made if cut.kept is None else [made[i] for i in cut.kept]
-        assert cut.rows == len(maps)
+        assert rows_of(cut) == len(maps)
     assert maps == [every[i] for i in wanted]
     assert len(views) == len(every)
     assert [views[i] for i in (0, -1)] == [tuple(p[0] for p in views.parts), tuple(p[-1] for p in views.parts)]
@@ -162,7 +162,7 @@ def test_every_combination_is_drawn_as_often(count):
         for cut in drawn_cuts(ViewProduct([hflip(), grid(1, 3, scale=(1, 0.5))]), count):
             made = [(*one, i) for one in maps for i in range(len(cut.views))]
             chosen = (
-                range(cut.total) if cut.drawn is None else draw(len(cut.views), cut.drawn, CPU, cut.groups).tolist()
+                range(total_of(cut)) if cut.drawn is None else draw(len(cut.views), cut.drawn, CPU, cut.groups).tolist()
             )
             maps = [made[i] for i in chosen]
         seen.update(maps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, RowsError
 from ..layouts import Layout
-from ..plans import Cut
+from ..plans import Cut, rows_of, total_of
 from ..splitting import join_views, part_views, split_views
 from ..voting import vote
 from .options import Settings
@@ -30,14 +30,10 @@ class Plan(NamedTuple):
     front: list[Tensor] | None = None  # the maps that the first pass leaves for the others ...
     front_at: int = 0  # ... at this site
 
-    @property
-    def rows(self) -> int:
-        """The rows of a sample."""
-        return self.cuts[-1].rows
 
-    def samples(self, called: int) -> int:
-        """The samples of a call with so many: those whose maps were kept, where another one stands in for them."""
-        return self.front[0].shape[0] // self.cuts[self.front_at].groups if self.front else called
+def samples_of(plan: Plan, called: int) -> int:
+    """The samples of a call with so many: those whose maps were kept, where another one stands in for them."""
+    return plan.front[0].shape[0] // plan.cuts[plan.front_at].groups if plan.front else called
 
 
 #: What calls that run just now do otherwise than their settings say, per thread: by the settings, what the next call of
@@ -128,7 +124,7 @@ def split_by(cut: Cut, x: Tensor, layout: Layout) -> Tensor:
         recorded = torch.compiler.is_compiling()
         drawn = draw(len(cut.views), cut.drawn, x.device if recorded else torch.device("cpu"), cut.groups)
         if recorded or type(drawn) is not Tensor:  # numbers that are not known now
-            every = part_views(split_views(x, cut.views, layout=layout), cut.total)
+            every = part_views(split_views(x, cut.views, layout=layout), total_of(cut))
             return join_views(every.index_select(1, drawn.to(x.device)))
         cut = cut.keeping(drawn.tolist())
     if cut.kept is None:
@@ -181,15 +177,15 @@ def in_passes(plan: Plan, settings: Settings, samples: int, run: Callable[[int, 
                 f"predictions: set it to None."
             )
         (tensor,) = tensors.values()
-        _check_rows(tensor, samples, cut.rows)
-        rows.append(part_views(tensor, cut.rows))
+        _check_rows(tensor, samples, rows_of(cut))
+        rows.append(part_views(tensor, rows_of(cut)))
     joined = join_views(torch.cat(rows, dim=1))
     return map_tensors(lambda place, x: finish(plan, joined, settings), output)
 
 
 def finish(plan: Plan, rows: Tensor, settings: Settings) -> Tensor:
     """The vote over the rows, or the rows."""
-    return vote(rows, plan.rows, settings.vote) if plan.voted else rows
+    return vote(rows, rows_of(plan.cuts[-1]), settings.vote) if plan.voted else rows
 
 
 def conclude(plan: Plan, output: Any, samples: int, settings: Settings) -> Any:
@@ -199,12 +195,12 @@ def conclude(plan: Plan, output: Any, samples: int, settings: Settings) -> Any:
     as is all that is no prediction.
     """
     places = prediction_places(output)
-    samples = plan.samples(samples)
+    samples, count = samples_of(plan, samples), rows_of(plan.cuts[-1])
 
     def see(place: Place, rows: Tensor) -> Tensor:
-        if place not in places or (place != places[0] and rows.shape[0] == samples and plan.rows > 1):
+        if place not in places or (place != places[0] and rows.shape[0] == samples and count > 1):
             return rows
-        _check_rows(rows, samples, plan.rows)
+        _check_rows(rows, samples, count)
         return finish(plan, rows, settings)
 
     return map_tensors(see, output)

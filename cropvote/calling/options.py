@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from ..errors import InputTypeError, OptionError
-from ..plans import AnyViews, Cut, ViewProduct, cuts_of, drawn_cuts, parts_of, passes_of
+from ..plans import AnyViews, Cut, ViewProduct, cuts_of, drawn_cuts, parts_of, passes_of, rows_of
 from ..views import CENTRE, Views, ten_crop
 from ..voting import How, check_rule
 
@@ -117,7 +117,7 @@ class Settings:
 
     def rows(self, training: bool) -> int:
         """How many views of a sample a call computes."""
-        return (self._trained if training else self._evaluated)[-1].rows
+        return rows_of((self._trained if training else self._evaluated)[-1])
 
     def _fields(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}

@@ -120,14 +120,16 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
                     if is_swapped(module):
                         restore_forward(module)
             stack.enter_context(mode)
+            failed: Exception | None = None
             try:
                 result = function(fake)
             except Exception as error:
-                del fake
-                _drop_frames(error)
+                failed = error
+            del fake
+            if failed is not None:  # out of its handler, in which Python 3.10 would hold the frames
+                _drop_frames(failed)
                 _check_nothing_kept(made, type(model).__name__)
-                raise
-        del fake
+                raise failed
     _check_nothing_kept(made, type(model).__name__)
     return result
 
