@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo docs docs-serve check test test-slow test-zoo test-all clean
+.PHONY: setup demo docs docs-serve check test test-slow test-zoo test-all test-oldest clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,16 @@ test-zoo: setup
 
 test-all: test test-slow test-zoo
 
+# the library on the oldest Python and the oldest packages that pyproject.toml allows
+OLDEST ?= python3.10
+CORE := views voting oracle surgery calls misuse probe strange_models nested_layers plans hazards lost_splits stopping costs company
+test-oldest: setup
+	$(OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet hypothesis matplotlib "numpy<2" pytest pytest-xdist scikit-image sybil \
+	  $$($(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*(d.replace('>=', '==') for d in p['dependencies'] + p['optional-dependencies']['timm']))")
+	.venv-oldest/bin/python -m pytest -n auto -p no:cacheprovider $(CORE:%=tests/test_%.py)
+
 docs: setup
 	$(BIN)/python -m mkdocs build --strict
 
@@ -42,4 +52,4 @@ docs-serve: setup
 	$(BIN)/python -m mkdocs serve
 
 clean:
-	rm -rf .venv runs build dist site
+	rm -rf .venv .venv-oldest runs build dist site

@@ -68,15 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, summary in (
-        ("sites", _sites, "the places where a split is sound"),
-        ("profile", _profile, "work and memory of a split at each of them"),
-        ("suggest", _suggest, "the earliest of them within a budget"),
+    for name, run, summary, description in (
+        ("sites", _sites, "the places where a split is sound", "List the places where a split is sound."),
+        ("profile", _profile, "work and memory of a split at each of them", "Count what a split costs at each site."),
+        ("suggest", _suggest, "the earliest of them within a budget", "Name the earliest sound site within a budget."),
     ):
         command = commands.add_parser(
             name,
             help=summary,
-            description=f"List {summary}.",
+            description=description,
             epilog=EXAMPLES.partition("\n\n")[0],
             formatter_class=formatter,
         )

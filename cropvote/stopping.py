@@ -88,6 +88,8 @@ def vote_until_sure(
     depth = max(i for i, cut in enumerate(some) if cut.groups == every[i].groups)  # so far all maps are there
     front: list[Tensor] = []
     rows = _rows(model, found, x, Plan(some, voted=False, front=front, front_at=depth), len(x))
+    if rows.shape[2] == 1:
+        raise RowsError("vote_until_sure compares classes, and the model has one output: vote over all views.")
     votes = vote(rows.flatten(0, 1), len(wanted), rule)
     used = torch.full((len(x),), len(wanted), device=votes.device)
     unsure = torch.nonzero(~_sure(rows, votes, total, confidence)).flatten()
@@ -204,6 +206,6 @@ def _sure(rows: Tensor, votes: Tensor, total: int, confidence: float | None) -> 
     """(N,) bool: whose vote stands."""
     if confidence is not None:
         return votes.softmax(1).max(1).values > confidence
-    counts = torch.nn.functional.one_hot(rows.argmax(2), max(rows.shape[2], 2)).sum(1)
+    counts = torch.nn.functional.one_hot(rows.argmax(2), rows.shape[2]).sum(1)
     first, second = counts.topk(2, dim=1).values.unbind(1)
     return first - second > total - rows.shape[1]

@@ -53,10 +53,11 @@ def inject_crop_vote(
     Methods that run a part of it (timm's ``forward_features``) return a row per view, in either mode, and a forward
     hook of the site sees the views. A batch is taken for independent samples: layers that mix them beyond BatchNorm
     (a mean over the batch, say) mix the views too. A model may return several tensors, in a tuple, a dict or a
-    dataclass: the predictions are voted over (those with "logits" in their names, or else all 2-D tensors), and the
-    rest is left as it is, per view where it was computed behind the site. For transformers, the views are cut from the
-    grid of tokens, and the prefix tokens stand in every view. Plain attention does not see the order of its tokens, so
-    that mirrored views repeat the others (:func:`five_crop` is enough); behind the last attention all views are alike.
+    dataclass: the predictions are voted over (those with "logits" in their names, or else all 2-D tensors, which must
+    be of one K), and the rest is left as it is, per view where it was computed behind the site. For transformers, the
+    views are cut from the grid of tokens, and the prefix tokens stand in every view. Plain attention does not see the
+    order of its tokens, so that mirrored views repeat the others (:func:`five_crop` is enough); behind the last
+    attention all views are alike.
 
     Whether the site is valid (every path from the input to the output passes through it, once, and the network behind
     it takes the smaller maps) is checked on a fake copy before anything is changed, where an input size is known: timm

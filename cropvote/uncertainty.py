@@ -24,7 +24,7 @@ def agreement(logits: Tensor) -> Tensor:
         From 1 / min(V, K) or more to 1, all views of one opinion.
 
     Raises:
-        RowsError: ``logits`` is not (N, V, K), or V or K is 0.
+        RowsError: ``logits`` is not (N, V, K), or V is 0, or K is below 2.
         InputTypeError: ``logits`` is no floating-point tensor.
 
     Example:
@@ -54,7 +54,7 @@ def predictive_entropy(logits: Tensor) -> Tensor:
         From 0 to log K.
 
     Raises:
-        RowsError: ``logits`` is not (N, V, K), or V or K is 0.
+        RowsError: ``logits`` is not (N, V, K), or V is 0, or K is below 2.
         InputTypeError: ``logits`` is no floating-point tensor.
 
     Example:
@@ -84,7 +84,7 @@ def mutual_information(logits: Tensor) -> Tensor:
         From 0 to log min(V, K).
 
     Raises:
-        RowsError: ``logits`` is not (N, V, K), or V or K is 0.
+        RowsError: ``logits`` is not (N, V, K), or V is 0, or K is below 2.
         InputTypeError: ``logits`` is no floating-point tensor.
 
     Example:
@@ -112,4 +112,6 @@ def _checked(logits: Tensor) -> Tensor:
         raise InputTypeError(f"expected a floating-point tensor of logits (N, V, K), got {kind}.")
     if logits.dim() != 3 or 0 in logits.shape[1:]:
         raise RowsError(f"expected the logits of every view, (N, V, K), as per_view gives, got {tuple(logits.shape)}.")
+    if logits.shape[2] == 1:
+        raise RowsError("a single output has no classes that views could agree on: take its spread, logits.std(1).")
     return logits if logits.dtype == torch.float64 else logits.float()

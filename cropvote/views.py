@@ -181,6 +181,9 @@ class Views(Sequence[View]):
         return hash((self.entries, self._scale))
 
     def __repr__(self) -> str:
+        for make in (ten_crop, five_crop, hflip, d4):
+            if self == make():
+                return f"{make.__name__}()"
         height, width = self._scale
         scale = f"{height}" if height == width else f"({height}, {width})"
         return f"<Views: {len(self)} of {scale} of the side, {sum(v.mirror for v in self)} mirrored>"

@@ -31,9 +31,10 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
     | "median"   | median; the mean of the middle two where V is even  | a regression's outputs                      |
     | a callable | (N, V, K) -> (N, K)                                 | its own                                     |
 
-    A view whose highest logits are equal counts for the first of them. Half-precision rows are voted
-    on, and returned, in float32: ties would be decided by rounding otherwise. NaN in a row gives NaN. "hard" resolves
-    ties of the counts as finely as the precision of its output does.
+    "probs" and "hard" take each row for the classes of one label; where an image may have several, as for
+    ``BCEWithLogitsLoss``, vote "soft". A view whose highest logits are equal counts for the first of them.
+    Half-precision rows are voted on, and returned, in float32: ties would be decided by rounding otherwise. NaN in a
+    row gives NaN. "hard" resolves ties of the counts as finely as the precision of its output does.
 
     Args:
         logits: one row per view, a sample's views adjacent, floating point.
@@ -47,7 +48,8 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
         One row per sample, float64 for float64 and float32 otherwise.
 
     Raises:
-        RowsError: ``logits`` is not 2-D, or its rows are no multiple of V, or a callable's output is not (N, K).
+        RowsError: ``logits`` is not 2-D, or its rows are no multiple of V, or a callable's output is not (N, K), or K
+            is 1 and the rule is one for classes.
         InputTypeError: ``logits`` is no floating-point tensor.
         OptionError: an unknown ``how``, or fewer than one view.
 
@@ -71,6 +73,11 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
         raise RowsError(
             f"vote takes one row of K outputs per view, (N*V, K), got shape {tuple(logits.shape)}"
             + ("; give a single output its own axis: (N*V, 1)." if logits.dim() == 1 else ".")
+        )
+    if logits.shape[1] == 1 and how in ("probs", "hard"):
+        raise RowsError(
+            f"vote={how!r} weighs the classes of an image against each other, and there is one output: use "
+            f'"soft" for a logit, "mean" or "median" for a regression.'
         )
     ballots = part_views(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), count)
     if not callable(how):
@@ -207,6 +214,10 @@ class CropVoteLoss(nn.Module):
         super().__init__()
         if not callable(criterion):
             raise InputTypeError(f"criterion must be callable (rows, targets) -> loss, got {criterion!r}.")
+        if isinstance(criterion, type):
+            raise InputTypeError(
+                f"criterion is the class {criterion.__name__}: give an instance, {criterion.__name__}()."
+            )
         self.criterion = criterion
         self.views = None if views is None else count_views(views)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import timm
 import torch
 import torchvision
@@ -41,7 +42,7 @@ def tokens(**options: object) -> nn.Module:
 
 
 def hf_resnet() -> nn.Module:
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     torch.manual_seed(0)
     config = transformers.ResNetConfig(

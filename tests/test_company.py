@@ -95,7 +95,9 @@ def test_a_module_that_carries_a_split_is_no_root():
 
 def test_many_classes_do_not_share_a_recompile_limit():
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=2):
+    known = hasattr(torch._dynamo.config, "recompile_limit")
+    name = "recompile_limit" if known else "cache_size_limit"  # PyTorch 2.6
+    with torch._dynamo.config.patch(**{name: 2}):
         for i in range(4):
             kind = type(f"Net{i}", (networks.Net,), {})
             model = inject_crop_vote(kind().eval(), after="site", input_size=48)

@@ -205,8 +205,11 @@ def test_every_valid_site_has_a_row_and_the_model_stays():
 
 
 def test_without_weights_and_with_a_size_of_its_own():
-    with torch.device("meta"):
-        empty = timm.create_model("vit_tiny_patch16_224", num_classes=7)
+    try:
+        with torch.device("meta"):
+            empty = timm.create_model("vit_tiny_patch16_224", num_classes=7)
+    except RuntimeError as error:
+        pytest.skip(f"timm {timm.__version__} computes numbers while it builds a model: {error}")
     full = timm.create_model("vit_tiny_patch16_224", num_classes=7)
     names = ["patch_embed", "blocks.0", "blocks.11"]
     rows = [profile(model, sites=names[1:]) for model in (empty, full)]
@@ -307,14 +310,33 @@ def test_the_earliest_site_within_the_budget(budget):
     model = networks.fer()
     inside = [row for row in profile(model, 48) if row.site not in ("baseline", "input")]
     limits = (budget.get("max_macs_ratio", 1e9), budget.get("max_memory_mib", 1e9))
-    wanted = next(row for row in inside if row.ratio <= limits[0] and row.train_memory_mib <= limits[1])
+    fitting = [row for row in inside if row.ratio <= limits[0] and row.train_memory_mib <= limits[1]]
+    first = next(row for row in fitting if row.tail_share >= 0.01)
+    *_, wanted = (row for row in fitting if (row.ratio, row.shape) == (first.ratio, first.shape))  # bn1, relu
     found = suggest_site(model, 48, **budget)
     assert (found.site, found.cost) == (wanted.site, wanted)
     assert found.reason.startswith("the earliest site that costs at most")
 
 
+def test_no_site_is_suggested_behind_which_the_views_say_the_same():
+    """Neither behind the last convolution or attention, nor mirrored on tokens, nor as the second site of a plan."""
+    vit = networks.tokens()
+    for ratio in (1.2, 1.6, 2, 3):
+        for count in (1, 2):
+            try:
+                found = suggest_site(vit, max_macs_ratio=ratio, max_sites=count)
+            except CropVoteError:
+                continue
+            assert isinstance(found.site, str)
+            assert found.cost.tail_share > 0.01
+    tail = {row.site: row.tail_share for row in profile(networks.fer(), 48)}
+    for ratio in (2, 2.5, 3):
+        found = suggest_site(networks.fer(), 48, max_macs_ratio=ratio, max_sites=2)
+        assert tail[found.site if isinstance(found.site, str) else list(found.site)[-1]] > 0.01
+
+
 def test_no_site_within_the_budget():
-    with pytest.raises(CropVoteError, match=r"at most 0\.5 times .*; the cheapest is 'layer4', with"):
+    with pytest.raises(CropVoteError, match=r"at most 0\.5 times .*; the cheapest is 'layer4.0', with"):
         suggest_site(networks.fer(), 48, max_macs_ratio=0.5)
     with pytest.raises(CropVoteError, match="needs a budget"):
         suggest_site(networks.fer(), 48)

@@ -89,8 +89,14 @@ def test_the_library_raises_nothing_else():
     """Every raise in the package is of an error of the hierarchy, or raises again what it caught."""
     own = set(errors.__all__)
     for module in MODULES:
-        for node in ast.walk(ast.parse(file_of(module).read_text())):
-            if isinstance(node, ast.Raise) and node.exc is not None:
+        tree = ast.parse(file_of(module).read_text())
+        handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]
+        kept = [node for handler in handlers for node in handler.body if isinstance(node, ast.Assign)]
+        caught = {node.targets[0].id for node in kept if isinstance(node.targets[0], ast.Name)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Name):
+                assert node.exc.id in caught, (module, node.lineno)
+            elif isinstance(node, ast.Raise) and node.exc is not None:
                 assert isinstance(node.exc, ast.Call), (module, node.lineno)
                 assert node.exc.func.id in own, (module, node.lineno)
 

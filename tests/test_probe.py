@@ -234,7 +234,10 @@ def test_an_unchecked_model_refuses_to_be_traced(run):
     with pytest.raises(refusal, match=r"pass input_size= to inject_crop_vote|torch\.fx cannot trace"):
         calls[run]()
     assert model(IMAGES).shape == (3, 7)  # one eager call, and the rest works
-    if run not in ("fx", "trace"):
+    if run == "export" and torch.__version__ < "2.7":  # its strict export runs the children of torch.nn by their names
+        with pytest.raises(wrapped, match="rows for 3 samples of 10 views"):
+            calls[run]()
+    elif run not in ("fx", "trace"):
         calls[run]()
 
 

@@ -125,7 +125,7 @@ def test_a_layer_and_a_network_that_holds_one():
 @given(st.data())
 def test_the_exact_stop_never_changes_a_winner(data):
     """Whatever the views that are left say; and where it goes on, some of them could change it."""
-    classes, first, left = (data.draw(st.integers(1, n)) for n in (4, 9, 5))
+    classes, first, left = (data.draw(st.integers(least, most)) for least, most in ((2, 4), (1, 9), (1, 5)))
     row = st.lists(st.integers(-3, 3), min_size=classes, max_size=classes)
     rows = torch.tensor(data.draw(st.lists(row, min_size=first, max_size=first))).float()[None]
     total = first + left
@@ -195,6 +195,10 @@ def test_misuse(options, message):
 
 def test_what_it_cannot_do_raises():
     model = voting()
+    one = networks.fer()
+    one.fc = torch.nn.Linear(one.fc.in_features, 1)
+    with pytest.raises(CropVoteError, match="compares classes, and the model has one output"):
+        vote_until_sure(inject_crop_vote(one, after="layer2", input_size=48), IMAGES, confidence=0.5)
     with pytest.raises(CropVoteError, match=r"in training mode: model.eval\(\) first"):
         vote_until_sure(voting().train(), IMAGES)
     with pytest.raises(CropVoteError, match="one tensor, got list"):

@@ -46,7 +46,13 @@ def by_hand(sample: list[list[float]]) -> tuple[float, float, float]:
     )
 
 
-@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 7), st.floats(0, 30), st.integers(0, 1000))
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_single_output_has_no_classes(function):
+    with pytest.raises(CropVoteError, match="no classes that views could agree on"):
+        function(torch.randn(2, 10, 1))
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(2, 7), st.floats(0, 30), st.integers(0, 1000))
 def test_against_plain_python(samples, views, classes, scale, seed):
     logits = scale * torch.randn(samples, views, classes, generator=torch.Generator().manual_seed(seed)).double()
     wanted = [by_hand(sample.tolist()) for sample in logits]

@@ -231,6 +231,19 @@ def test_a_class_that_every_view_masks_has_a_finite_gradient(how: str) -> None:
     assert rows.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("how", ["probs", "hard"])
+def test_a_single_output_is_no_vote_of_classes(how: str) -> None:
+    """Their log-probability is 0, whatever the output."""
+    with pytest.raises(CropVoteError, match="there is one output"):
+        vote(seeded(10, 1), 10, how=how)
+    assert torch.equal(vote(seeded(10, 1), 10), seeded(10, 1).mean(0, keepdim=True))
+
+
+def test_a_class_is_no_criterion() -> None:
+    with pytest.raises(CropVoteError, match=r"is the class CrossEntropyLoss: give an instance, CrossEntropyLoss\(\)"):
+        CropVoteLoss(nn.CrossEntropyLoss)
+
+
 def test_rows_without_a_class_are_refused() -> None:
     with pytest.raises(CropVoteError):
         vote(torch.zeros(10, 0), 10, how="hard")

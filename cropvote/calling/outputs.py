@@ -74,11 +74,12 @@ def _items(output: Any) -> list[tuple[Any, Any]]:
     """What a container holds; nothing for all else."""
     if isinstance(output, Mapping):
         return list(output.items())
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return list(zip(output._fields, output, strict=True))
-    return list(enumerate(output)) if isinstance(output, (tuple, list)) else []
+    if isinstance(output, (tuple, list)):
+        return list(enumerate(output))
+    fields = None if output is None else getattr(type(output), "__dataclass_fields__", None)  # Dynamo knows no more
+    return [] if fields is None else [(name, getattr(output, name)) for name in fields]
 
 
 def prediction_places(output: Any) -> list[Place]:

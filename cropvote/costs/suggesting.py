@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import OptionError, SiteError, ViewsError
+from ..layouts import Tokens
 from ..plans import After
 from ..probing.fakes import on_fake_copy
 from ..probing.probe import asked_of, candidates, checked_plan
@@ -18,6 +19,9 @@ from ..views import Views, hflip
 from .meters import Meter, SiteCost
 
 __all__ = ["Suggestion", "suggest_site"]
+
+#: Behind a site with less of the network's work (a pooling and a linear layer) the vote is another way of pooling.
+LEAST_TAIL = 0.01
 
 
 class Suggestion(NamedTuple):
@@ -46,7 +50,9 @@ def suggest_site(
     """The earliest valid site inside the network whose cost is within a budget.
 
     The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are no
-    suggestion: ``after="input"`` is test-time augmentation, at the price of every view.
+    suggestion: ``after="input"`` is test-time augmentation, at the price of every view. Nor is a site with less than
+    1 % of the work behind it, where the views have hardly a way to differ. Of sites that follow each other at the same
+    work (a convolution, its norm, its activation) it is the last.
 
     Args:
         model: an image classifier that was not injected.
@@ -55,7 +61,8 @@ def suggest_site(
         max_memory_mib: at most so many MiB kept per image for the backward pass.
         views: the views, :func:`ten_crop` by default.
         max_sites: with 2, also plans that mirror the map at the site and cut the crops at a later one, where the budget
-            does not allow all views at once; views that are not crops and their mirror images have no such plan.
+            does not allow all views at once; views that are not crops and their mirror images have no such plan, nor
+            has a site of tokens.
 
     Returns:
         A :class:`Suggestion`: the site or plan, the reason, and its cost.
@@ -94,9 +101,11 @@ def suggest_site(
             if site.reason:
                 continue
             cost = meter.cost(site)
+            if cost.tail_share < LEAST_TAIL:
+                continue
             if _fits(cost, budget):
                 if not meter.probe.why_not_swapped([name]):
-                    return (name, cost), seen
+                    return _behind_elementwise(meter, cost, names[place + 1 :], budget), seen
                 continue
             seen.append(cost)
             found = halves and _cut_later(meter, site, names[place + 1 :], halves, budget)
@@ -107,7 +116,10 @@ def suggest_site(
     found, dearer = on_fake_copy(model, look)
     asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
     if found is None and not dearer:
-        raise SiteError(f"no site inside this {type(model).__name__} is valid for these views: see cropvote.sites.")
+        raise SiteError(
+            f"no site inside this {type(model).__name__} is valid for these views and has work behind it: see "
+            f"cropvote.sites."
+        )
     if found is None:
         cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
         raise SiteError(
@@ -119,6 +131,25 @@ def suggest_site(
     what = "the earliest site that costs" if isinstance(after, str) else "the earliest plan over two sites that costs"
     reason = f"{what} at most {asked}: it has {_in_words(cost)}{before + _in_words(dearer[-1]) if dearer else ''}"
     return Suggestion(after, reason, cost)
+
+
+def _behind_elementwise(
+    meter: Meter, found: SiteCost, later: list[str], budget: dict[str, float]
+) -> tuple[After, SiteCost]:
+    """The last of the sites that follow with the same work, such as a convolution's norm and activation.
+
+    In eval mode the views are the same there, since crops and such operations commute, and less memory is kept.
+    """
+    for name in later:
+        site = meter.probe.site(name)
+        if site.reason:
+            continue
+        cost = meter.cost(site)
+        if cost.ratio != found.ratio or cost.shape != found.shape or not _fits(cost, budget):
+            break
+        if not meter.probe.why_not_swapped([name]):
+            found = cost
+    return found.site, found
 
 
 def _fits(cost: SiteCost, budget: dict[str, float]) -> bool:
@@ -138,14 +169,17 @@ def _cut_later(
 ) -> tuple[After, SiteCost] | None:
     """The plan that mirrors at ``first`` and crops as early behind it as the budget allows.
 
-    The earlier the crops, the dearer: the place is found by bisection, once the last one is within the budget.
+    None on tokens, whose order plain attention does not see: their mirror images would say the same. The earlier the
+    crops, the dearer: the place is found by bisection, once the last one is within the budget.
     """
 
     def cost(crops: str) -> SiteCost:
         site = meter.probe.site(crops)
         return meter.cost_of([Split(first.name, halves[0], first.layout), Split(crops, halves[1], site.layout)])
 
-    last = next((place for place in reversed(range(len(later))) if _all_differ(meter, later[place])), None)
+    if isinstance(first.layout, Tokens):
+        return None
+    last = next((place for place in reversed(range(len(later))) if _has_a_tail(meter, later[place])), None)
     if last is None or not _fits(cost(later[last]), budget):
         return None
     low, high = 0, last
@@ -164,6 +198,11 @@ def _cut_later(
                 if _fits(found, budget):
                     return plan, found
     return None
+
+
+def _has_a_tail(meter: Meter, name: str) -> bool:
+    """Whether all views differ there, and work enough follows."""
+    return _all_differ(meter, name) and meter.cost(meter.probe.site(name)).tail_share >= LEAST_TAIL
 
 
 def _all_differ(meter: Meter, name: str) -> bool:

@@ -107,7 +107,7 @@ def check_name(model: nn.Module, after: str) -> None:
         )
         if "=" in after:
             hint = 'several sites are a dict, {"layer1": hflip(), "layer3": five_crop()}'
-        raise UnknownSiteError(f"{type(model).__name__} has no module named {after!r}; {hint}.")
+        raise UnknownSiteError(f"{type(model).__name__} has no module named {after!r}; {hint}. See cropvote.sites.")
     _check_forward(holder_of(model, after), repr(after))
 
 
@@ -121,7 +121,7 @@ def _check_forward(module: nn.Module, what: str) -> None:
 
 
 def injection_of(module: nn.Module) -> Injection | None:
-    return vars(module).get("_cropvote")
+    return module.__dict__.get("_cropvote")  # not vars(), which a compiler of PyTorch 2.6 does not know
 
 
 def injected_inside(model: nn.Module) -> str:

@@ -29,7 +29,10 @@ def _(_path: Path, split: Split) -> None:
     agree(compiled(images()), networks.fer()(images()))
 
 
-@tool("torch.compile before the injection", "the injection and the removal are seen by the compiled model")
+@tool(
+    "torch.compile before the injection",
+    "the compiled model sees the injection into the model inside, and its removal; injecting into the wrapper raises",
+)
 def _(_path: Path, split: Split) -> None:
     model = networks.fer()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
