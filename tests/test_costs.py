@@ -320,10 +320,11 @@ def test_the_earliest_site_within_the_budget(budget):
 
 def test_no_site_is_suggested_behind_which_the_views_say_the_same():
     """Neither behind the last attention or convolution, nor as the second site of a plan; nor mirrored on tokens."""
+    vit = networks.tokens(img_size=96)  # a grid on which all ten crops and mirror images differ
     for count in (1, 2):
         with pytest.raises(CropVoteError, match=r"the cheapest is 'blocks\.1'"):
-            suggest_site(networks.tokens(), 48, max_macs_ratio=2.5, max_sites=count)
-        assert suggest_site(networks.tokens(), 48, max_macs_ratio=3, max_sites=count).site == "blocks.1"
+            suggest_site(vit, 96, max_macs_ratio=2.4, max_sites=count)
+        assert suggest_site(vit, 96, max_macs_ratio=3.5, max_sites=count).site == "blocks.1"
     wide = nn.Sequential(
         *(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)),
@@ -332,6 +333,31 @@ def test_no_site_is_suggested_behind_which_the_views_say_the_same():
     with pytest.raises(CropVoteError, match="the cheapest is '1'"):  # no plan with its crops after 2
         suggest_site(wide, 48, max_macs_ratio=2, max_sites=2)
     assert suggest_site(wide, 48, max_macs_ratio=4, max_sites=2).site == {"0": hflip(), "1": five_crop()}
+
+
+def test_plans_are_those_that_a_look_at_all_of_them_finds():
+    """Every pair of sites in forward order, instead of a bisection."""
+    model = networks.fer()
+    rows = [row for row in profile(model, 48) if row.site not in ("baseline", "input") and row.tail_share >= 0.01]
+    cropped = [row.site for row in rows if row.distinct == 10]
+    pairs = [(a.site, b) for place, a in enumerate(rows) for b in cropped if b in {r.site for r in rows[place + 1 :]}]
+    priced = list(profile(model, 48, sites=[{a: hflip(), b: five_crop()} for a, b in pairs]))[2:]
+    cost = dict(zip(pairs, priced, strict=True))
+    assert len(pairs) > 20
+    found = set()
+    for ratio in (2.3, 2.6, 2.95, 3.3, 3.6, 4.2, 4.6):
+        first = next(
+            row for row in rows if row.ratio <= ratio or any(cost[p].ratio <= ratio for p in pairs if p[0] == row.site)
+        )
+        asked = suggest_site(model, 48, max_macs_ratio=ratio, max_sites=2)
+        if first.ratio <= ratio:
+            assert isinstance(asked.site, str)
+            continue
+        wanted = next(pair for pair in pairs if pair[0] == first.site and cost[pair].ratio <= ratio)
+        assert asked.site == {wanted[0]: hflip(), wanted[1]: five_crop()}
+        assert asked.cost == cost[wanted]
+        found.add(wanted)
+    assert len(found) > 2
 
 
 def test_no_site_within_the_budget():

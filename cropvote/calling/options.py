@@ -47,7 +47,7 @@ class Settings:
         >>> layer = CropVote(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
         >>> settings(layer).vote = "hard"
         >>> settings(layer)
-        Settings(views=<Views: 10 of 5/6 of the side, 5 mirrored>, vote='hard', train_output='views', ...)
+        Settings(views=ten_crop(), vote='hard', train_output='views', ...)
     """
 
     views: AnyViews
