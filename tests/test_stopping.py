@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +10,6 @@ from torch import nn
 
 import networks
 import oracle
-import until_sure
 from cropvote import (
     CropVote,
     CropVoteError,
@@ -211,11 +208,6 @@ def test_what_it_cannot_do_raises():
     with torch.no_grad():
         compiled(IMAGES)
         assert torch.allclose(vote_until_sure(compiled, IMAGES, confidence=1).votes, model(IMAGES), atol=1e-6)
-
-
-def test_the_docs_table_is_that_of_the_stored_figures():
-    stored = json.loads(until_sure.STORED.read_text())["runs"]
-    assert until_sure.table(stored) in (until_sure.ROOT / "docs" / "beyond.md").read_text()
 
 
 # --- the threshold ---------------------------------------------------------------------------------------------------
