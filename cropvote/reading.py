@@ -13,7 +13,7 @@ from .calling.outputs import describe, prediction_places, tensors_of
 from .errors import OptionError, RowsError, SurgeryError
 from .layer import CropVote
 from .plans import cuts_of, passes_of
-from .probing.refusals import unwrap
+from .probing.refusals import injection_of, unwrap
 from .splitting import part_views
 from .surgery import settings
 
@@ -94,7 +94,7 @@ def asked(model: nn.Module, found: Settings, plan: Plan, *args: Any, **kwargs: A
 def settings_in(model: nn.Module) -> Settings:
     """Those of an injected model or a layer, or of the one layer inside a network."""
     inner = unwrap(model) if isinstance(model, nn.Module) else None
-    if inner is not None and "_cropvote" not in vars(inner):
+    if inner is not None and injection_of(inner) is None:
         layers = [module for module in inner.modules() if isinstance(module, CropVote) and module.place == 0]
         if len(layers) > 1:
             raise SurgeryError(f"this {type(inner).__name__} holds {len(layers)} CropVote layers: pass one of them.")
