@@ -215,4 +215,4 @@ UNIT = {"ratio": "times the plain multiply-adds", "train_memory_mib": "MiB per i
 
 
 def _in_words(cost: SiteCost) -> str:
-    return f"{cost.ratio:.2f} times the plain multiply-adds and {cost.train_memory_mib:.2f} MiB per image in training"
+    return f"{cost.ratio:.4g} times the plain multiply-adds and {cost.train_memory_mib:.2f} MiB per image in training"
