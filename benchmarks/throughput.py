@@ -170,7 +170,8 @@ def section() -> list[str]:
             f"and {rates['float32 eager'] / 1e9:,.0f} (float32) 10⁹ multiply-adds a second; a copy: "
             f"{rates['copy'] / 1e9:,.0f} GB a second, read and written.", "",
             "| ten views after | mode | batch | training, images / s | time over the plain one's "
-            "| GMACs over the plain one's | floor of the work | floor of the bytes | inference, images / s | peak MiB an image |",
+            "| GMACs over the plain one's | floor of the work | floor of the bytes "
+            "| inference, images / s | peak MiB an image |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
         plains = {(r["mode"], r["batch"]): r["training"] for r in found["rows"] if r["network"] == "none"}
