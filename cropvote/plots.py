@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputTypeError, MissingExtraError, OptionError
+from .errors import InputTypeError, MissingExtraError, OptionError, RowsError
 from .plans import parts_of
 from .reading import per_view, settings_in
 from .splitting import split_views
@@ -59,6 +59,8 @@ def plot_views(
     with torch.no_grad():
         logits = per_view(model, image[None])
     names = _names(classes, logits.shape[2])
+    if logits.shape[2] == 1:
+        raise RowsError("plot_views shows the class that every view chose, and the model has one output.")
     rule, views = settings_in(model).vote, settings_in(model).views
     shown = _drawable(image, denormalise)[None]
     for part in parts_of(views):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ class Answer:
     logits: Tensor
     maps: Tensor
     note: str = "a note"
+
+
+@dataclass
+class Scores:
+    scores: Tensor
+    scale: InitVar[int] = 1  # no field ...
+    classes: ClassVar[Tensor] = torch.eye(7)  # ... nor this, although it looks like predictions
 
 
 class Several(networks.Net):
@@ -112,6 +120,12 @@ def test_compiled(kind):
     assert type(compiled) is type(model(IMAGES))
     for ours, theirs in zip(leaves(compiled), leaves(model(IMAGES)), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_what_is_no_field_of_a_dataclass_is_no_prediction():
+    model = inject_crop_vote(Several(lambda rows, *_: Scores(rows)).eval(), after="site", input_size=48)
+    assert model(IMAGES).scores.shape == (3, 7)
+    assert model.train()(IMAGES).scores.shape == (30, 7)
 
 
 def test_compiled_hugging_face():

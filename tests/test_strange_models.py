@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +107,21 @@ def test_a_check_leaves_nothing_that_only_the_garbage_collector_would_free(name,
     profile(model, sites=[found[1].name])
     inject_crop_vote(model, after=found[1].name)
     assert not collected
+
+
+def test_a_refused_model_is_freed_at_once():
+    """An error that is over holds neither the model nor what was checked; nobody waits for the garbage collector."""
+    model = networks.fer()
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(CropVoteError, match=AROUND):
+            inject_crop_vote(model, after="layer1.0.conv1", input_size=48)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_hook_that_collects_is_noticed():

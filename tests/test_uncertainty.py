@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import networks
 from cropvote import (
@@ -101,5 +102,9 @@ def test_pictures(tmp_path):
         plot_views(model, image[None], tmp_path / "views.png")
     with pytest.raises(CropVoteError, match="classes holds 2 names; the model has 7 classes"):
         plot_views(model, image, tmp_path / "views.png", classes=["a", "b"])
+    one = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1)).eval()
+    inject_crop_vote(one, after="0", input_size=48)
+    with pytest.raises(CropVoteError, match="the model has one output"):
+        plot_views(one, image, tmp_path / "views.png")
     with pytest.raises(CropVoteError, match="targets must be a tensor of 4 classes"):
         plot_agreement(torch.randn(4, 10, 7), tmp_path / "agreement.png", targets=torch.zeros(3))

@@ -78,8 +78,9 @@ def _items(output: Any) -> list[tuple[Any, Any]]:
         return list(zip(output._fields, output, strict=True))
     if isinstance(output, (tuple, list)):
         return list(enumerate(output))
-    fields = None if output is None else getattr(type(output), "__dataclass_fields__", None)  # Dynamo knows no more
-    return [] if fields is None else [(name, getattr(output, name)) for name in fields]
+    if output is None or not hasattr(type(output), "__dataclass_fields__"):  # is_dataclass is more than Dynamo knows
+        return []
+    return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
 
 
 def prediction_places(output: Any) -> list[Place]:

@@ -103,6 +103,7 @@ class Meter:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         self.fixed = {tensor.untyped_storage()._cdata for tensor in tensors}
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.counted: dict[str, SiteCost] = {}
         plain = self._run([], 1)
         self.plain = plain
         #: Whether all work grows with the batch; a table of position biases, say, may be made once a call.
@@ -112,7 +113,12 @@ class Meter:
         )
 
     def cost(self, site: Site) -> SiteCost:
-        """Of a split at a single site."""
+        """Of a split at a single site; counted once."""
+        if site.name not in self.counted:
+            self.counted[site.name] = self._cost(site)
+        return self.counted[site.name]
+
+    def _cost(self, site: Site) -> SiteCost:
         splits = [Split(site.name, self.views, site.layout)]
         run = self._run(splits, 1)
         total = len(self.views)

@@ -78,6 +78,24 @@ def suggest_site(
         >>> suggest_site(torchvision.models.resnet18(), 64, max_macs_ratio=4).site
         'layer3.0'
     """
+    budget = _budget(max_macs_ratio, max_memory_mib)
+    views, example = asked_of(model, input_size, views)
+    if max_sites not in (1, 2) or isinstance(max_sites, bool):
+        raise OptionError(f"max_sites must be 1 or 2, got {max_sites!r}.")
+    halves = _mirrored_halves(views) if max_sites == 2 else None
+    found, dearer = on_fake_copy(model, lambda fake: _search(Meter(Probe(fake, example, views, None)), budget, halves))
+    asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
+    if found is None:
+        raise SiteError(_none_fits(type(model).__name__, asked, budget, dearer))
+    after, cost = found
+    before = f"; {dearer[-1].site!r}, {'before it' if isinstance(after, str) else 'alone'}, has " if dearer else ""
+    what = "the earliest site that costs" if isinstance(after, str) else "the earliest plan over two sites that costs"
+    reason = f"{what} at most {asked}: it has {_in_words(cost)}{before + _in_words(dearer[-1]) if dearer else ''}"
+    return Suggestion(after, reason, cost)
+
+
+def _budget(max_macs_ratio: float | None, max_memory_mib: float | None) -> dict[str, float]:
+    """The limits that are set, by the field of :class:`SiteCost` that they limit."""
     limits = {"ratio": max_macs_ratio, "train_memory_mib": max_memory_mib}
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if not budget:
@@ -86,59 +104,48 @@ def suggest_site(
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
             asked = "max_macs_ratio" if name == "ratio" else "max_memory_mib"
             raise OptionError(f"{asked} must be a number above 0, got {limit!r}.")
-    views, example = asked_of(model, input_size, views)
-
-    if max_sites not in (1, 2) or isinstance(max_sites, bool):
-        raise OptionError(f"max_sites must be 1 or 2, got {max_sites!r}.")
-    halves = _mirrored_halves(views) if max_sites == 2 else None
-
-    def look(fake: nn.Module) -> tuple[tuple[After, SiteCost] | None, list[SiteCost]]:
-        meter = Meter(Probe(fake, example, views, None))
-        names = [name for name in candidates(meter.probe) if name != INPUT]
-        seen: list[SiteCost] = []
-        for place, name in enumerate(names):
-            site = meter.probe.site(name)
-            if site.reason:
-                continue
-            cost = meter.cost(site)
-            if cost.tail_share < LEAST_TAIL:
-                continue
-            if _fits(cost, budget):
-                if not meter.probe.why_not_swapped([name]):
-                    return _behind_elementwise(meter, cost, names[place + 1 :], budget), seen
-                continue
-            seen.append(cost)
-            found = halves and _cut_later(meter, site, names[place + 1 :], halves, budget)
-            if found:
-                return found, seen
-        return None, seen
-
-    found, dearer = on_fake_copy(model, look)
-    asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
-    if found is None and not dearer:
-        raise SiteError(
-            f"no site inside this {type(model).__name__} is valid for these views and has work behind it: see "
-            f"cropvote.sites."
-        )
-    if found is None:
-        cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
-        raise SiteError(
-            f"no site of this {type(model).__name__} costs at most {asked}; the cheapest is {cheapest.site!r}, with "
-            f"{_in_words(cheapest)}. Fewer views cost less: five_crop(), hflip(), or eval_views= and train_views=."
-        )
-    after, cost = found
-    before = f"; {dearer[-1].site!r}, {'before it' if isinstance(after, str) else 'alone'}, has " if dearer else ""
-    what = "the earliest site that costs" if isinstance(after, str) else "the earliest plan over two sites that costs"
-    reason = f"{what} at most {asked}: it has {_in_words(cost)}{before + _in_words(dearer[-1]) if dearer else ''}"
-    return Suggestion(after, reason, cost)
+    return budget
 
 
-def _behind_elementwise(
+def _search(
+    meter: Meter, budget: dict[str, float], halves: tuple[Views, Views] | None
+) -> tuple[tuple[After, SiteCost] | None, list[SiteCost]]:
+    """The first site or plan within the budget, and the costs of the dearer sites before it."""
+    names = [name for name in candidates(meter.probe) if name != INPUT]
+    dearer: list[SiteCost] = []
+    for place, name in enumerate(names):
+        site = meter.probe.site(name)
+        if site.reason or meter.cost(site).tail_share < LEAST_TAIL:
+            continue
+        cost = meter.cost(site)
+        if _fits(cost, budget):
+            if not meter.probe.why_not_swapped([name]):
+                return _last_of_equal_work(meter, cost, names[place + 1 :], budget), dearer
+            continue
+        dearer.append(cost)
+        found = halves and _cut_later(meter, site, names[place + 1 :], halves, budget)
+        if found:
+            return found, dearer
+    return None, dearer
+
+
+def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[SiteCost]) -> str:
+    """The message that no site is within the budget."""
+    if not dearer:
+        return f"no site inside this {kind} is valid for these views and has work behind it: see cropvote.sites."
+    cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
+    return (
+        f"no site of this {kind} costs at most {asked}; the cheapest is {cheapest.site!r}, with "
+        f"{_in_words(cheapest)}. Fewer views cost less: five_crop(), hflip(), or eval_views= and train_views=."
+    )
+
+
+def _last_of_equal_work(
     meter: Meter, found: SiteCost, later: list[str], budget: dict[str, float]
 ) -> tuple[After, SiteCost]:
-    """The last of the sites that follow with the same work, such as a convolution's norm and activation.
+    """The last of the sites that follow with the same work and shape, such as a convolution's norm and activation.
 
-    In eval mode the views are the same there, since crops and such operations commute, and less memory is kept.
+    Crops commute with what works element by element, so the views are the same there, and less memory is kept.
     """
     for name in later:
         site = meter.probe.site(name)

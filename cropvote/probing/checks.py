@@ -78,7 +78,7 @@ class Injection:
         root = None if self.root is None else self.root()
         if root is None:
             return module.training
-        if module is not root and getattr(module, "_cropvote", None) is not None and module.training != root.training:
+        if module is not root and "_cropvote" in module.__dict__ and module.training != root.training:
             raise SurgeryError(
                 f"this {type(module).__name__} is a shallow copy of an injected model, with which it shares the site, "
                 f"and the two are in different modes: use copy.deepcopy."

@@ -127,9 +127,12 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
                 failed = error
             del fake
             if failed is not None:  # out of its handler, in which Python 3.10 would hold the frames
-                _drop_frames(failed)
-                _check_nothing_kept(made, type(model).__name__)
-                raise failed
+                try:
+                    _drop_frames(failed)
+                    _check_nothing_kept(made, type(model).__name__)
+                    raise failed
+                finally:
+                    del failed  # or its traceback, this frame and the model would hold each other
     _check_nothing_kept(made, type(model).__name__)
     return result
 
@@ -202,7 +205,7 @@ class Paths(TorchDispatchMode):
 
     def __init__(self, watch: Callable[[str, Any, Paths], None] | None = None) -> None:
         super().__init__()
-        self.watch = watch  # is told of every operation before it runs; a watch that held these paths were a cycle
+        self.watch = watch  # is told of every operation before it runs; a watch that holds these paths makes a cycle
         self.bits: dict[int, int] = {}
         self.alive: list[Any] = []  # a freed storage's address would be given out again
 
