@@ -8,7 +8,6 @@ import pickle
 import weakref
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -364,57 +363,3 @@ def test_passes_of_tokens():
     whole = model(IMAGES)
     settings(model).views_per_pass = 3
     assert torch.allclose(model(IMAGES), whole, atol=1e-6)
-
-
-# ---- each view's logits ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrap", ["none", "compile", "compiled in place", "DataParallel"])
-def test_per_view_looks_inside_wrappers_and_leaves_the_settings(wrap):
-    model = voting(eval_views="centre", eval_output="vote", vote="hard")
-    wrapped = model
-    if wrap == "compile":
-        wrapped = torch.compile(model, backend="eager")
-        wrapped(IMAGES)
-    elif wrap == "compiled in place":
-        model.compile(backend="eager")
-        model(IMAGES)
-    elif wrap == "DataParallel":
-        wrapped = nn.DataParallel(model)
-    before = repr(settings(model))
-    assert torch.allclose(per_view(wrapped, IMAGES), expected_rows().float(), atol=1e-5)
-    assert repr(settings(model)) == before
-    assert torch.allclose(wrapped(IMAGES), oracle.vote(expected_rows()[:, [4]], "hard").float(), atol=1e-5)
-
-
-def test_per_view_of_a_dataclass():
-    model = inject_crop_vote(networks.hf_resnet(), after="resnet.encoder.stages.0", input_size=48)
-    logits = per_view(model, pixel_values=IMAGES)
-    assert logits.shape == (3, 10, 7)
-    assert torch.allclose(logits.mean(1), model(IMAGES).logits, atol=1e-6)
-
-
-def test_per_view_that_cannot_be():
-    model = voting()
-    with pytest.raises(CropVoteError, match=r"in training mode: model\.eval\(\) first"):
-        per_view(model.train(), IMAGES)
-    settings(model.eval()).enabled = False
-    with pytest.raises(CropVoteError, match="enabled=False"):
-        per_view(model, IMAGES)
-    with pytest.raises(CropVoteError, match="neither injected nor a CropVote layer"):
-        per_view(networks.fer(), IMAGES)
-    with pytest.raises(CropVoteError, match="holds 2 CropVote layers"):
-        per_view(nn.ModuleList([layered(), layered()]).eval(), IMAGES)
-    with pytest.raises(CropVoteError, match="settings takes an injected model"):
-        per_view(3, IMAGES)
-    after = nn.Sequential(layered(), nn.Flatten(0)).eval()
-    with pytest.raises(CropVoteError, match="put what follows into the layer's tail"):
-        per_view(after, IMAGES)
-
-
-def test_per_view_of_a_checkpointed_timm_model():
-    model = timm.create_model("resnet18", num_classes=7).eval()
-    inject_crop_vote(model, after="layer2", input_size=48)
-    wanted = per_view(model, IMAGES)
-    model.set_grad_checkpointing(True)
-    assert torch.allclose(per_view(model, IMAGES), wanted, atol=1e-6)
