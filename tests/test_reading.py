@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import networks
+import oracle
 from cropvote import (
     CropVoteError,
     inject_crop_vote,
