@@ -50,6 +50,11 @@ def check_layout(layout: object) -> None:
         raise OptionError(f"layout must be one of {LAYOUTS} or Tokens(height, width, prefix), got {layout!r}.")
 
 
+def token_count(tokens: Tokens) -> int:
+    """How many tokens there are, those before the grid and the grid's; no property, which older compilers trip over."""
+    return tokens.prefix + tokens.height * tokens.width
+
+
 def sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
     """The (height, width) of a map, from its shape without the batch."""
     if isinstance(layout, Tokens):

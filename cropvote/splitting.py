@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .errors import InputTypeError, RowsError, ViewsError
-from .layouts import Layout, Tokens, check_layout
+from .layouts import Layout, Tokens, check_layout, token_count
 from .views import Views
 
 __all__ = ["split_views"]
@@ -80,9 +80,9 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
 def _split_tokens(x: Tensor, views: Views, tokens: Tokens) -> Tensor:
     """The views of the grid, each behind a copy of the prefix tokens."""
     height, width, prefix = tokens
-    if x.dim() != 3 or x.shape[1] != prefix + height * width:
+    if x.dim() != 3 or x.shape[1] != token_count(tokens):
         raise ViewsError(
-            f"{tokens} stands for the shape (N, {prefix + height * width}, C), got {tuple(x.shape)}: the grid of the "
+            f"{tokens} stands for the shape (N, {token_count(tokens)}, C), got {tuple(x.shape)}: the grid of the "
             f"tokens is another one for this size of image."
         )
     grid = split_views(x[:, prefix:].unflatten(1, (height, width)), views, layout="NHWC").flatten(1, 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .calling.calls import Plan, conclude, following, in_passes, is_steered, note, plan_of, split_by, watched
 from .calling.options import EvalViews, Output, Settings
-from .errors import InputTypeError, PlainModelError, SurgeryError
+from .errors import InputTypeError, PlainModelError, SurgeryError, ViewsError
 from .layer import CropVote
 from .layouts import Layout
 from .plans import After, joined
@@ -122,7 +122,7 @@ def inject_crop_vote(
         try:
             modes, splits = check_sites(model, plan, stated, example)
             injection = injection_for([split.name for split in splits])
-            injection.layouts = tuple(split.layout for split in splits)
+            injection.learn(splits)
             injection.mark(modes, injection.arguments((torch.empty(0),), {}), example.args[0].shape[1:])
         except PlainModelError:
             if input_size is not None:
@@ -299,7 +299,7 @@ def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> A
 
 def _split(x: Tensor, injection: Injection, plan: Plan, place: int) -> Tensor:
     """Cut the views of a call at its site number ``place``; the maps of its first pass stay for the others."""
-    layout = injection.layouts[place]
+    layout = injection.layout_at(place, x)
     if layout is None:
         raise SurgeryError(
             f"the site {injection.site} was not yet checked, so where its channels are is not known: call the model "
@@ -310,4 +310,7 @@ def _split(x: Tensor, injection: Injection, plan: Plan, place: int) -> Tensor:
         if not plan.front:
             plan.front.append(x)
         x = plan.front[0]
-    return split_by(plan.cuts[place], x, layout)
+    try:
+        return split_by(plan.cuts[place], x, layout)
+    except ViewsError as error:
+        raise ViewsError(f"at the site {injection.sites[place]!r}, on a map {tuple(x.shape)}: {error}") from error

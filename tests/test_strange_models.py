@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import networks
+import oracle
 from cropvote import CropVoteError, hflip, inject_crop_vote, profile, sites
 from cropvote.probing import fakes
 from test_surgery import IMAGES
@@ -37,9 +38,38 @@ def test_an_argument_that_is_of_no_sample_may_go_around(count):
 
 
 def test_an_argument_of_the_samples_may_not_go_around():
-    model = inject_crop_vote(Heated().eval(), after="site")
-    with pytest.raises(CropVoteError, match=AROUND):
-        model(IMAGES, temperature=torch.ones(3, 1))
+    for args, kwargs in (((IMAGES, torch.ones(3, 1)), {}), ((IMAGES,), {"temperature": torch.ones(3, 1)})):
+        model = inject_crop_vote(Heated().eval(), after="site")
+        with pytest.raises(CropVoteError, match=r"depends on the argument 'temperature' by a path.*repeat_interleave"):
+            model(*args, **kwargs)
+
+
+class Met(networks.Net):
+    """Takes more of every sample: some in front of the site, some behind it."""
+
+    def forward(self, x, before, *behind, scale):
+        x = super().forward(x + before[:, :, None, None])
+        return x * scale + sum(behind)
+
+
+@pytest.mark.parametrize(
+    ("behind", "scale", "named"),
+    [((), 2.0, None), ((), torch.ones(3, 1), "scale"), ((torch.ones(7), torch.ones(3, 1)), 2.0, "behind")],
+)
+def test_only_the_argument_that_goes_around_is_named(behind, scale, named):
+    model, before, plain = Met().eval(), torch.randn(3, 3), networks.Net().eval()
+    plain.load_state_dict(model.state_dict())
+    inject_crop_vote(model, after="site")
+    if named:
+        with pytest.raises(CropVoteError, match=f"depends on the argument '{named}' by a path around it"):
+            model(IMAGES, before, *behind, scale=scale)
+        if not behind:
+            with pytest.raises(CropVoteError, match="depends on the argument 'scale'"):
+                model(scale=scale, before=before, x=IMAGES)
+    else:
+        rows = oracle.tail_rows(plain, "site", IMAGES + before[:, :, None, None], oracle.ten_views)
+        found = model(IMAGES, before, *behind, scale=scale)
+        assert torch.allclose(found.double(), oracle.vote(rows, "soft") * scale, atol=1e-6)
 
 
 def mirrored(model, name, images, axis):
@@ -175,7 +205,7 @@ class Optional(networks.Net):
 def test_an_argument_given_later_is_checked_then():
     model = inject_crop_vote(Optional().eval(), after="site", input_size=48)
     assert model(IMAGES).shape == model(x=IMAGES).shape == (3, 7)
-    with pytest.raises(CropVoteError, match=AROUND):
+    with pytest.raises(CropVoteError, match="depends on the argument 'condition'"):
         model(IMAGES[:1], torch.ones(1, 8, 1, 1))
     assert model(IMAGES).shape == (3, 7)
 
@@ -354,4 +384,4 @@ def test_where_the_channels_of_images_are_is_seen_without_a_convolution():
         wanted = (model(images) + model(images.flip(2))) / 2
         inject_crop_vote(model, after="input", views=hflip())
         assert torch.allclose(model(images), wanted, atol=1e-6)
-    assert model._cropvote.layouts == ("NHWC",)
+    assert model._cropvote.layouts == (("NHWC",),)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import networks
 import oracle
-from cropvote import CropVote, CropVoteError, Tokens, hflip, inject_crop_vote, sites, split_views, ten_crop
+from cropvote import CropVote, CropVoteError, Tokens, five_crop, hflip, inject_crop_vote, sites, split_views, ten_crop
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 7}
@@ -78,6 +78,28 @@ def test_against_the_oracle(kind, views):
     assert {row.name: row.layout for row in sites(model, 48)}[site] == Tokens(6, 6, prefix)
     inject_crop_vote(model, after=site, views=ours, input_size=48)
     assert torch.allclose(model(IMAGES).double(), oracle.vote(rows, "soft"), atol=1e-5)
+
+
+@pytest.mark.parametrize("where", [{"blocks.0": None}, {"input": hflip(), "blocks.1": five_crop()}], ids=["one", "two"])
+@torch.no_grad()
+def test_images_of_another_size_give_another_grid(where):
+    """Each size is checked once, and every call takes the grid of its own size."""
+    torch.manual_seed(0)
+    plain = networks.tokens(dynamic_img_size=True).eval()
+    after, views = ("blocks.0", ten_crop()) if len(where) == 1 else (where, None)
+    model = inject_crop_vote(copy.deepcopy(plain), after=after, views=views, input_size=48)
+    sizes = [(48, 48), (64, 80), (48, 48), (80, 48), (64, 80)]
+    images = {size: torch.randn(2, 3, *size) for size in sizes}
+    for size in sizes:
+        once = inject_crop_vote(copy.deepcopy(plain), after=after, views=views, input_size=size)
+        assert torch.allclose(model(images[size]), once(images[size]), atol=1e-6)
+    with pytest.raises(CropVoteError, match=r"is Tokens\(height=10, width=8.*but was Tokens\(height=8, width=10"):
+        model(torch.randn(2, 3, 80, 64))  # as many tokens as of 64 x 80
+    compiled = torch.compile(model, backend="eager")
+    for size in sizes:
+        assert torch.allclose(compiled(images[size]), model(images[size]), atol=1e-6)
+    with pytest.raises(CropVoteError, match="was not yet checked"):
+        compiled(torch.randn(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize("kind", MODELS)

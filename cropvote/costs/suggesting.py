@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ..plans import After
 from ..probing.fakes import on_fake_copy
 from ..probing.probe import asked_of, candidates, checked_plan
 from ..probing.trials import Split
-from ..probing.verdicts import Probe, Site
+from ..probing.verdicts import Probe
 from ..probing.walk import INPUT
 from ..views import Views, hflip
 from .meters import Meter, SiteCost
@@ -119,11 +120,13 @@ def _search(
             continue
         cost = meter.cost(site)
         if _fits(cost, budget):
-            if not meter.probe.why_not_swapped([name]):
-                return _last_of_equal_work(meter, cost, names[place + 1 :], budget), dearer
+            for equal in reversed(_of_equal_work(meter, names[place:])):
+                cost = meter.cost(meter.probe.site(equal))
+                if _fits(cost, budget) and not meter.probe.why_not_swapped([equal]):
+                    return (equal, cost), dearer
             continue
         dearer.append(cost)
-        found = halves and _cut_later(meter, site, names[place + 1 :], halves, budget)
+        found = halves and _cut_later(meter, names[place:], halves, budget)
         if found:
             return found, dearer
     return None, dearer
@@ -140,23 +143,22 @@ def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[Sit
     )
 
 
-def _last_of_equal_work(
-    meter: Meter, found: SiteCost, later: list[str], budget: dict[str, float]
-) -> tuple[After, SiteCost]:
-    """The last of the sites that follow with the same work and shape, such as a convolution's norm and activation.
+def _of_equal_work(meter: Meter, names: list[str]) -> list[str]:
+    """The first site and those that follow with its work and shape, such as a convolution's norm and activation.
 
     Crops commute with what works element by element, so the views are the same there, and less memory is kept.
     """
-    for name in later:
+    first = meter.cost(meter.probe.site(names[0]))
+    found = []
+    for name in names:
         site = meter.probe.site(name)
         if site.reason:
             continue
         cost = meter.cost(site)
-        if cost.ratio != found.ratio or cost.shape != found.shape or not _fits(cost, budget):
+        if cost.ratio != first.ratio or cost.shape != first.shape:
             break
-        if not meter.probe.why_not_swapped([name]):
-            found = cost
-    return found.site, found
+        found.append(name)
+    return found
 
 
 def _fits(cost: SiteCost, budget: dict[str, float]) -> bool:
@@ -172,13 +174,14 @@ def _mirrored_halves(views: Views) -> tuple[Views, Views] | None:
 
 
 def _cut_later(
-    meter: Meter, first: Site, later: list[str], halves: tuple[Views, Views], budget: dict[str, float]
+    meter: Meter, names: list[str], halves: tuple[Views, Views], budget: dict[str, float]
 ) -> tuple[After, SiteCost] | None:
-    """The plan that mirrors at ``first`` and crops as early behind it as the budget allows.
+    """The plan that mirrors at the first of the names and crops as early behind it as the budget allows.
 
     None on tokens, whose order plain attention does not see: their mirror images would say the same. The earlier the
     crops, the dearer: the place is found by bisection, once the last one is within the budget.
     """
+    first, later = meter.probe.site(names[0]), names[1:]
 
     def cost(crops: str) -> SiteCost:
         site = meter.probe.site(crops)
@@ -197,9 +200,12 @@ def _cut_later(
             high = middle
         else:
             low = usable + 1
-    for crops in later[high : last + 1]:
-        plan = {first.name: halves[0], crops: halves[1]}
-        if _all_differ(meter, crops):
+    for place in range(high, last + 1):
+        if not _all_differ(meter, later[place]):
+            continue
+        mirrors, crops = _of_equal_work(meter, [first.name, *later[:place]]), _of_equal_work(meter, later[place:])
+        for pair in itertools.product(reversed(mirrors), reversed(crops)):
+            plan = dict(zip(pair, halves, strict=True))
             with suppress(SiteError, ViewsError):
                 found = meter.cost_of(checked_plan(meter.probe, plan))
                 if _fits(found, budget):

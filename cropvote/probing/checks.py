@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..calling.options import Settings
 from ..errors import InputTypeError, RowsError, SiteError, SurgeryError
-from ..layouts import Layout, Tokens
+from ..layouts import Layout, Tokens, token_count
 from ..plans import parts_of
 from .fakes import example_from_call
 from .probe import check_sites
+from .trials import Split
 from .walk import INPUT
 
 __all__: list[str] = []
@@ -41,7 +42,8 @@ class Injection:
     def __init__(self, stated: dict[str, Layout | None], settings: Settings, parameters: dict[str, Any]) -> None:
         self.sites = tuple(stated)  # in forward order, as the views of the settings are
         self.stated = stated  # the layouts, by the user, or None
-        self.layouts = tuple(stated.values())  # None: found by the check
+        #: of each site the stated or found ones: several where images of other sizes give grids of other sizes
+        self.layouts = tuple(() if layout is None else (layout,) for layout in stated.values())
         self.settings = settings
         self.parameters = parameters  # the names of the forward's arguments, with the defaults of flags
         self.checked: frozenset[Call] = frozenset()  # the kinds of call for which the site is known to be valid
@@ -57,7 +59,7 @@ class Injection:
     @property
     def on_tokens(self) -> bool:
         """Whether a site's map is a grid of tokens."""
-        return any(isinstance(layout, Tokens) for layout in self.layouts)
+        return any(isinstance(layout, Tokens) for layouts in self.layouts for layout in layouts)
 
     def adopt(self, model: nn.Module) -> None:
         """Follow the mode of the model that votes; a shallow copy of it follows the first one's."""
@@ -123,6 +125,31 @@ class Injection:
         broadcasts = first.shape[0] == 1 or self.settings.rows(training) == 1  # or a split that did not run hides
         return not broadcasts or (call, tuple(first.shape[1:])) in self.sizes
 
+    def layout_at(self, place: int, x: Tensor) -> Layout | None:
+        """The layout of the map at a site, of several grids that with so many tokens; None before the first check."""
+        layouts = self.layouts[place]
+        for layout in layouts:
+            if not isinstance(layout, Tokens) or token_count(layout) == x.shape[1]:
+                return layout
+        return layouts[0] if layouts else None  # which the split refuses
+
+    def learn(self, splits: list[Split]) -> None:
+        """Remember the layouts of a check.
+
+        Raises:
+            SurgeryError: a map that cannot be told from the one of another check.
+        """
+        found = []
+        for split, known in zip(splits, self.layouts, strict=True):
+            for before in known:
+                if before != split.layout and not _can_be_told(before, split.layout):
+                    raise SurgeryError(
+                        f"the map at {split.name!r} is {split.layout} for these images, but was {before} when it was "
+                        f"checked: remove_crop_vote, and inject again with input_size= for this size."
+                    )
+            found.append(known if split.layout in known else (*known, split.layout))
+        self.layouts = tuple(found)
+
     def check_carriers(self, model: nn.Module) -> None:
         """Where the splits that run cannot be counted: whether the modules that carry them are still there.
 
@@ -164,7 +191,8 @@ class Injection:
         try:
             example = example_from_call(args, kwargs, samples)
             plan = dict(zip(self.sites, parts_of(self.settings.views), strict=True))
-            known = self.stated if self.on_tokens else dict(zip(self.sites, self.layouts, strict=True))
+            maps = [next((x for x in layouts if not isinstance(x, Tokens)), None) for layouts in self.layouts]
+            known = {name: stated or found for (name, stated), found in zip(self.stated.items(), maps, strict=True)}
             modes, splits = check_sites(model, plan, known, example)
         except SiteError as error:
             # of several arguments, another's first axis may have the batch's length by chance
@@ -177,16 +205,15 @@ class Injection:
                 f"the forward reaches {' before '.join(map(repr, order))}, which the model defines in another order: "
                 f"remove_crop_vote, and inject again with input_size=, which tells it before."
             )
-        for split, before in zip(splits, self.layouts, strict=True):
-            if before not in (None, split.layout):
-                raise SurgeryError(
-                    f"the map at {split.name!r} is {split.layout} for these images, but was {before} when it was "
-                    f"checked: remove_crop_vote, and inject again with input_size= for this size."
-                )
-        self.layouts = tuple(split.layout for split in splits)
+        self.learn(splits)
         tensors = sum(kind == TENSOR for _, kind in arguments)
         if tensors == 1 or samples > 1:  # with one sample, an argument of length 1 may be of the sample or of the model
             self.mark(modes, arguments, tuple(image))
+
+
+def _can_be_told(one: Layout, other: Layout) -> bool:
+    """Whether the number of tokens tells which of two grids it is."""
+    return isinstance(one, Tokens) and isinstance(other, Tokens) and token_count(one) != token_count(other)
 
 
 def _kind(value: Any) -> Any:

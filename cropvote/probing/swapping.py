@@ -85,6 +85,9 @@ def _subclass(base: type, forward: Forward) -> type:
     cast(Any, swapped).__code__ = swapped.__code__.replace()  # type: ignore[attr-defined]  # its own, or all classes would share torch.compile's recompile limit
     del swapped.__wrapped__  # torch.jit.script would compile the plain forward behind it
 
+    def prepare_scriptable(self: nn.Module) -> nn.Module:  # torch.jit.script calls it first
+        raise SurgeryError("torch.jit.script cannot script an injected model: use torch.export, or torch.jit.trace.")
+
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         function, args, *rest = plain.__reduce_ex__(self, protocol)
         args = tuple(base if arg is cls else arg for arg in args)
@@ -100,6 +103,7 @@ def _subclass(base: type, forward: Forward) -> type:
 
     body: dict[str, Any] = {
         "forward": swapped,
+        "__prepare_scriptable__": prepare_scriptable,
         "__reduce_ex__": reduce_ex,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,

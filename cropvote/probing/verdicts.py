@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import ViewsError
-from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, stated_tokens
+from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, stated_tokens, token_count
 from ..views import Views
 from .fakes import Example
 from .trials import Split, Trials, many_views
@@ -101,7 +101,7 @@ class Probe(Trials):
 
     def _alone(self, name: str) -> tuple[Layout, str]:
         """The layout of a site's map, and what forbids a site there whatever comes behind it."""
-        reason = (self.why_not_images() if name == INPUT else self.why_not_cut(name)) or self.why_not_votable()
+        reason = self.why_not_votable() or (self.why_not_images() if name == INPUT else self.why_not_cut(name))
         return (self.layout or "NCHW", reason) if reason else self._find_layout(name)
 
     def _turn(self, name: str) -> int:
@@ -201,7 +201,7 @@ class Probe(Trials):
         found = self.layout
         if found is None and len(shape) == 2:
             found = self._stated_tokens(name, shape[0])
-        if isinstance(found, Tokens) and len(shape) == 2 and shape[0] == found.prefix + found.height * found.width:
+        if isinstance(found, Tokens) and len(shape) == 2 and shape[0] == token_count(found):
             return found, ""
         if found is not None:
             return found, f"its shape is {shape}, not that of layout={found!r}."

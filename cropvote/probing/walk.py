@@ -4,10 +4,13 @@ A site is valid only where every path from the input to the output passes throug
 and tail, and nothing of a sample reaches its prediction around the views. The walk follows the data through every
 operation. Each tensor carries one bit per module, set while a path from the input leads to it that avoids that module;
 the module clears its own bit in what it returns; a bit still set in the model's output is a path around that module.
+Each argument of the call has bits of its own, so that it can be told which one finds the way.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import random
 from collections import Counter
 from typing import Any, NamedTuple
@@ -55,6 +58,11 @@ def _carrier(module: nn.Module, standings: Counter[nn.Module]) -> nn.Module:
     return module
 
 
+def _is_batch(leaf: Any) -> bool:
+    """Whether an argument of a call has a row per sample."""
+    return isinstance(leaf, Spec) and leaf.shape[:1] == (-1,)
+
+
 class _Seen(NamedTuple):
     """What the walk saw of a module's last call."""
 
@@ -88,15 +96,16 @@ class Walk:
         self._grown: tuple[dict[nn.Module, tuple[int, ...]], ...] | None = None
         self._walk()
 
-    def inputs(self, paths: Paths, bits: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call; what belongs to samples carries ``bits``."""
+    def inputs(self, paths: Paths, bits: int, width: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call; what belongs to samples carries ``bits``, the n-th such tensor n widths higher."""
+        batches = itertools.count()
 
         def fake(leaf: Any) -> Any:
             if not isinstance(leaf, Spec):
                 return leaf
             tensor = leaf.fake()
-            if leaf.shape[:1] == (-1,):
-                paths.set(tensor, bits)
+            if _is_batch(leaf):
+                paths.set(tensor, bits << width * next(batches))
             return tensor
 
         return tree_map(fake, self.example[:2])
@@ -104,6 +113,9 @@ class Walk:
     def _walk(self) -> None:
         """Run once, every module's output replaced by a clone that clears the module's bit."""
         bit = {module: 1 << i for i, module in enumerate(dict.fromkeys(self.modules.values()))}
+        width = len(bit) + 1  # one bit more, which no module clears
+        sources = range(sum(map(_is_batch, tree_leaves(self.example[:2]))))
+        clear = {module: ~sum(own << width * source for source in sources) for module, own in bit.items()}
         groups: dict[tuple[int, int], int] = {}
         keep: list[Tensor] = []
         running: list[nn.Module] = []
@@ -118,7 +130,7 @@ class Walk:
                 return None
             group = groups.get((id(output), output._version), len(keep))
             clone = output.clone()
-            paths.set(clone, paths.of(output) & ~bit[module])
+            paths.set(clone, paths.of(output) & clear[module])
             keep.append(clone)
             groups[id(clone), clone._version] = group
             self.seen[module] = _Seen(output, group, len(self.moves))
@@ -129,7 +141,7 @@ class Walk:
             hooks = [module.register_forward_hook(look) for module in bit]
             hooks += [module.register_forward_pre_hook(lambda module, args: running.append(module)) for module in bit]
             with paths:
-                args, kwargs = self.inputs(paths, (2 << len(bit)) - 1)  # one bit more, which no module clears
+                args, kwargs = self.inputs(paths, (1 << width) - 1, width)
                 self.output = self.model(*args, **kwargs)
         except Exception as error:
             raise PlainModelError(
@@ -147,7 +159,8 @@ class Walk:
             self.predictions = []
             self.unclear = str(error)
             around = paths.of(list(self.found.values()))
-        self.around = {module for module in bit if around & bit[module]}
+        found = {module: [s for s in sources if around >> width * s & own] for module, own in bit.items()}
+        self.around = {module: which for module, which in found.items() if which}  # by which of the call's batches
 
     def _watch(self, operation: str, args: Any, paths: Paths, running: list[nn.Module]) -> None:
         """Remember what may move the images' data: a pick from it, or several parts of it put together."""
@@ -265,12 +278,25 @@ class Walk:
             )
         if not output.numel():
             return f"its shape is {tuple(output.shape)}, which holds no values."
-        if holder in self.around:
+        around = self.around.get(holder)
+        if around and around[0] > 0:
+            return (
+                f"the model's output also depends on the argument {self._argument(around[0])!r} by a path around it, and only the "
+                f"first tensor of a call, the images, is cut into views. In the model's own forward, split_views the "
+                f"map, repeat_interleave the other tensor to one row per view, and vote."
+            )
+        if around:
             return (
                 "the model's output also depends on the images by a path around it (a skip connection, a parallel "
                 "branch or a gate), so a sample would reach its prediction past the views."
             )
         return ""
+
+    def _argument(self, source: int) -> str:
+        """The name of one of the call's batches of tensors, the images being number 0."""
+        args, kwargs = self.example[:2]
+        values = inspect.signature(self.model.forward).bind(*args, **kwargs).arguments
+        return [name for name, value in values.items() for leaf in tree_leaves(value) if _is_batch(leaf)][source]
 
     def why_not_votable(self) -> str:
         """Why there is nothing to vote over, or nothing."""

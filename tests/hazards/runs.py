@@ -132,7 +132,7 @@ def _() -> None:
     model = Asking().eval()
     inject_crop_vote(model, after="input", views=hflip())
     model._cropvote.checked = frozenset({(False, (("x", checks.TENSOR),))})
-    model._cropvote.layouts = ("NCHW",)
+    model._cropvote.layouts = (("NCHW",),)
     found = guarded(model, IMAGES[:5])
     model.asked = True
     tools.agree(found, (networks.Net.forward(model, IMAGES[:5]) + networks.Net.forward(model, IMAGES[:5].flip(3))) / 2)
