@@ -354,11 +354,9 @@ def test_plans_are_those_that_a_look_at_all_of_them_finds():
             assert isinstance(asked.site, str)
             continue
         wanted = next(pair for pair in pairs if pair[0] == first.site and cost[pair].ratio <= ratio)
-        same = {
-            name: [row.site for row in rows if (row.ratio, row.shape) == (one.ratio, one.shape)]
-            for name, one in zip(wanted, (next(row for row in rows if row.site == name) for name in wanted), strict=True)
-        }
-        assert asked.site == {same[wanted[0]][-1]: hflip(), same[wanted[1]][-1]: five_crop()}
+        work = {row.site: (row.ratio, row.shape) for row in rows}
+        mirrors, crops = ([site for site in work if work[site] == work[name]][-1] for name in wanted)
+        assert asked.site == {mirrors: hflip(), crops: five_crop()}
         assert asked.cost.ratio == pytest.approx(cost[wanted].ratio)
         found.add(wanted)
     assert len(found) > 2

@@ -1,7 +1,7 @@
 """The paper's Table 3 on any data: the plain network, and ten views at every site, over several seeds.
 
     python examples/fer48/compare.py --sites none layer1 --seeds 0 --width 8 --epochs 10     toy faces, in minutes
-    python examples/fer48/compare.py --recipe fer2013 --data fer2013.csv --fast              on a GPU
+    python examples/fer48/compare.py --recipe fer2013 --data fer2013.csv --fast --out runs/fer2013   on a GPU
 
 Every run has its folder and is not repeated once it is complete; an interrupted one goes on. Writes compare.md,
 compare.json and compare.png into --out.
