@@ -281,9 +281,9 @@ class Walk:
         around = self.around.get(holder)
         if around and around[0] > 0:
             return (
-                f"the model's output also depends on the argument {self._argument(around[0])!r} by a path around it, and only the "
-                f"first tensor of a call, the images, is cut into views. In the model's own forward, split_views the "
-                f"map, repeat_interleave the other tensor to one row per view, and vote."
+                f"the model's output also depends on the argument {self._argument(around[0])!r} by a path around it, "
+                f"and only the first tensor of a call, the images, is cut into views. In the model's own forward, "
+                f"split_views the map, repeat_interleave the other tensor to one row per view, and vote."
             )
         if around:
             return (
