@@ -44,6 +44,19 @@ def test_an_argument_of_the_samples_may_not_go_around():
             model(*args, **kwargs)
 
 
+class Reversed(networks.Net):
+    """Its first tensor is no image, and joins behind the site."""
+
+    def forward(self, numbers, x):
+        return super().forward(x) * numbers
+
+
+def test_a_first_tensor_that_is_no_image_is_named():
+    model = inject_crop_vote(Reversed().eval(), after="site")
+    with pytest.raises(CropVoteError, match="depends on the argument 'numbers' by a path around it"):
+        model(torch.ones(3, 1), IMAGES)
+
+
 class Met(networks.Net):
     """Takes more of every sample: some in front of the site, some behind it."""
 

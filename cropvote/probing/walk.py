@@ -279,11 +279,11 @@ class Walk:
         if not output.numel():
             return f"its shape is {tuple(output.shape)}, which holds no values."
         around = self.around.get(holder)
-        if around and around[0] > 0:
+        if around and (around[0] > 0 or self.why_not_images()):
             return (
                 f"the model's output also depends on the argument {self._argument(around[0])!r} by a path around it, "
-                f"and only the first tensor of a call, the images, is cut into views. In the model's own forward, "
-                f"split_views the map, repeat_interleave the other tensor to one row per view, and vote."
+                f"and only what passes the site is cut into views. In the model's own forward, split_views the map, "
+                f"repeat_interleave the other tensor to one row per view, and vote."
             )
         if around:
             return (
