@@ -37,6 +37,11 @@ def test_an_argument_that_is_of_no_sample_may_go_around(count):
     assert torch.allclose(model(images, temperature), expected, atol=1e-6)
 
 
+def test_an_argument_that_an_input_size_does_not_give():
+    with pytest.raises(CropVoteError, match=r"missing 1 .*'temperature'.*Without input_size= the first call is checked"):
+        inject_crop_vote(Heated().eval(), after="site", input_size=48)
+
+
 def test_an_argument_of_the_samples_may_not_go_around():
     for args, kwargs in (((IMAGES, torch.ones(3, 1)), {}), ((IMAGES,), {"temperature": torch.ones(3, 1)})):
         model = inject_crop_vote(Heated().eval(), after="site")

@@ -53,7 +53,7 @@ def suggest_site(
     The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are no
     suggestion: ``after="input"`` is test-time augmentation, at the price of every view. Nor is a site with less than
     1 % of the work behind it, where the views have hardly a way to differ. Of sites that follow each other at the same
-    work (a convolution, its norm, its activation) it is the last.
+    work and shape (a convolution, its norm, its activation) it is the last.
 
     Args:
         model: an image classifier that was not injected.
@@ -135,7 +135,10 @@ def _search(
 def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[SiteCost]) -> str:
     """The message that no site is within the budget."""
     if not dearer:
-        return f"no site inside this {kind} is valid for these views and has work behind it: see cropvote.sites."
+        return (
+            f"no site inside this {kind} is valid for these views and has work behind it: see cropvote.sites(model, "
+            f"all=True)."
+        )
     cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
     return (
         f"no site of this {kind} costs at most {asked}; the cheapest is {cheapest.site!r}, with "

@@ -144,8 +144,10 @@ class Walk:
                 args, kwargs = self.inputs(paths, (1 << width) - 1, width)
                 self.output = self.model(*args, **kwargs)
         except Exception as error:
+            hint = " (Without input_size= the first call is checked, with all its arguments.)"
             raise PlainModelError(
                 f"{type(self.model).__name__} itself, without any split, failed on {self.asked()}: {first_line(error)}"
+                f"{hint if self.example.channels_first and isinstance(error, TypeError) else ''}"
             ) from error
         finally:
             for hook in hooks:
