@@ -38,7 +38,7 @@ def test_an_argument_that_is_of_no_sample_may_go_around(count):
 
 
 def test_an_argument_that_an_input_size_does_not_give():
-    with pytest.raises(CropVoteError, match=r"missing 1 .*'temperature'.*Without input_size= the first call is checked"):
+    with pytest.raises(CropVoteError, match=r"'temperature'.*Without input_size= the first call is checked"):
         inject_crop_vote(Heated().eval(), after="site", input_size=48)
 
 
