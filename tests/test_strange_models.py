@@ -62,6 +62,20 @@ def test_a_first_tensor_that_is_no_image_is_named():
         model(torch.ones(3, 1), IMAGES)
 
 
+class Clip(networks.Net):
+    """Its one tensor has five axes, and a path leads around the site."""
+
+    def forward(self, x):
+        x = self.front(x.mean(1))
+        return self.head(self.site(x) + x)
+
+
+def test_a_path_around_in_a_model_of_one_argument_names_none():
+    model = inject_crop_vote(Clip().eval(), after="site")
+    with pytest.raises(CropVoteError, match=AROUND):
+        model(IMAGES[:, None])
+
+
 class Met(networks.Net):
     """Takes more of every sample: some in front of the site, some behind it."""
 

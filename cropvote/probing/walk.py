@@ -281,7 +281,8 @@ class Walk:
         if not output.numel():
             return f"its shape is {tuple(output.shape)}, which holds no values."
         around = self.around.get(holder)
-        if around and (around[0] > 0 or self.why_not_images()):
+        several = sum(map(_is_batch, tree_leaves(self.example[:2]))) > 1
+        if around and several and (around[0] > 0 or self.why_not_images()):
             return (
                 f"the model's output also depends on the argument {self._argument(around[0])!r} by a path around it, "
                 f"and only what passes the site is cut into views. In the model's own forward, split_views the map, "
