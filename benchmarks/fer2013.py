@@ -1,5 +1,6 @@
 """What voting inside the network is worth on FER2013: docs/results.md.
 
+    python benchmarks/fer2013.py tune --data fer2013.csv      on a GPU: recipes for the plain network, by PublicTest
     python benchmarks/fer2013.py train full --data fer2013.csv --minutes 9    on a GPU: speed, then what is missing
     python benchmarks/fer2013.py train small --data fer2013.csv               narrow networks, on two CPU cores
     python benchmarks/fer2013.py score full      benchmarks/results/fer2013.json from the logits, then the page
@@ -7,22 +8,25 @@
 
 PublicTest decides everything (epoch, confidence, which views); PrivateTest is only scored. A run ends with one small
 file in runs/fer2013/LIST, the logits of every view, which is all that the figures need and the sign that it is done.
+Several processes of the same command share its runs among them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cropvote import hflip, inject_crop_vote, profile, remove_crop_vote, ten_crop
 
@@ -41,7 +45,8 @@ from learner import read  # noqa: E402
 from machines import Machine, machine  # noqa: E402
 from model import fer_resnet18  # noqa: E402
 from timing import commit  # noqa: E402
-from train import EXPECTED, read_faces  # noqa: E402
+from train import EXPECTED, parse, read_faces  # noqa: E402
+from train import train as one_training  # noqa: E402
 
 #: The runs of a list, in the order in which they are worth having; options of compare.py, seed by seed.
 LISTS = {
@@ -56,6 +61,31 @@ LISTS = {
 }
 
 
+#: Recipes tried for the plain network, which all networks then learn by; what they add to the paper's augmentations.
+TUNING = "--recipe fer2013 --fast --after none --epochs 15"
+VARIANTS = {
+    "AdamW, rate 0.002, decay 0.05": "",
+    "the same, averaged weights (0.998)": "--ema 0.998",
+    "the same, mixup 0.2": "--ema 0.998 --mixup 0.2",
+    "the same, cutmix 1": "--ema 0.998 --cutmix 1",
+    "the same, moved and erased more": "--ema 0.998 --crop 0.7 --shift 0.12 --tilt 20 --erased 0.25",
+    "AdamW, rate 0.001, decay 0.2": "--rate 0.001 --weight-decay 0.2 --ema 0.998",
+    "SGD, rate 0.1, decay 0.0005": "--optimizer sgd --rate 0.1 --weight-decay 0.0005 --ema 0.998",
+    "SGD, rate 0.05, decay 0.002": "--optimizer sgd --rate 0.05 --weight-decay 0.002 --ema 0.998",
+}
+
+
+def tune(data: str, out: Path) -> None:
+    """Every variant that has no result yet."""
+    for place, more in enumerate(VARIANTS.values()):
+        folder = out / str(place)
+        with lock(out / f"{place}.lock") as mine:
+            if mine:
+                config, _, _ = parse([*shlex.split(f"{TUNING} {more}"), "--data", data, "--out", str(folder)])
+                with machine(config.device, config.precision, config.fast) as here:
+                    one_training(config, here, resume=True)
+
+
 def train(name: str, data: str, minutes: float, out: Path) -> None:
     """Every run of a list that has no file yet, as long as another one of its kind is likely to fit into the time.
 
@@ -63,22 +93,37 @@ def train(name: str, data: str, minutes: float, out: Path) -> None:
     """
     started, taken = time.monotonic(), dict[str, float]()
     speed = out / "throughput.json"
-    if name == "full" and not speed.exists():
-        throughput.measure(torch.device("cuda"), [135, 512, 2048], 7, min(4.0, minutes), speed)
+    if name == "full":
+        with lock(out / "speed.lock", wait=True):
+            if not speed.exists():
+                throughput.main(["--minutes", str(min(4.0, minutes)), "--out", str(speed)])
     for line in LISTS[name]:
         config, sites, seeds = compare.parse([*shlex.split(line), "--data", data, "--out", str(out)])
         for seed, site in [(seed, site) for seed in seeds for site in sites]:
             file = out / f"{config.recipe}-{site}-{seed}.npz"
-            if file.exists():
-                continue
             begun = time.monotonic()
-            if begun - started + taken.get(site, 0) > 60 * minutes:
-                print(f"{(begun - started) / 60:.1f} minutes: {file.stem} and what follows are left for the next call.")
-                return
-            mine = dataclasses.replace(config, out=str(out / config.recipe), final_test=True)
-            with machine(config.device, config.precision, config.fast) as here:
-                keep(file, compare.one_run(mine, site, seed, here), here)
+            with lock(file.with_suffix(".lock")) as mine:
+                if not mine or file.exists():
+                    continue
+                if begun - started + taken.get(site, 0) > 60 * minutes:
+                    print(f"{(begun - started) / 60:.1f} minutes: {file.stem} and what follows are left.")
+                    return
+                asked = dataclasses.replace(config, out=str(out / config.recipe), final_test=True)
+                with machine(config.device, config.precision, config.fast) as here:
+                    keep(file, compare.one_run(asked, site, seed, here), here)
             taken[site] = time.monotonic() - begun
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process is the one that holds the file; it lets go at the end, or when it dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def keep(file: Path, result: dict[str, Any], here: Machine) -> None:
@@ -127,26 +172,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=summary, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=("train", "score", "page"))
+    parser.add_argument("step", choices=("tune", "train", "score", "page"))
     parser.add_argument("list", choices=tuple(LISTS), nargs="?", help="of runs; see LISTS")
     parser.add_argument("--data", default="", metavar="PATH", help="FER2013, in any layout that check_data.py knows")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no run that is likely to end after them")
     parser.add_argument("--runs", default=str(RUNS), metavar="FOLDER", help="default: runs/fer2013")
     options = parser.parse_args()
-    if options.step != "page" and not options.list:
+    if options.step in ("train", "score") and not options.list:
         parser.error(f"name a list: {', '.join(LISTS)}")
-    if options.step == "train" and not options.data:
-        parser.error("train needs --data PATH")
-    folder = Path(options.runs) / str(options.list)
+    if options.step in ("tune", "train") and not options.data:
+        parser.error(f"{options.step} needs --data PATH")
+    folder = Path(options.runs) / (options.list or "tuning")
     try:
-        if options.step == "train":
+        if options.step in ("tune", "train"):
             folder.mkdir(parents=True, exist_ok=True)
+        if options.step == "tune":
+            tune(options.data, folder)
+        elif options.step == "train":
             train(options.list, options.data, options.minutes, folder)
         elif options.step == "score":
             results.store(options.list, [results.Run(file) for file in sorted(folder.glob("*.npz"))])
     except EXPECTED as error:
         sys.exit(f"fer2013.py: {error}")
-    if options.step != "train":
+    if options.step in ("score", "page"):
         page.write()
 
 

@@ -4,10 +4,10 @@
     python benchmarks/throughput.py --batches 8 --rounds 3     on a CPU
 
 The paper's network at 48x48 on random images, plain and with ten views: eager in float32, and fast (bfloat16 autocast,
-channels_last, torch.compile, a fused optimizer). Two floors are measured beside them: the multiply-adds at the rate of
-a large matrix product, and the bytes that training keeps, written and read once, at the rate of a copy. Every row is
-written to benchmarks/results/throughput.json as soon as it is measured, and not measured again; the page is made by
-`python benchmarks/speed.py --page`.
+channels_last, torch.compile, a fused optimizer); on a GPU also other ways to run it, and which kernels take the time.
+Two floors are measured beside them: the multiply-adds at the rate of a large matrix product, and the bytes that
+training keeps, written and read once, at the rate of a copy. Every row is written to benchmarks/results/throughput.json
+as soon as it is measured, and not measured again; the page is made by `python benchmarks/speed.py --page`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,53 +38,98 @@ from model import fer_resnet18  # noqa: E402
 from timing import commit, machine, peak, seconds  # noqa: E402
 
 NETWORKS = ("none", "layer1", PLANS[0], "layer3", "layer2", "input")
-MODES = {"fast": torch.bfloat16, "float32 eager": torch.float32}
 WARM_UP, STEPS = 5, 10
 
 
-def measure(device: torch.device, batches: list[int], rounds: int, minutes: float, out: Path) -> None:
+@dataclass(frozen=True)
+class Mode:
+    """How a network is run: its precision, its layout, and torch.compile's mode, None where it runs eagerly."""
+
+    kind: torch.dtype
+    layout: torch.memory_format
+    compiled: str | None = None
+
+    @property
+    def rate(self) -> str:
+        """The name of the matrix product's rate that bounds it."""
+        return "fast" if self.kind == torch.bfloat16 else "float32 eager"
+
+
+MODES = {
+    "fast": Mode(torch.bfloat16, torch.channels_last, "default"),
+    "float32 eager": Mode(torch.float32, torch.contiguous_format),
+}
+#: Other ways, tried on a GPU with some networks and the first batch.
+WAYS = {
+    "fast, as CUDA graphs": Mode(torch.bfloat16, torch.channels_last, "reduce-overhead"),
+    "fast, contiguous": Mode(torch.bfloat16, torch.contiguous_format, "default"),
+    "bfloat16 eager": Mode(torch.bfloat16, torch.channels_last),
+}
+#: Kernels by a part of their names, the first that fits; what fits nothing is the rest.
+KERNELS = {
+    "fused by the compiler (norms, activations, the split, sums)": ("triton",),
+    "convolutions and matrix products": ("conv", "gemm", "wgrad", "dgrad", "fprop", "nvjet", "cutlass", "cudnn"),
+    "optimizer": ("adam", "multi_tensor"),
+}
+
+
+def measure(device: torch.device, options: argparse.Namespace) -> None:
     """What is missing of the device's rows, until the time is up; the networks in the order of their interest."""
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(options.out)
+    torch.backends.cudnn.benchmark = True
     stored = json.loads(out.read_text()) if out.exists() else {}
     mine = stored.setdefault(machine(device), {"rows": []})
     mine["commit"], mine["command"] = commit(), f"benchmarks/throughput.py {shlex.join(sys.argv[1:])}".strip()
     mine["versions"] = f"torch {torch.__version__}, Python {platform.python_version()}"
-    for name, make in {"floors": floors, "split": split}.items():
-        if name not in mine:
-            mine[name] = make(device, rounds)
     known = {(row["network"], row["mode"], row["batch"]) for row in mine["rows"]}
-    for batch in batches:
+    for network, mode, batch in asked(device, options):
+        if (network, mode, batch) in known or time.monotonic() - started > 60 * options.minutes:
+            continue
+        try:
+            mine["rows"].append(row(network, mode, batch, device, options.rounds))
+        except torch.OutOfMemoryError:
+            continue
+        print(*mine["rows"][-1].items(), flush=True)
+        out.write_text(json.dumps(stored, indent=1) + "\n")
+    parts: dict[str, Callable[..., Any]] = {"floors": floors, "split": split}
+    if device.type == "cuda":
+        parts["kernels"] = kernels
+    for name, make in parts.items():
+        if name not in mine and not options.rows_only:
+            mine[name] = make(device, options.rounds)
+            print(name, mine[name], flush=True)
+            out.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def asked(device: torch.device, options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """Network, mode and batch: all of them at the first batch, then two networks at the others."""
+    for batch in options.batches:
+        first = batch == options.batches[0]
         for mode in MODES:
-            for network in NETWORKS:
-                if (network, mode, batch) in known or time.monotonic() - started > 60 * minutes:
-                    continue
-                try:
-                    mine["rows"].append(row(network, mode, batch, device, rounds))
-                except torch.OutOfMemoryError:
-                    continue
-                print(*mine["rows"][-1].items(), flush=True)
-                out.write_text(json.dumps(stored, indent=1) + "\n")
-    out.write_text(json.dumps(stored, indent=1) + "\n")
+            for network in options.networks:
+                if first or network in ("none", "layer1"):
+                    yield network, mode, batch
+        if first and device.type == "cuda":
+            yield from ((n, mode, batch) for mode in WAYS for n in options.networks if n in ("none", "layer1"))
 
 
-def row(network: str, mode: str, batch: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Images a second of one network, mode and batch, median of the rounds; and the peak memory of a training step."""
+def training(network: str, mode: Mode, batch: int, device: torch.device) -> tuple[nn.Module, Callable[[], Any], Any]:
+    """The network, one step of its training, and one call for its outputs."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    fast, kind = mode == "fast", MODES[mode]
-    layout = torch.channels_last if fast else torch.contiguous_format
     model = fer_resnet18()
     if network != "none":
         inject_crop_vote(model, after=sites_of(network), input_size=48)
-    model = model.to(device).to(memory_format=layout)
-    run = torch.compile(model) if fast else model
-    images = torch.randn(batch, 3, 48, 48, device=device).contiguous(memory_format=layout)
+    model = model.to(device).to(memory_format=mode.layout)
+    run = torch.compile(model, mode=mode.compiled) if mode.compiled else model
+    images = torch.randn(batch, 3, 48, 48, device=device).contiguous(memory_format=mode.layout)
     targets = torch.randint(7, (batch,), device=device)
     loss = CropVoteLoss(nn.CrossEntropyLoss())
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fast and device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=mode.compiled is not None and device.type == "cuda")
+    cast = mode.kind != torch.float32
 
     def step() -> None:
-        with torch.autocast(device.type, kind, enabled=fast):
+        with torch.autocast(device.type, mode.kind, enabled=cast):
             value = loss(run(images), targets)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -91,9 +137,15 @@ def row(network: str, mode: str, batch: int, device: torch.device, rounds: int) 
 
     @torch.no_grad()
     def infer() -> Tensor:
-        with torch.autocast(device.type, kind, enabled=fast):
+        with torch.autocast(device.type, mode.kind, enabled=cast):
             return run(images)
 
+    return model, step, infer
+
+
+def row(network: str, mode: str, batch: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Images a second of one network, mode and batch, median of the rounds; and the peak memory of a training step."""
+    model, step, infer = training(network, {**MODES, **WAYS}[mode], batch, device)
     found: dict[str, Any] = {"network": network, "mode": mode, "batch": batch}
     for what, call in (("training", step), ("inference", infer)):
         model.train(what == "training")
@@ -103,6 +155,24 @@ def row(network: str, mode: str, batch: int, device: torch.device, rounds: int) 
     model.train()
     found["peak_mib"] = peak(step, device) / batch
     return found
+
+
+def kernels(device: torch.device, rounds: int) -> dict[str, Any]:
+    """Of training with ten views after layer1, batch 135, fast: ms a step, and ms of the device's by kind of kernel."""
+    _, step, _ = training("layer1", MODES["fast"], 135, device)
+    taken = 1e3 * statistics.median(repeated(step, device, rounds))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    times, longest = dict.fromkeys([*KERNELS, "the rest"], 0.0), dict[str, float]()
+    for event in seen.key_averages():
+        kind = next((k for k, parts in KERNELS.items() if any(p in event.key.lower() for p in parts)), "the rest")
+        spent = event.self_device_time_total / 1e3 / STEPS
+        times[kind] += spent
+        longest[event.key] = spent
+    top = sorted(longest.items(), key=lambda item: -item[1])[:12]
+    return {"step": taken, "kinds": times, "longest": dict(top)}
 
 
 def repeated(call: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
@@ -117,9 +187,12 @@ def floors(device: torch.device, rounds: int) -> dict[str, float]:
     """Multiply-adds a second of a large matrix product, in both precisions, and bytes a second of a copy."""
     side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
     found = {}
-    for name, kind in MODES.items():
-        one = torch.randn(side, side, device=device, dtype=kind)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 on a GPU: PyTorch's default for convolutions
+    for name, mode in MODES.items():
+        one = torch.randn(side, side, device=device, dtype=mode.kind)
         found[name] = side**3 / min(repeated(lambda one=one: one @ one, device, max(rounds, 7)))
+    torch.set_float32_matmul_precision(before)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found["copy"] = 2 * size / min(repeated(lambda: target.copy_(source), device, max(rounds, 7)))
@@ -131,9 +204,9 @@ def split(device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     batch = 135 if device.type == "cuda" else 8
     copying = floors(device, rounds)["copy"]
     found = {}
-    for name, kind in MODES.items():
-        layout = torch.channels_last if name == "fast" else torch.contiguous_format
-        x = torch.randn(batch, 64, 48, 48, device=device, dtype=kind).contiguous(memory_format=layout).requires_grad_()
+    for name, mode in MODES.items():
+        x = torch.randn(batch, 64, 48, 48, device=device, dtype=mode.kind)
+        x = x.contiguous(memory_format=mode.layout).requires_grad_()
         for how, function in {"eager": split_views, "compiled": torch.compile(split_views)}.items():
             y = function(x, ten_crop())
             gradient = torch.randn_like(y)
@@ -156,11 +229,11 @@ def section() -> list[str]:
     lines = [
         "## Images a second", "",
         "Made by `python benchmarks/throughput.py`. *fast*: bfloat16 autocast, channels_last, `torch.compile` and, on",
-        "a GPU, a fused optimizer. A training step is forward, backward, AdamW. The floors are what the device could",
-        "do at most, as images a second; *work*: three times the multiply-adds at the rate of a large matrix",
-        "product of that precision; *bytes*: what training keeps, written and read once, at the rate of a copy. Floors",
-        "and networks are measured minutes apart: on a machine that others share, a figure may stand above its floor.",
-        "",
+        "a GPU, a fused optimizer. *float32 eager*: PyTorch's defaults, that is TensorFloat-32 convolutions on a GPU.",
+        "A training step is forward, backward, AdamW. The floors are what the device could do at most, as images a",
+        "second; *work*: three times the multiply-adds at the rate of a large matrix product of that precision;",
+        "*bytes*: what training keeps, written and read once, at the rate of a copy. Floors and networks are measured",
+        "minutes apart: on a machine that others share, a figure may stand above its floor.", "",
     ]  # fmt: skip
     for name, found in stored.items():
         rates, cells = found["floors"], found["split"]
@@ -175,12 +248,15 @@ def section() -> list[str]:
             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
         plains = {(r["mode"], r["batch"]): r["training"] for r in found["rows"] if r["network"] == "none"}
-        for row in sorted(found["rows"], key=lambda r: (r["mode"], r["batch"], NETWORKS.index(r["network"]))):
+        modes = {**MODES, **WAYS}
+        places = {name: place for place, name in enumerate([*modes, *NETWORKS])}
+        for row in sorted(found["rows"], key=lambda r: (places[r["mode"]], r["batch"], places[r["network"]])):
             cost, base = costs[row["network"]], plains.get((row["mode"], row["batch"]))
-            size = cost.train_memory_mib * 2**20 / (2 if row["mode"] == "fast" else 1)
+            rate = modes[row["mode"]].rate
+            size = cost.train_memory_mib * 2**20 / (2 if rate == "fast" else 1)
             ratio = f"{base / row['training']:.2f}" if base else "–"
             label = "plain" if row["network"] == "none" else f"`{row['network']}`"
-            work, memory = rates[row["mode"]] / (3e9 * cost.gmacs), rates["copy"] / (2 * size)
+            work, memory = rates[rate] / (3e9 * cost.gmacs), rates["copy"] / (2 * size)
             lines.append(
                 f"| {label} | {row['mode']} | {row['batch']} | {_rate(row['training'])} | "
                 f"{ratio} | {cost.gmacs / costs['none'].gmacs:.2f} | "
@@ -189,26 +265,40 @@ def section() -> list[str]:
         lines += ["", "The split after `layer1` alone, bytes a second over those of a copy:", "",
                   "| | forward | backward |", "|---|---:|---:|"]  # fmt: skip
         lines += [f"| {how} | {one['forward']:.0%} | {one['backward']:.0%} |" for how, one in cells.items()]
-        lines += [""]
+        lines += ["", *_kernels(found.get("kernels"))]
     return lines
+
+
+def _kernels(found: dict[str, Any] | None) -> list[str]:
+    """Where the time of a step goes, where it was measured."""
+    if found is None:
+        return []
+    spent = sum(found["kinds"].values())
+    lines = [
+        f"A training step with ten views after `layer1`, fast, batch 135: {found['step']:.1f} ms; the device",
+        f"works in {spent:.1f} ms of them:", "", "| kernels | ms a step | share |", "|---|---:|---:|",
+    ]  # fmt: skip
+    return [*lines, *(f"| {kind} | {ms:.2f} | {ms / spent:.0%} |" for kind, ms in found["kinds"].items()), ""]
 
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     summary, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[135, 512, 2048])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=1e6, help="measure no further row after them")
+    parser.add_argument("--rows-only", action="store_true", help="no floors, split, kernels")
     parser.add_argument("--out", default=str(STORED), metavar="FILE")
-    options = parser.parse_args()
-    measure(torch.device(options.device), options.batches, options.rounds, options.minutes, Path(options.out))
+    options = parser.parse_args(argv)
+    measure(torch.device(options.device), options)
 
 
 if __name__ == "__main__":

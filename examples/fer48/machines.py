@@ -102,6 +102,7 @@ def machine(device: str, precision: str = "", fast: bool = False) -> Iterator[Ma
     place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(place)
+        torch.backends.cudnn.benchmark = fast  # every batch has the same size: the fastest kernel is found once
     kind = getattr(torch, precision or ("bfloat16" if fast else "float32"))
     if size == 1:
         yield Machine(place, kind, fast)
