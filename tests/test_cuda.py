@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import networks
 import pytest
 import torch
 from torch import nn
 
+import networks
 from cropvote import CropVoteLoss, choose_confidence, inject_crop_vote, per_view, profile, settings, vote_until_sure
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -44,6 +44,7 @@ class Learner:
             ids = [here.device.index] if here.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, device_ids=ids)
         if config.fast:
+            torch.compiler.reset()  # it keeps eight versions of a forward at most, and every run is another one
             self.network = torch.compile(self.network)  # type: ignore[assignment]
 
     @property
