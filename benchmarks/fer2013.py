@@ -62,7 +62,7 @@ LISTS = {
 
 
 #: Recipes tried for the plain network, which all networks then learn by; what they add to the paper's augmentations.
-TUNING = "--recipe fer2013 --fast --after none --epochs 15"
+TUNED = "--recipe fer2013 --fast --after none --epochs 15"
 VARIANTS = {
     "AdamW, rate 0.002, decay 0.05": "",
     "the same, averaged weights (0.998)": "--ema 0.998",
@@ -81,9 +81,10 @@ def tune(data: str, out: Path) -> None:
         folder = out / str(place)
         with lock(out / f"{place}.lock") as mine:
             if mine:
-                config, _, _ = parse([*shlex.split(f"{TUNING} {more}"), "--data", data, "--out", str(folder)])
+                config, _, _ = parse([*shlex.split(f"{TUNED} {more}"), "--data", data, "--out", str(folder)])
                 with machine(config.device, config.precision, config.fast) as here:
                     one_training(config, here, resume=True)
+    results.store_tuning(VARIANTS, out)
 
 
 def train(name: str, data: str, minutes: float, out: Path) -> None:
@@ -182,7 +183,7 @@ def main() -> None:
         parser.error(f"name a list: {', '.join(LISTS)}")
     if options.step in ("tune", "train") and not options.data:
         parser.error(f"{options.step} needs --data PATH")
-    folder = Path(options.runs) / (options.list or "tuning")
+    folder = Path(options.runs) / (options.list or results.TUNING)
     try:
         if options.step in ("tune", "train"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +195,7 @@ def main() -> None:
             results.store(options.list, [results.Run(file) for file in sorted(folder.glob("*.npz"))])
     except EXPECTED as error:
         sys.exit(f"fer2013.py: {error}")
-    if options.step in ("score", "page"):
+    if options.step != "train":
         page.write()
 
 

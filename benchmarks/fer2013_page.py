@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from compare import COLOURS, mean_and_sd, spread
 from config import in_words
-from fer2013_scores import ALL, CROPPED, MIRRORED, PLAIN, STORED, SURE
+from fer2013_scores import ALL, CROPPED, MIRRORED, PLAIN, STORED, SURE, TUNING
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURES = ROOT / "docs" / "results.md", ROOT / "docs" / "figures"
@@ -55,7 +55,25 @@ def write() -> None:
                 figure.legend(loc="outside lower center", ncols=1 if long else 2, frameon=False, fontsize=8)
                 figure.savefig(FIGURES / f"fer2013_{stem}.svg", metadata={"Date": None})
                 lines += [f"![{text}](figures/fer2013_{stem}.svg)", ""]
+        if name == "full":
+            lines += tuning(stored.get(TUNING, []))
     PAGE.write_text("\n".join(lines))
+
+
+def tuning(found: list[Found]) -> list[str]:
+    """How the recipe was chosen."""
+    if not found:
+        return []
+    one = found[0]
+    return [
+        "### How the recipe was chosen", "",
+        f"The plain network, {one['learnt_epochs']} epochs, one seed, by PublicTest alone, beside the paper's "
+        f"augmentations and mirroring (`python benchmarks/fer2013.py tune`; {one['versions']['device']}). The best one "
+        "is the recipe, for every network.", "",
+        "| recipe | options | PublicTest, best epoch | mean of the last five |", "|---|---|---:|---:|",
+        *(line(row["variant"], f"`{row['options']}`" if row["options"] else "–",
+               *(f"{100 * row['epochs'][key]:.1f}" for key in ("best", "last_five"))) for row in found), "",
+    ]  # fmt: skip
 
 
 def section(runs: list[Found]) -> list[str]:

@@ -13,9 +13,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from compare import mcnemar
 from cropvote import agreement, choose_confidence
+from results import RESULT
 from scoring import HOWS, predictions, score
 
 STORED = Path(__file__).parent / "results" / "fer2013.json"
+TUNING = "tuning"
 BINS = 10
 #: The views of ten that are computed where fewer than all are; they stand in the order of ten_crop().
 FEW = {"centre": [4], "centre + mirror": [4, 9], "five crops": [0, 1, 2, 3, 4]}
@@ -63,10 +65,26 @@ class Run:
 
 def store(name: str, runs: list[Run]) -> None:
     """Put the figures of a list of runs into the file, in the place of that list's older ones."""
-    kept = json.loads(STORED.read_text()) if STORED.exists() else {}
     plain = {(run.told["config"]["recipe"], run.told["config"]["seed"]): run for run in runs if run.site == "none"}
-    kept[name] = [{"command": f"python benchmarks/fer2013.py train {name}", **figures(run, plain)} for run in runs]
-    STORED.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    put(name, [{"command": f"python benchmarks/fer2013.py train {name}", **figures(run, plain)} for run in runs])
+
+
+def put(name: str, found: list[dict[str, Any]]) -> None:
+    kept = json.loads(STORED.read_text()) if STORED.exists() else {}
+    STORED.write_text(json.dumps({**kept, name: found}, indent=1, ensure_ascii=False) + "\n")
+
+
+def store_tuning(variants: dict[str, str], folder: Path) -> None:
+    """What each variant of the recipe reached on the validation faces, as far as it has run."""
+    found = []
+    for place, (name, options) in enumerate(variants.items()):
+        file = folder / str(place) / RESULT
+        if file.exists():
+            result = json.loads(file.read_text())
+            kept = {key: result[key] for key in ("epochs", "versions", "parameters")}
+            told = {"variant": name, "options": options, "learnt_epochs": result["config"]["epochs"]}
+            found.append({"command": "python benchmarks/fer2013.py tune", **told, **kept})
+    put(TUNING, found)
 
 
 def figures(run: Run, plain: dict[tuple[str, int], Run]) -> dict[str, Any]:
