@@ -233,7 +233,9 @@ def section() -> list[str]:
         "A training step is forward, backward, AdamW. The floors are what the device could do at most, as images a",
         "second; *work*: three times the multiply-adds at the rate of a large matrix product of that precision;",
         "*bytes*: what training keeps, written and read once, at the rate of a copy. Floors and networks are measured",
-        "minutes apart: on a machine that others share, a figure may stand above its floor.", "",
+        "minutes apart: on a machine that others share, a figure may stand above its floor. With a small batch a fast",
+        "GPU waits for the CPU, most of all on the plain network (it trains twice as fast as CUDA graphs): there the",
+        "ratio of the times flatters the vote, and large batches say what it costs.", "",
     ]  # fmt: skip
     for name, found in stored.items():
         rates, cells = found["floors"], found["split"]

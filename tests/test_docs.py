@@ -17,6 +17,7 @@ import skimage
 
 import cropvote
 import faces
+import fer2013_page
 import until_sure
 from cropvote import errors, profile
 from model import fer_resnet18
@@ -85,6 +86,11 @@ def test_the_tables_of_stopping_votes_are_those_of_the_stored_figures(name):
     runs = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["runs"]
     assert until_sure.table(runs) in (DOCS / "beyond.md").read_text()
     assert not any(str(value).startswith("/") for run in runs for value in run["config"].values())
+
+
+def test_readmes_table_is_that_of_the_stored_figures():
+    stored = json.loads(fer2013_page.STORED.read_text())
+    assert fer2013_page.short_table(stored["full"]) in (ROOT / "README.md").read_text()
 
 
 def test_the_home_page_is_readmes_first_screen():
