@@ -18,7 +18,7 @@ from torch import nn
 
 from .costs.suggesting import suggest_site
 from .costs.tables import Profile, profile, row_of
-from .errors import CropVoteError, MissingExtraError, OptionError
+from .errors import CropVoteError, MissingExtraError, OptionError, SiteError
 from .layouts import Tokens
 from .plans import NAMES, After
 from .plots import check_path
@@ -108,6 +108,8 @@ def _sites(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argp
     found = sites(model, size, views=NAMES[arguments.views](), all=arguments.all)
     if arguments.json:
         return json.dumps([{**site._asdict(), "layout": _layout(site)} for site in found], indent=1)
+    if not found:
+        raise SiteError(f"no site of this {type(model).__name__} is valid: --all says why, of each module.")
     head = ["site", "shape", "layout", "distinct", *["why not"] * arguments.all]
     cells = [head]
     for site in found:

@@ -14,7 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import networks
-from cropvote import CropVoteError, five_crop, hflip, inject_crop_vote, profile, settings, sites, suggest_site
+from cropvote import (
+    CropVoteError,
+    SiteError,
+    five_crop,
+    hflip,
+    inject_crop_vote,
+    profile,
+    settings,
+    sites,
+    suggest_site,
+    ten_crop,
+)
 from model import fer_resnet18
 
 #: (image side, site): GMACs and MB of the forward pass in Table 2 of the paper.
@@ -360,6 +371,27 @@ def test_plans_are_those_that_a_look_at_all_of_them_finds():
         assert asked.cost.ratio == pytest.approx(cost[wanted].ratio)
         found.add(wanted)
     assert len(found) > 2
+
+
+def test_the_tokens_of_a_map_are_the_same_place():
+    """Of a ViT that takes images of any size the map in front of the positions is a site; behind them is better."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, dynamic_img_size=True)
+    assert {"patch_embed.proj", "pos_drop"} < {site.name for site in sites(model)}
+    assert suggest_site(model, max_macs_ratio=12).site == "pos_drop"
+    assert suggest_site(model, max_macs_ratio=12, max_sites=2).site == "pos_drop"
+
+
+def test_no_site_at_all_says_why():
+    with pytest.raises(SiteError, match=r"no site of this FeatureListNet is valid: the model returns list with 0"):
+        profile(timm.create_model("resnet10t", features_only=True), 64)
+
+
+def test_the_error_proposes_fewer_views_than_asked_for():
+    for views, hint in ((ten_crop(), r"views=five_crop\(\) or views=hflip\(\)\."), (five_crop(), r"views=hflip\(\)\.")):
+        with pytest.raises(SiteError, match=rf"Fewer views cost less: {hint}$"):
+            suggest_site(networks.fer(), 48, max_macs_ratio=0.1, views=views)
+    with pytest.raises(SiteError, match=r"MiB per image in training\.$"):
+        suggest_site(networks.fer(), 48, max_macs_ratio=0.1, views=hflip())
 
 
 def test_no_site_within_the_budget():

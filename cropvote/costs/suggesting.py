@@ -9,12 +9,12 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import OptionError, SiteError, ViewsError
-from ..layouts import Tokens
+from ..layouts import Tokens, sides
 from ..plans import After
 from ..probing.fakes import on_fake_copy
 from ..probing.probe import asked_of, candidates, checked_plan
 from ..probing.trials import Split
-from ..probing.verdicts import Probe
+from ..probing.verdicts import Probe, Site
 from ..probing.walk import INPUT
 from ..views import Views, hflip
 from .meters import Meter, SiteCost
@@ -53,7 +53,7 @@ def suggest_site(
     The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are no
     suggestion: ``after="input"`` is test-time augmentation, at the price of every view. Nor is a site with less than
     1 % of the work behind it, where the views have hardly a way to differ. Of sites that follow each other at the same
-    work and shape (a convolution, its norm, its activation) it is the last.
+    work and shape (a convolution, its norm, its activation; a map and the tokens made of it) it is the last.
 
     Args:
         model: an image classifier that was not injected.
@@ -87,7 +87,7 @@ def suggest_site(
     found, dearer = on_fake_copy(model, lambda fake: _search(Meter(Probe(fake, example, views, None)), budget, halves))
     asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
     if found is None:
-        raise SiteError(_none_fits(type(model).__name__, asked, budget, dearer))
+        raise SiteError(_none_fits(type(model).__name__, asked, budget, dearer, len(views)))
     after, cost = found
     before = f"; {dearer[-1].site!r}, {'before it' if isinstance(after, str) else 'alone'}, has " if dearer else ""
     what = "the earliest site that costs" if isinstance(after, str) else "the earliest plan over two sites that costs"
@@ -132,7 +132,7 @@ def _search(
     return None, dearer
 
 
-def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[SiteCost]) -> str:
+def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[SiteCost], total: int) -> str:
     """The message that no site is within the budget."""
     if not dearer:
         return (
@@ -140,28 +140,36 @@ def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[Sit
             f"all=True)."
         )
     cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
+    fewer = " or ".join(f"views={name}" for name, count in {"five_crop()": 5, "hflip()": 2}.items() if count < total)
+    advice = f" Fewer views cost less: {fewer}." if fewer else ""
     return (
         f"no site of this {kind} costs at most {asked}; the cheapest is {cheapest.site!r}, with "
-        f"{_in_words(cheapest)}. Fewer views cost less: five_crop(), hflip(), or eval_views= and train_views=."
+        f"{_in_words(cheapest)}.{advice}"
     )
 
 
 def _of_equal_work(meter: Meter, names: list[str]) -> list[str]:
     """The first site and those that follow with its work and shape, such as a convolution's norm and activation.
 
-    Crops commute with what works element by element, so the views are the same there, and less memory is kept.
+    Crops commute with what works element by element, so the views are the same there, and less memory is kept. A map's
+    tokens are of its shape: behind their positions every view has those of its place, before them of a whole image.
     """
-    first = meter.cost(meter.probe.site(names[0]))
-    found = []
+    start = meter.probe.site(names[0])
+    first, found = meter.cost(start), list[str]()
     for name in names:
         site = meter.probe.site(name)
         if site.reason:
             continue
         cost = meter.cost(site)
-        if cost.ratio != first.ratio or cost.shape != first.shape:
+        if cost.ratio != first.ratio or _extent(site) != _extent(start):
             break
         found.append(name)
     return found
+
+
+def _extent(site: Site) -> tuple[tuple[int, ...], int]:
+    """The sides of a site's map and its channels, whatever its layout."""
+    return sides(site.shape, site.layout), site.shape[0 if site.layout == "NCHW" else -1]
 
 
 def _fits(cost: SiteCost, budget: dict[str, float]) -> bool:
@@ -190,7 +198,7 @@ def _cut_later(
         site = meter.probe.site(crops)
         return meter.cost_of([Split(first.name, halves[0], first.layout), Split(crops, halves[1], site.layout)])
 
-    if isinstance(first.layout, Tokens):
+    if _on_tokens(meter, first.name):
         return None
     last = next((place for place in reversed(range(len(later))) if _has_a_tail(meter, later[place])), None)
     if last is None or not _fits(cost(later[last]), budget):
@@ -206,7 +214,8 @@ def _cut_later(
     for place in range(high, last + 1):
         if not _all_differ(meter, later[place]):
             continue
-        mirrors, crops = _of_equal_work(meter, [first.name, *later[:place]]), _of_equal_work(meter, later[place:])
+        mirrors = [name for name in _of_equal_work(meter, [first.name, *later[:place]]) if not _on_tokens(meter, name)]
+        crops = _of_equal_work(meter, later[place:])
         for pair in itertools.product(reversed(mirrors), reversed(crops)):
             plan = dict(zip(pair, halves, strict=True))
             with suppress(SiteError, ViewsError):
@@ -219,6 +228,10 @@ def _cut_later(
 def _has_a_tail(meter: Meter, name: str) -> bool:
     """Whether all views differ there, and work enough follows."""
     return _all_differ(meter, name) and meter.cost(meter.probe.site(name)).tail_share >= LEAST_TAIL
+
+
+def _on_tokens(meter: Meter, name: str) -> bool:
+    return isinstance(meter.probe.site(name).layout, Tokens)
 
 
 def _all_differ(meter: Meter, name: str) -> bool:

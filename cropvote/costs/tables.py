@@ -172,7 +172,7 @@ def profile(
         A :class:`Profile` with one row per site.
 
     Raises:
-        SiteError: one of ``sites`` is no valid site, with the reason.
+        SiteError: one of ``sites`` is no valid site, with the reason; or no site is.
         UnknownSiteError: the model has no module of such a name.
         OptionError: no input size is known, or it is malformed.
         SurgeryError: the model does not run on such an input.
@@ -207,6 +207,9 @@ def profile(
                 rows.append((meter.cost(site), site.name, site.layout))
             elif site.name in names:
                 raise SiteError(refusal(meter.probe, site.name, site.reason))
+        if sites is None and not rows:
+            why = meter.probe.why_not_votable() or "see cropvote.sites(model, all=True)."
+            raise SiteError(f"no site of this {type(model).__name__} is valid: {why}")
         rows += [(meter.cost_of(checked_plan(meter.probe, plan)), plan, None) for plan in plans]
         return [(meter.baseline, "", None), *rows]
 
