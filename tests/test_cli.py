@@ -108,7 +108,11 @@ def test_help_fits_a_screen(capsys):
     [
         ("timm", "sites timm:resnet18", 'timm:resnet18 needs timm: pip install "cropvote[timm]"'),
         ("torchvision", "sites torchvision:resnet18 --size 48", "needs torchvision: pip install"),
-        ("matplotlib", "profile torch.nn:Flatten --size 48 --plot cost.png", 'pip install "cropvote[plots]"'),
+        (
+            "matplotlib",
+            "profile torchvision:squeezenet1_1 --size 48 --plot cost.png",
+            'pip install "cropvote[plots]"',
+        ),
     ],
 )
 def test_a_missing_extra_is_named(missing, line, message, tmp_path):

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import networks
 from cropvote import (
     CropVoteError,
-    SiteError,
     five_crop,
     hflip,
     inject_crop_vote,
@@ -26,6 +25,7 @@ from cropvote import (
     suggest_site,
     ten_crop,
 )
+from cropvote.errors import SiteError
 from model import fer_resnet18
 
 #: (image side, site): GMACs and MB of the forward pass in Table 2 of the paper.
