@@ -378,7 +378,8 @@ def test_the_tokens_of_a_map_are_the_same_place():
     model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, dynamic_img_size=True)
     assert {"patch_embed.proj", "pos_drop"} < {site.name for site in sites(model)}
     assert suggest_site(model, max_macs_ratio=12).site == "pos_drop"
-    assert suggest_site(model, max_macs_ratio=12, max_sites=2).site == "pos_drop"
+    plan = suggest_site(model, max_macs_ratio=4, max_sites=2).site
+    assert list(plan) == ["patch_embed", "blocks.0"]  # mirrored before the positions: attention sees no order of tokens
 
 
 def test_no_site_at_all_says_why():
