@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +19,7 @@ from cropvote import (
     hflip,
     inject_crop_vote,
     profile,
-    settings,
     sites,
-    suggest_site,
-    ten_crop,
 )
 from cropvote.errors import SiteError
 from model import fer_resnet18
@@ -305,119 +301,58 @@ def test_a_network_without_multiply_adds_has_no_ratio():
     assert json.loads(json.dumps(table.to_dict(), allow_nan=False))["rows"][1]["ratio"] is None
 
 
-# ---- advice ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "budget",
-    [
-        {"max_macs_ratio": 4},
-        {"max_memory_mib": 3},
-        {"max_macs_ratio": 6, "max_memory_mib": 2.5},
-        {"max_macs_ratio": 99},
-    ],
-)
-def test_the_earliest_site_within_the_budget(budget):
-    model = networks.fer()
-    inside = [row for row in profile(model, 48) if row.site not in ("baseline", "input")]
-    limits = (budget.get("max_macs_ratio", 1e9), budget.get("max_memory_mib", 1e9))
-    fitting = [row for row in inside if row.ratio <= limits[0] and row.train_memory_mib <= limits[1]]
-    first = next(row for row in fitting if row.tail_share >= 0.01)
-    *_, wanted = (row for row in fitting if (row.ratio, row.shape) == (first.ratio, first.shape))  # bn1, relu
-    found = suggest_site(model, 48, **budget)
-    assert (found.site, found.cost) == (wanted.site, wanted)
-    assert found.reason.startswith("the earliest site that costs at most")
-
-
-def test_no_site_is_suggested_behind_which_the_views_say_the_same():
-    """Neither behind the last attention or convolution, nor as the second site of a plan; nor mirrored on tokens."""
-    vit = networks.tokens(img_size=96)  # a grid on which all ten crops and mirror images differ
-    for count in (1, 2):
-        with pytest.raises(CropVoteError, match=r"the cheapest is 'blocks\.1'"):
-            suggest_site(vit, 96, max_macs_ratio=2.4, max_sites=count)
-        assert suggest_site(vit, 96, max_macs_ratio=3.5, max_sites=count).site == "blocks.1"
-    wide = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)),
-    )
-    assert profile(wide, 48)["2"].distinct == 10
-    with pytest.raises(CropVoteError, match="the cheapest is '1'"):  # no plan with its crops after 2
-        suggest_site(wide, 48, max_macs_ratio=2, max_sites=2)
-    assert suggest_site(wide, 48, max_macs_ratio=4, max_sites=2).site == {"0": hflip(), "1": five_crop()}
-
-
-def test_plans_are_those_that_a_look_at_all_of_them_finds():
-    """Every pair of sites in forward order, instead of a bisection; of sites at the same work, the last."""
-    model = networks.fer()
-    rows = [row for row in profile(model, 48) if row.site not in ("baseline", "input") and row.tail_share >= 0.01]
-    cropped = [row.site for row in rows if row.distinct == 10]
-    pairs = [(a.site, b) for place, a in enumerate(rows) for b in cropped if b in {r.site for r in rows[place + 1 :]}]
-    priced = list(profile(model, 48, sites=[{a: hflip(), b: five_crop()} for a, b in pairs]))[2:]
-    cost = dict(zip(pairs, priced, strict=True))
-    assert len(pairs) > 20
-    found = set()
-    for ratio in (2.3, 2.6, 2.95, 3.3, 3.6, 4.2, 4.6):
-        first = next(
-            row for row in rows if row.ratio <= ratio or any(cost[p].ratio <= ratio for p in pairs if p[0] == row.site)
-        )
-        asked = suggest_site(model, 48, max_macs_ratio=ratio, max_sites=2)
-        if first.ratio <= ratio:
-            assert isinstance(asked.site, str)
-            continue
-        wanted = next(pair for pair in pairs if pair[0] == first.site and cost[pair].ratio <= ratio)
-        work = {row.site: (row.ratio, row.shape) for row in rows}
-        mirrors, crops = ([site for site in work if work[site] == work[name]][-1] for name in wanted)
-        assert asked.site == {mirrors: hflip(), crops: five_crop()}
-        assert asked.cost.ratio == pytest.approx(cost[wanted].ratio)
-        found.add(wanted)
-    assert len(found) > 2
-
-
-def test_the_tokens_of_a_map_are_the_same_place():
-    """Of a ViT that takes images of any size the map in front of the positions is a site; behind them is better."""
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, dynamic_img_size=True)
-    assert {"patch_embed.proj", "pos_drop"} < {site.name for site in sites(model)}
-    assert suggest_site(model, max_macs_ratio=12).site == "pos_drop"
-    plan = suggest_site(model, max_macs_ratio=4, max_sites=2).site
-    assert list(plan) == ["patch_embed", "blocks.0"]  # mirrored before the positions: attention sees no order of tokens
-
-
 def test_no_site_at_all_says_why():
     with pytest.raises(SiteError, match=r"no site of this FeatureListNet is valid: the model returns list with 0"):
         profile(timm.create_model("resnet10t", features_only=True), 64)
 
 
-def test_the_error_proposes_fewer_views_than_asked_for():
-    for views, hint in ((ten_crop(), r"views=five_crop\(\) or views=hflip\(\)\."), (five_crop(), r"views=hflip\(\)\.")):
-        with pytest.raises(SiteError, match=rf"Fewer views cost less: {hint}$"):
-            suggest_site(networks.fer(), 48, max_macs_ratio=0.1, views=views)
-    with pytest.raises(SiteError, match=r"MiB per image in training\.$"):
-        suggest_site(networks.fer(), 48, max_macs_ratio=0.1, views=hflip())
+def test_a_plan_costs_what_its_parts_do():
+    """Of the paper's network: the front once, the middle twice, the tail ten times on 5/6 of the side."""
+    two = {"layer1": hflip(), "layer3": five_crop()}
+    table = profile(networks.fer(), 48, sites=["layer1", two])
+    row = table["layer1=hflip,layer3=five"]
+
+    def macs(part: nn.Module, x: torch.Tensor) -> tuple[float, torch.Tensor]:
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+            out = part(x)
+        return counter.get_total_flops() / 2e9, out
+
+    model = networks.fer()
+    front, x = macs(nn.Sequential(model.conv1, model.bn1, model.relu, model.layer1), torch.zeros(1, 3, 48, 48))
+    middle, x = macs(nn.Sequential(model.layer2, model.layer3), x)
+    tail, _ = macs(nn.Sequential(model.layer4, model.avgpool, nn.Flatten(), model.fc), x[:, :, :10, :10])
+    assert row.gmacs == pytest.approx(front + 2 * middle + 10 * tail)
+    assert row.gmacs_by_views == pytest.approx(
+        {1: front + middle + tail, 2: front + 2 * (middle + tail), 10: row.gmacs}
+    )
+    assert row.distinct == 10
+    assert row.ratio == pytest.approx(row.gmacs / table["baseline"].gmacs)
+    live = inject_crop_vote(networks.fer(), after=two, input_size=48).eval()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        live(torch.randn(1, 3, 48, 48))
+    assert row.gmacs == pytest.approx(counter.get_total_flops() / 2e9)
+    assert table["baseline"].train_memory_mib < row.train_memory_mib < table["layer1"].train_memory_mib
+    timed = profile(networks.fer(), 48, sites=[two], measure=True, batch=1, rounds=1)
+    assert timed["layer1=hflip,layer3=five"].milliseconds > 0
 
 
-def test_no_site_within_the_budget():
-    with pytest.raises(CropVoteError, match=r"at most 0\.5 times .*; the cheapest is 'layer4.0', with"):
-        suggest_site(networks.fer(), 48, max_macs_ratio=0.5)
-    with pytest.raises(CropVoteError, match="needs a budget"):
-        suggest_site(networks.fer(), 48)
-    for limit in (0, -1, "2", float("nan"), True):
-        with pytest.raises(CropVoteError, match="max_memory_mib must be a number above 0"):
-            suggest_site(networks.fer(), 48, max_memory_mib=limit)
-    with pytest.raises(CropVoteError, match="no site inside this Flat is valid"):
-        suggest_site(Flat(), 48, max_macs_ratio=2)
-
-
-class Flat(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3 * 48 * 48, 7)
-
-    def forward(self, x):
-        return self.fc(x.flatten(1))
-
-
-def test_the_suggestion_is_a_site_that_votes():
-    model = torchvision.models.resnet18(num_classes=7).eval()
-    found = suggest_site(model, 64, max_macs_ratio=4)
-    assert inject_crop_vote(model, after=found.site, input_size=64)(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
-    assert len(settings(model).views) == 10
+def test_the_docs_table_is_that_of_the_profile():
+    """docs/beyond.md beside profile(fer_resnet18(), 48), figure by figure."""
+    text = (Path(__file__).parents[1] / "docs" / "beyond.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith(("| `", "| – (plain)"))
+    ]
+    known = {"hflip": hflip, "five": five_crop}
+    plans = {row[0].strip("`"): None for row in rows[1:]}
+    for name in plans:
+        parts = [part.split("=") for part in name.split(",")]
+        plans[name] = {site: known[views[0]]() for site, *views in parts} if "=" in name else name
+    table = profile(fer_resnet18(), 48, sites=list(plans.values()))
+    assert len(rows) == 5
+    for name, row in zip(["baseline", *plans], rows, strict=True):
+        cost = table[name]
+        few = f"{cost.gmacs_by_views[2]:.3f}" if name != "baseline" else ""
+        found = (f"{cost.gmacs:.3f}", f"{cost.ratio:.2f}", few, f"{cost.train_memory_mib:.2f}")
+        assert found == tuple(row[1:])

@@ -6,7 +6,6 @@ import copy
 import itertools
 import pickle
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import timm
@@ -28,16 +27,13 @@ from cropvote import (
     inject_crop_vote,
     per_view,
     plot_views,
-    profile,
     remove_crop_vote,
     settings,
     split_views,
-    suggest_site,
     ten_crop,
 )
 from cropvote.calling.calls import draw, split_by
 from cropvote.plans import Cut, ViewProduct, cuts_of, drawn_cuts, rows_of, total_of
-from model import fer_resnet18
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -407,78 +403,6 @@ def test_a_split_that_did_not_run_is_seen():
 def test_injecting_twice_names_the_sites():
     with pytest.raises(CropVoteError, match="after='layer1' and 'layer3': remove_crop_vote"):
         inject_crop_vote(voting(), after="layer2")
-
-
-# --- costs -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_plan_costs_what_its_parts_do():
-    """Of the paper's network: the front once, the middle twice, the tail ten times on 5/6 of the side."""
-    table = profile(networks.fer(), 48, sites=["layer1", TWO])
-    row = table["layer1=hflip,layer3=five"]
-
-    def macs(part: nn.Module, x: torch.Tensor) -> tuple[float, torch.Tensor]:
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
-            out = part(x)
-        return counter.get_total_flops() / 2e9, out
-
-    model = networks.fer()
-    front, x = macs(nn.Sequential(model.conv1, model.bn1, model.relu, model.layer1), torch.zeros(1, 3, 48, 48))
-    middle, x = macs(nn.Sequential(model.layer2, model.layer3), x)
-    tail, _ = macs(nn.Sequential(model.layer4, model.avgpool, nn.Flatten(), model.fc), x[:, :, :10, :10])
-    assert row.gmacs == pytest.approx(front + 2 * middle + 10 * tail)
-    assert row.gmacs_by_views == pytest.approx(
-        {1: front + middle + tail, 2: front + 2 * (middle + tail), 10: row.gmacs}
-    )
-    assert row.distinct == 10
-    assert row.ratio == pytest.approx(row.gmacs / table["baseline"].gmacs)
-    live = voting().eval()
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
-        live(IMAGES[:1])
-    assert row.gmacs == pytest.approx(counter.get_total_flops() / 2e9)
-    assert table["baseline"].train_memory_mib < row.train_memory_mib < table["layer1"].train_memory_mib
-    timed = profile(networks.fer(), 48, sites=[TWO], measure=True, batch=1, rounds=1)
-    assert timed["layer1=hflip,layer3=five"].milliseconds > 0
-
-
-def test_a_plan_may_fit_where_a_site_does_not():
-    model = networks.fer()
-    one, two = (suggest_site(model, 48, max_macs_ratio=3.2, max_sites=count) for count in (1, 2))
-    assert isinstance(one.site, str)
-    assert isinstance(two.site, dict)
-    assert two.cost.ratio <= 3.2
-    assert two.cost.distinct == 10
-    first = next(iter(two.site))
-    names = [name for name, _ in model.named_modules()]
-    assert names.index(first) < names.index(one.site)
-    assert "the earliest plan over two sites" in two.reason
-    assert profile(model, 48, sites=[two.site])[two.cost.site].gmacs == two.cost.gmacs
-    assert inject_crop_vote(model, after=two.site, input_size=48)(IMAGES).shape == (3, 7)
-    assert isinstance(suggest_site(networks.fer(), 48, max_macs_ratio=9, max_sites=2).site, str)
-    with pytest.raises(CropVoteError, match="max_sites must be 1 or 2"):
-        suggest_site(networks.fer(), 48, max_macs_ratio=3, max_sites=3)
-
-
-def test_the_docs_table_is_that_of_the_profile():
-    """docs/beyond.md beside profile(fer_resnet18(), 48), figure by figure."""
-    text = (Path(__file__).parents[1] / "docs" / "beyond.md").read_text()
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in text.splitlines()
-        if line.startswith(("| `", "| – (plain)"))
-    ]
-    known = {"hflip": hflip, "five": five_crop}
-    plans = {row[0].strip("`"): None for row in rows[1:]}
-    for name in plans:
-        parts = [part.split("=") for part in name.split(",")]
-        plans[name] = {site: known[views[0]]() for site, *views in parts} if "=" in name else name
-    table = profile(fer_resnet18(), 48, sites=list(plans.values()))
-    assert len(rows) == 5
-    for name, row in zip(["baseline", *plans], rows, strict=True):
-        cost = table[name]
-        few = f"{cost.gmacs_by_views[2]:.3f}" if name != "baseline" else ""
-        found = (f"{cost.gmacs:.3f}", f"{cost.ratio:.2f}", few, f"{cost.train_memory_mib:.2f}")
-        assert found == tuple(row[1:])
 
 
 def test_the_picture_of_the_views(tmp_path):

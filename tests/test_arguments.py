@@ -1,0 +1,123 @@
+"""A call's arguments beside the images: of no sample, of the samples, flags; in any order, given at first or later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import networks
+import oracle
+from cropvote import CropVoteError, hflip, inject_crop_vote
+from test_surgery import IMAGES
+
+AROUND = r"depends on the images by a path around it"
+
+
+class Heated(networks.Net):
+    """Takes a second argument: a temperature for all, or a number per sample."""
+
+    def forward(self, x, temperature):
+        return super().forward(x) / temperature
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_argument_that_is_of_no_sample_may_go_around(count):
+    model = Heated().eval()
+    images, temperature = IMAGES[:count], torch.tensor([2.0])
+    expected = model(images.flip(3), temperature) / 2 + model(images, temperature) / 2
+    inject_crop_vote(model, after="input", views=hflip())
+    assert torch.allclose(model(images, temperature), expected, atol=1e-6)
+
+
+def test_an_argument_that_an_input_size_does_not_give():
+    with pytest.raises(CropVoteError, match=r"'temperature'.*Without input_size= the first call is checked"):
+        inject_crop_vote(Heated().eval(), after="site", input_size=48)
+
+
+def test_an_argument_of_the_samples_may_not_go_around():
+    for args, kwargs in (((IMAGES, torch.ones(3, 1)), {}), ((IMAGES,), {"temperature": torch.ones(3, 1)})):
+        model = inject_crop_vote(Heated().eval(), after="site")
+        with pytest.raises(CropVoteError, match=r"depends on the argument 'temperature' by a path.*repeat_interleave"):
+            model(*args, **kwargs)
+
+
+class Reversed(networks.Net):
+    """Its first tensor is no image, and joins behind the site."""
+
+    def forward(self, numbers, x):
+        return super().forward(x) * numbers
+
+
+def test_a_first_tensor_that_is_no_image_is_named():
+    model = inject_crop_vote(Reversed().eval(), after="site")
+    with pytest.raises(CropVoteError, match="depends on the argument 'numbers' by a path around it"):
+        model(torch.ones(3, 1), IMAGES)
+
+
+class Clip(networks.Net):
+    """Its one tensor has five axes, and a path leads around the site."""
+
+    def forward(self, x):
+        x = self.front(x.mean(1))
+        return self.head(self.site(x) + x)
+
+
+def test_a_path_around_in_a_model_of_one_argument_names_none():
+    model = inject_crop_vote(Clip().eval(), after="site")
+    with pytest.raises(CropVoteError, match=AROUND):
+        model(IMAGES[:, None])
+
+
+class Met(networks.Net):
+    """Takes more of every sample: some in front of the site, some behind it."""
+
+    def forward(self, x, before, *behind, scale):
+        x = super().forward(x + before[:, :, None, None])
+        return x * scale + sum(behind)
+
+
+@pytest.mark.parametrize(
+    ("behind", "scale", "named"),
+    [((), 2.0, None), ((), torch.ones(3, 1), "scale"), ((torch.ones(7), torch.ones(3, 1)), 2.0, "behind")],
+)
+def test_only_the_argument_that_goes_around_is_named(behind, scale, named):
+    model, before, plain = Met().eval(), torch.randn(3, 3), networks.Net().eval()
+    plain.load_state_dict(model.state_dict())
+    inject_crop_vote(model, after="site")
+    if named:
+        with pytest.raises(CropVoteError, match=f"depends on the argument '{named}' by a path around it"):
+            model(IMAGES, before, *behind, scale=scale)
+        if not behind:
+            with pytest.raises(CropVoteError, match="depends on the argument 'scale'"):
+                model(scale=scale, before=before, x=IMAGES)
+    else:
+        rows = oracle.tail_rows(plain, "site", IMAGES + before[:, :, None, None], oracle.ten_views)
+        found = model(IMAGES, before, *behind, scale=scale)
+        assert torch.allclose(found.double(), oracle.vote(rows, "soft") * scale, atol=1e-6)
+
+
+class Optional(networks.Net):
+    """A second argument opens a path around the site."""
+
+    def forward(self, x, condition=None):
+        x = self.front(x)
+        return self.head(self.site(x) + (0 if condition is None else condition))
+
+
+def test_an_argument_given_later_is_checked_then():
+    model = inject_crop_vote(Optional().eval(), after="site", input_size=48)
+    assert model(IMAGES).shape == model(x=IMAGES).shape == (3, 7)
+    with pytest.raises(CropVoteError, match="depends on the argument 'condition'"):
+        model(IMAGES[:1], torch.ones(1, 8, 1, 1))
+    assert model(IMAGES).shape == (3, 7)
+
+
+class Masked(networks.Net):
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+
+def test_the_order_of_keywords_does_not_matter():
+    model = inject_crop_vote(Masked().eval(), after="input", views=hflip())
+    mask = torch.rand(48, 48)
+    assert torch.equal(model(x=IMAGES, mask=mask), model(mask=mask, x=IMAGES))
