@@ -169,9 +169,10 @@ def short_table(runs: list[Found]) -> str:
     lines += [
         "",
         f"FER2013 at 48×48, from scratch, {one['parameters']:,} parameters and {one['config']['epochs']} epochs for "
-        f"every network; {one['faces']:,} faces of PrivateTest, scored once; seeds {seeds}, mean ± sd; McNemar's exact "
-        f"test; torch {one['versions']['torch']}, {one['versions']['device'].removeprefix('cuda: ')}. Made by `python "
-        "benchmarks/fer2013.py`; all of it: [results](docs/results.md).",
+        f"every network; {one['faces']:,} faces of PrivateTest, scored once; mean ± sd of seeds {seeds}. Won : lost, for "
+        "each seed: the faces that only this network, or only the plain one, gets right (p of McNemar's exact test). "
+        f"Made by `python benchmarks/fer2013.py` with torch {one['versions']['torch']} on one "
+        f"{one['versions']['device'].removeprefix('cuda: ')}; all of it: [results](docs/results.md).",
     ]
     return "\n".join(lines)
 
