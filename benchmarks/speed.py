@@ -166,8 +166,10 @@ def page(stored: dict[str, Any], more: list[str]) -> str:
         "Made by `python benchmarks/speed.py`: the paper's network (11.2 M parameters, images 48×48, seven classes),",
         "with the same weights in every row, on random images. All networks run once per round, in turns. Milliseconds",
         "per batch are medians; a ratio is the median over rounds of a network's time over the plain one's in the same",
-        "round, with its quartiles. `GMACs / plain` are the multiply-adds over the plain network's: where the ratio of",
-        "the times is no larger, the split and the vote cost nothing that can be measured.", "",
+        "round, with its quartiles. `GMACs / plain` are the multiply-adds over the plain network's: where the ratio",
+        "of the times is no larger, a vote costs no more than its work. (It may cost less, since a larger batch of",
+        "smaller maps is often run more efficiently: this is no measure of the split alone, which is at the end of",
+        "this page.)", "",
     ]  # fmt: skip
     for result in stored.values():
         lines += [f"## {result['machine']}", "", f"{result['versions']}; batch {result['batch']}, {result['rounds']} "

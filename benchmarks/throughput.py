@@ -230,10 +230,10 @@ def section() -> list[str]:
         "## Images a second", "",
         "Made by `python benchmarks/throughput.py`. *fast*: bfloat16 autocast, channels_last, `torch.compile` and, on",
         "a GPU, a fused optimizer. *float32 eager*: PyTorch's defaults, that is TensorFloat-32 convolutions on a GPU.",
-        "A training step is forward, backward, AdamW. The floors are what the device could do at most, as images a",
-        "second; *work*: three times the multiply-adds at the rate of a large matrix product of that precision;",
-        "*bytes*: what training keeps, written and read once, at the rate of a copy. Floors and networks are measured",
-        "minutes apart: on a machine that others share, a figure may stand above its floor. With a small batch a fast",
+        "A training step is forward, backward, AdamW. Two limits, in images a second, stand beside the rates. Of the",
+        "*work*: three times the multiply-adds at the rate of a large matrix product of that precision; of the",
+        "*bytes*: what training keeps, written and read once, at the rate of a copy. Limits and rates are measured",
+        "minutes apart: on a machine that others share, a rate may stand above its limit. With a small batch a fast",
         "GPU waits for the CPU, most of all on the plain network (it trains twice as fast as CUDA graphs): there the",
         "ratio of the times flatters the vote, and large batches say what it costs.", "",
     ]  # fmt: skip
@@ -245,7 +245,7 @@ def section() -> list[str]:
             f"and {rates['float32 eager'] / 1e9:,.0f} (float32) 10⁹ multiply-adds a second; a copy: "
             f"{rates['copy'] / 1e9:,.0f} GB a second, read and written.", "",
             "| ten views after | mode | batch | training, images / s | time over the plain one's "
-            "| GMACs over the plain one's | floor of the work | floor of the bytes "
+            "| GMACs over the plain one's | limit of the work | limit of the bytes "
             "| inference, images / s | peak MiB an image |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]  # fmt: skip

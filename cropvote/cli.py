@@ -229,7 +229,10 @@ def _from_library(library: str, name: str, real: bool) -> Any:
 
     if not real:  # no memory for weights that nobody looks at, where the constructor computes no numbers
         with contextlib.suppress(Exception), torch.device("meta"):
-            return make()
+            model = make()
+            held = [value for module in model.modules() for value in vars(module).values()]
+            if not any(isinstance(value, torch.Tensor) for value in held):
+                return model.to_empty(device="cpu")  # where attention is PyTorch's for the CPU; no page is ever touched
     return _guarded(f"{library}:{name}", make)()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from cropvote import sites, suggest_site
+from cropvote import profile, sites, suggest_site
 from cropvote.cli import main
 
 
@@ -124,3 +124,11 @@ def test_a_missing_extra_is_named(missing, line, message, tmp_path):
     assert found.returncode == 2, found.stderr
     assert message in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_memory_is_that_of_python(capsys):
+    """Without weights on the command line, and with PyTorch's attention of the CPU, as for a model that has some."""
+    main(["profile", "timm:vit_tiny_patch16_224", "--sites", "blocks.9", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    model = timm.create_model("vit_tiny_patch16_224")
+    assert said == json.loads(json.dumps(profile(model, sites=["blocks.9"]).to_dict()))

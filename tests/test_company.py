@@ -83,7 +83,9 @@ def test_new_instances_of_the_swapped_class_are_plain():
 
 
 def test_a_graph_module_is_refused():
-    with pytest.raises(CropVoteError, match="GraphModule, whose forward is generated: inject before tracing"):
+    with pytest.raises(
+        CropVoteError, match="GraphModule, whose forward is generated: inject the model it was traced from"
+    ):
         inject_crop_vote(torch.fx.symbolic_trace(networks.plain()), after="0")
 
 

@@ -92,6 +92,10 @@ def suggest_site(
     before = f"; {dearer[-1].site!r}, {'before it' if isinstance(after, str) else 'alone'}, has " if dearer else ""
     what = "the earliest site that costs" if isinstance(after, str) else "the earliest plan over two sites that costs"
     reason = f"{what} at most {asked}: it has {_in_words(cost)}{before + _in_words(dearer[-1]) if dearer else ''}"
+    if len(cost.shape) == 2 and any(view.mirror for view in views.entries):
+        reason += (
+            "; where attention does not see the order of tokens, their mirror images say the same: see five_crop()"
+        )
     return Suggestion(after, reason, cost)
 
 
@@ -189,8 +193,9 @@ def _cut_later(
 ) -> tuple[After, SiteCost] | None:
     """The plan that mirrors at the first of the names and crops as early behind it as the budget allows.
 
-    None on tokens, whose order plain attention does not see: their mirror images would say the same. The earlier the
-    crops, the dearer: the place is found by bisection, once the last one is within the budget.
+    None on tokens, whose order plain attention does not see, so that their mirror images would say the same; nor on the
+    map that they are made of, in front of their positions. The earlier the crops, the dearer: the place is found by
+    bisection, once the last one is within the budget.
     """
     first, later = meter.probe.site(names[0]), names[1:]
 
@@ -198,7 +203,8 @@ def _cut_later(
         site = meter.probe.site(crops)
         return meter.cost_of([Split(first.name, halves[0], first.layout), Split(crops, halves[1], site.layout)])
 
-    if _on_tokens(meter, first.name):
+    mirrors = _of_equal_work(meter, names)
+    if any(_on_tokens(meter, name) for name in mirrors):
         return None
     last = next((place for place in reversed(range(len(later))) if _has_a_tail(meter, later[place])), None)
     if last is None or not _fits(cost(later[last]), budget):
@@ -214,9 +220,8 @@ def _cut_later(
     for place in range(high, last + 1):
         if not _all_differ(meter, later[place]):
             continue
-        mirrors = [name for name in _of_equal_work(meter, [first.name, *later[:place]]) if not _on_tokens(meter, name)]
-        crops = _of_equal_work(meter, later[place:])
-        for pair in itertools.product(reversed(mirrors), reversed(crops)):
+        crops, before = _of_equal_work(meter, later[place:]), [name for name in mirrors if name not in later[place:]]
+        for pair in itertools.product(reversed(before), reversed(crops)):
             plan = dict(zip(pair, halves, strict=True))
             with suppress(SiteError, ViewsError):
                 found = meter.cost_of(checked_plan(meter.probe, plan))

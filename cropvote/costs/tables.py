@@ -155,7 +155,9 @@ def profile(
 
     Counted on a fake copy, without the weights' memory and without running anything; the model is left as it is. The
     work is PyTorch's own count of floating-point operations (``torch.utils.flop_counter``), halved; what it does not
-    count (activations, norms, poolings) does not appear. With ``measure=True`` the networks also run, on random images.
+    count (activations, norms, poolings) does not appear. It is counted for the device that the model is on, which
+    decides what PyTorch's attention keeps for the backward pass (most of all on the meta device). With ``measure=True``
+    the networks also run, on random images.
 
     Args:
         model: an image classifier that was not injected.

@@ -73,7 +73,9 @@ def check_model(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError("the model is a TorchScript module, whose forward is fixed: inject first, then trace it.")
     if isinstance(model, torch.fx.GraphModule):
-        raise SurgeryError("the model is a torch.fx.GraphModule, whose forward is generated: inject before tracing.")
+        raise SurgeryError(
+            "the model is a torch.fx.GraphModule, whose forward is generated: inject the model it was traced from."
+        )
     if "_cropvote_split" in vars(model):
         raise SurgeryError(
             f"this {kind} carries the split of another injected model: remove_crop_vote from that first."

@@ -78,7 +78,9 @@ def _subclass(base: type, forward: Forward) -> type:
     @functools.wraps(plain.forward)
     def swapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if isinstance(args, torch.fx.Proxy):  # torch.fx gives the whole of *args as one
-            raise SurgeryError("torch.fx cannot trace an injected model: use torch.export, or trace before injecting.")
+            raise SurgeryError(
+                "torch.fx cannot trace an injected model, nor can a traced one be injected: use torch.export."
+            )
         return forward(self, base, *args, **kwargs)
 
     swapped.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]  # which trainers read

@@ -146,7 +146,8 @@ class Walk:
         except Exception as error:
             hint = " (Without input_size= the first call is checked, with all its arguments.)"
             raise PlainModelError(
-                f"{type(self.model).__name__} itself, without any split, failed on {self.asked()}: {first_line(error)}"
+                f"{type(self.model).__name__} itself, without any split, failed on {self.asked()} (the check has "
+                f"shapes and no values): {first_line(error)}"
                 f"{hint if self.example.channels_first and isinstance(error, TypeError) else ''}"
             ) from error
         finally:
@@ -322,6 +323,6 @@ class Walk:
             if len(shape) != 2 or shape[0] != BATCH:
                 return (
                     f"the model returns shape {shape} for {BATCH} samples; cropvote votes over one row of K outputs "
-                    f"per sample, (N, K)."
+                    f"per sample, (N, K){': for one output, (N, 1)' if shape == (BATCH,) else ''}."
                 )
         return ""

@@ -190,7 +190,9 @@ def report(result: dict[str, Any]) -> str:
     chosen = " (which chose the epoch)" if where == result["data"]["names"].get("val") else ""
     lines = [f"{result['data']['name']} {where}{chosen}: {result['summary']}"]
     if result.get("epochs"):
-        shown = "best {best:.3f} (epoch {best_epoch}), last {last:.3f}, mean of the last five {last_five:.3f}"
+        shown = "best {best:.3f} (epoch {best_epoch}), last {last:.3f}"
+        if result["config"]["epochs"] >= 5:
+            shown += ", mean of the last five {last_five:.3f}"
         lines.append(f"epochs on validation: {shown.format(**result['epochs'])}")
     if "soft" in result["votes"]:
         lines += ["", per_class_table(result["votes"].get(result["config"]["vote"], result["votes"]["soft"])), ""]
