@@ -3,6 +3,7 @@
     python benchmarks/fer2013.py tune --data fer2013.csv      on a GPU: recipes for the plain network, by PublicTest
     python benchmarks/fer2013.py train full --data fer2013.csv --minutes 9    on a GPU: speed, then what is missing
     python benchmarks/fer2013.py train small --data fer2013.csv               narrow networks, on two CPU cores
+    python benchmarks/fer2013.py train full --data fer2013.csv --missing      only what benchmarks/results lacks
     python benchmarks/fer2013.py score full      benchmarks/results/fer2013.json from the logits, then the page
     python benchmarks/fer2013.py page            docs/results.md and its pictures from that file
 
@@ -87,10 +88,10 @@ def tune(data: str, out: Path) -> None:
     results.store_tuning(VARIANTS, out)
 
 
-def train(name: str, data: str, minutes: float, out: Path) -> None:
+def train(name: str, data: str, minutes: float, out: Path, known: set[str]) -> None:
     """Every run of a list that has no file yet, as long as another one of its kind is likely to fit into the time.
 
-    The full list measures the speed of training first, for four minutes at most.
+    Those that are ``known`` are left out. The full list measures the speed of training first, for four minutes at most.
     """
     started, taken = time.monotonic(), dict[str, float]()
     speed = out / "throughput.json"
@@ -104,7 +105,7 @@ def train(name: str, data: str, minutes: float, out: Path) -> None:
             file = out / f"{config.recipe}-{site}-{seed}.npz"
             begun = time.monotonic()
             with lock(file.with_suffix(".lock")) as mine:
-                if not mine or file.exists():
+                if not mine or file.exists() or file.stem in known:
                     continue
                 if begun - started + taken.get(site, 0) > 60 * minutes:
                     print(f"{(begun - started) / 60:.1f} minutes: {file.stem} and what follows are left.")
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("list", choices=tuple(LISTS), nargs="?", help="of runs; see LISTS")
     parser.add_argument("--data", default="", metavar="PATH", help="FER2013, in any layout that check_data.py knows")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no run that is likely to end after them")
+    parser.add_argument("--missing", action="store_true", help="no run whose figures are in benchmarks/results")
     parser.add_argument("--runs", default=str(RUNS), metavar="FOLDER", help="default: runs/fer2013")
     options = parser.parse_args()
     if options.step in ("train", "score") and not options.list:
@@ -190,7 +192,8 @@ def main() -> None:
         if options.step == "tune":
             tune(options.data, folder)
         elif options.step == "train":
-            train(options.list, options.data, options.minutes, folder)
+            known = {run["run"] for run in results.stored().get(options.list, [])} if options.missing else set()
+            train(options.list, options.data, options.minutes, folder, known)
         elif options.step == "score":
             results.store(options.list, [results.Run(file) for file in sorted(folder.glob("*.npz"))])
     except EXPECTED as error:

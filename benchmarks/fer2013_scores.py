@@ -64,14 +64,20 @@ class Run:
 
 
 def store(name: str, runs: list[Run]) -> None:
-    """Put the figures of a list of runs into the file, in the place of that list's older ones."""
+    """Put the figures of runs into the file, in the place of older ones of the same runs."""
     plain = {(run.told["config"]["recipe"], run.told["config"]["seed"]): run for run in runs if run.site == "none"}
-    put(name, [{"command": f"python benchmarks/fer2013.py train {name}", **figures(run, plain)} for run in runs])
+    fresh = [{"command": f"python benchmarks/fer2013.py train {name}", **figures(run, plain)} for run in runs]
+    names = {run.name for run in runs}
+    put(name, [*(old for old in stored().get(name, []) if old["run"] not in names), *fresh])
 
 
 def put(name: str, found: list[dict[str, Any]]) -> None:
-    kept = json.loads(STORED.read_text()) if STORED.exists() else {}
-    STORED.write_text(json.dumps({**kept, name: found}, indent=1, ensure_ascii=False) + "\n")
+    STORED.write_text(json.dumps({**stored(), name: found}, indent=1, ensure_ascii=False) + "\n")
+
+
+def stored() -> dict[str, list[dict[str, Any]]]:
+    """The figures so far, by list."""
+    return dict(json.loads(STORED.read_text())) if STORED.exists() else {}
 
 
 def store_tuning(variants: dict[str, str], folder: Path) -> None:

@@ -90,6 +90,19 @@ def test_accuracies_are_counted_by_hand(runs, stored):
         assert "some" not in json.dumps(found["config"])
 
 
+def test_runs_that_come_later_are_added(tmp_path, stored):
+    """A third seed by itself, and one of the first ones again: nothing is lost, nothing stands twice."""
+    (tmp_path / "more").mkdir()
+    again = [a_run(tmp_path / "more", site, seed) for site, seed in (("none", 2), ("layer1", 2), ("layer1", 0))]
+    results.store("small", again)
+    found = json.loads((tmp_path / "fer2013.json").read_text())["small"]
+    assert sorted(run["run"] for run in found) == sorted(
+        f"toy-{site}-{seed}" for site in ("none", "layer1", "layer1=hflip,layer3=five") for seed in (0, 1, 2)
+        if (site, seed) != ("layer1=hflip,layer3=five", 2)
+    )  # fmt: skip
+    assert found[: len(stored) - 1] == [run for run in stored if run["run"] != "toy-layer1-0"]
+
+
 def test_the_test_against_the_plain_network_of_the_same_seed(runs, stored):
     plain, voting = runs[1], runs[3]
     assert (plain.told["config"]["seed"], voting.told["config"]["seed"]) == (1, 1)
