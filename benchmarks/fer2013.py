@@ -88,7 +88,7 @@ def tune(data: str, out: Path) -> None:
     results.store_tuning(VARIANTS, out)
 
 
-def train(name: str, data: str, minutes: float, out: Path, known: set[str]) -> None:
+def train(name: str, data: str, minutes: float, out: Path, known: frozenset[str] = frozenset()) -> None:
     """Every run of a list that has no file yet, as long as another one of its kind is likely to fit into the time.
 
     Those that are ``known`` are left out. The full list measures the speed of training first, for four minutes at most.
@@ -108,7 +108,9 @@ def train(name: str, data: str, minutes: float, out: Path, known: set[str]) -> N
                 if not mine or file.exists() or file.stem in known:
                     continue
                 if begun - started + taken.get(site, 0) > 60 * minutes:
-                    print(f"{(begun - started) / 60:.1f} minutes: {file.stem} and what follows are left.")
+                    print(
+                        f"{(begun - started) / 60:.1f} minutes: {file.stem} and what follows are left for the next call."
+                    )
                     return
                 asked = dataclasses.replace(config, out=str(out / config.recipe), final_test=True)
                 with machine(config.device, config.precision, config.fast) as here:
@@ -192,7 +194,7 @@ def main() -> None:
         if options.step == "tune":
             tune(options.data, folder)
         elif options.step == "train":
-            known = {run["run"] for run in results.stored().get(options.list, [])} if options.missing else set()
+            known = frozenset(run["run"] for run in results.stored().get(options.list, []) if options.missing)
             train(options.list, options.data, options.minutes, folder, known)
         elif options.step == "score":
             results.store(options.list, [results.Run(file) for file in sorted(folder.glob("*.npz"))])

@@ -211,6 +211,11 @@ def test_runs_are_trained_once_and_kept_whole(tmp_path, monkeypatch, capsys):
     fer2013.train("small", "toy", 1e6, tmp_path)
     assert capsys.readouterr().out == ""
     files[0].unlink()
+    fer2013.train("small", "toy", 1e6, tmp_path, frozenset({"toy-layer3-0"}))
+    with fer2013.lock(tmp_path / "toy-layer3-0.lock"):  # another process has it
+        fer2013.train("small", "toy", 1e6, tmp_path)
+    assert capsys.readouterr().out == ""
+    assert not files[0].exists()
     fer2013.train("small", "toy", -1.0, tmp_path)
     assert "toy-layer3-0 and what follows are left for the next call" in capsys.readouterr().out
     assert not files[0].exists()
