@@ -108,9 +108,8 @@ def train(name: str, data: str, minutes: float, out: Path, known: frozenset[str]
                 if not mine or file.exists() or file.stem in known:
                     continue
                 if begun - started + taken.get(site, 0) > 60 * minutes:
-                    print(
-                        f"{(begun - started) / 60:.1f} minutes: {file.stem} and what follows are left for the next call."
-                    )
+                    spent = (begun - started) / 60
+                    print(f"{spent:.1f} minutes: {file.stem} and what follows are left for the next call.")
                     return
                 asked = dataclasses.replace(config, out=str(out / config.recipe), final_test=True)
                 with machine(config.device, config.precision, config.fast) as here:
