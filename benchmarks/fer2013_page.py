@@ -28,14 +28,14 @@ TITLES = {
 SAID = {
     "full": [
         "Ten views after `layer1` are significantly ahead of the plain network (p below 0.0001) and of its mirror",
-        "image averaged (p 0.022 and 0.0029) in both seeds. The centre view alone is ahead of the plain network by",
-        "less than chance explains, for less work. Centre and mirror cost 1.28 of the plain network and come within",
-        "0.35 points of ten views; going on to ten views where they are unsure brings nothing more here. Our aims",
-        "were 0.2 points there and 73.3 % on PrivateTest with the soft vote: neither is reached. The other votes",
-        "differ by less than the seeds do. Voting networks are trained for the same epochs as the plain one, that",
-        "is for more work; the plain one for as much work, a third seed, the paper's own recipe and the other sites",
-        "have not been run. The runs shared the GPU, two or three at a time, so that rates and minutes are no",
-        "speeds: those are in [speed](speed.md).",
+        "image averaged (p 0.022 and 0.0029) in both seeds. The centre view alone is ahead of the plain network in",
+        "both seeds, for less work, but not significantly. Centre and mirror cost 1.28 of the plain network and",
+        "come within 0.35 points of ten views; going on to ten views where they are unsure brings nothing more",
+        "here. Our aims were 0.2 points there and 73.3 % on PrivateTest with the soft vote: neither is reached. The",
+        "other votes differ by less than the seeds do. Voting networks are trained for the same epochs as the plain",
+        "one, that is for more work; the plain one for as much work, a third seed, the paper's own recipe and the",
+        "other sites have not been run. The runs shared the GPU, two or three at a time, so that rates and minutes",
+        "are no speeds: those are in [speed](speed.md).",
         "",
     ],
 }  # fmt: skip
