@@ -189,6 +189,27 @@ def test_the_results_are_those_of_the_stored_figures(tmp_path, monkeypatch):
         assert len(runs) == 3
 
 
+def test_the_figures_in_the_texts_are_the_stored_ones():
+    """A further seed changes them: the sentences have to follow."""
+    full = json.loads(results.STORED.read_text())["full"]
+    runs = {site: [run for run in full if run["config"]["after"] == site and run["config"]["recipe"] == "fer2013"]
+            for site in ("none", "layer1", "layer1=hflip,layer3=five")}  # fmt: skip
+    plain, mirror = _mean(runs["none"], "plain"), _mean(runs["none"], "averaged with the mirror image")
+    ten, plan = _mean(runs["layer1"], "ten views"), _mean(runs["layer1=hflip,layer3=five"], "ten views")
+    wanted = {"docs/beyond.md": (plain, mirror, ten, plan), "docs/method.md": (plain, mirror, ten)}
+    wanted["examples/fer48/README.md"] = wanted["docs/beyond.md"]
+    exact = {way: np.mean([row["accuracy"] for run in runs[site] for row in run["rows"] if (row["way"], row["vote"])
+                           == (way, "soft")]) for site, way in
+             (("none", "plain"), ("none", "averaged with the mirror image"), ("layer1", "ten views"))}  # fmt: skip
+    ahead = [100 * (exact["ten views"] - exact[way]) for way in ("plain", "averaged with the mirror image")]
+    wanted["README.md"] = (f"{ahead[0]:.1f} points ahead of the plain network and {ahead[1]:.1f} of its mirror image",)
+    for file, figures in wanted.items():
+        text = " ".join((ROOT / file).read_text().split())
+        assert not [one for one in figures if one not in text], file
+    seeds = {len(found) for found in runs.values()}
+    assert seeds == {2}, "README.md, docs and SAID in fer2013_page.py speak of two seeds"
+
+
 def _mean(found: list[dict], way: str) -> str:
     values = [row["accuracy"] for run in found for row in run["rows"] if row["way"] == way and row["vote"] == "soft"]
     return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
