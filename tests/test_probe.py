@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 
 import pytest
 import timm
@@ -143,6 +145,50 @@ def test_sites_leaves_the_model_alone(make):
     remove_crop_vote(model)
     assert networks.same(networks.snapshot(model), before)
     assert random.getstate() == python
+
+
+@pytest.mark.parametrize("check", ["inject", "sites", "first call", "a new size, one image"])
+def test_a_check_seeds_no_device(monkeypatch, check):
+    """Every device's numbers would be those of one seed afterwards, whatever the user's."""
+    model = networks.fer().train()
+    images = torch.zeros(2, 3, 48, 48)
+    if check == "a new size, one image":
+        inject_crop_vote(model.eval(), after="layer1", input_size=24)
+        images = images[:1]
+    elif check == "first call":
+        inject_crop_vote(model, after="layer1")
+    torch.manual_seed(1234)
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.xpu, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    if check == "inject":
+        inject_crop_vote(model, after="layer1", input_size=48)
+    elif check == "sites":
+        sites(model, 48)
+    else:
+        model(images)
+    assert seeded == []
+    assert torch.initial_seed() == 1234
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numbers_drawn_by_other_threads_during_a_check_come_once():
+    """A check that puts the state back gives other threads the same numbers again."""
+    drawn, done = [], threading.Event()
+
+    def draw():
+        while not done.is_set():
+            drawn.append(float(torch.rand(())))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    inject_crop_vote(networks.fer(), after="layer1", input_size=48)
+    done.set()
+    thread.join()
+    assert len(drawn) > 5
+    assert len(set(drawn)) > len(drawn) - 2  # float32 numbers rarely meet by chance
 
 
 def test_the_first_call_leaves_no_trace_of_its_check():

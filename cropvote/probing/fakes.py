@@ -179,11 +179,8 @@ def _copy(model: nn.Module) -> nn.Module:
 @contextmanager
 def _putting_back() -> Iterator[None]:
     """Put back the random numbers, and keep autocast's cache and PyTorch's log of failed calls out of it."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
-    states.append((torch.set_rng_state, torch.get_rng_state()))
-    if "numpy" in sys.modules:
-        numpy_random = sys.modules["numpy"].random
-        states.append((numpy_random.set_state, numpy_random.get_state()))
+    numbers = RandomState()
+    states: list[tuple[Callable[[Any], Any], Any]] = []
     states.append((torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()))
     torch.set_autocast_cache_enabled(False)  # it would keep the fake weights, cast
     states.append((torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
@@ -196,6 +193,34 @@ def _putting_back() -> Iterator[None]:
         log.disabled = silent
         for restore, state in states:
             restore(state)
+        numbers.put_back()
+
+
+class RandomState:
+    """The state of every generator of random numbers, to be put back where a check changed it.
+
+    Operations on fake tensors draw nothing, so PyTorch's generators change only if the model seeds them. They are left
+    alone otherwise: putting them back would give other threads the same numbers twice. Python's and NumPy's change if
+    the model draws from them.
+    """
+
+    def __init__(self) -> None:
+        self.python, self.seed, self.cpu = random.getstate(), torch.initial_seed(), torch.get_rng_state()
+        self.devices = {m: m.get_rng_state_all() for m in (torch.cuda, torch.xpu) if m.is_initialized()}
+        self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+
+    def put_back(self) -> None:
+        if random.getstate() != self.python:
+            random.setstate(self.python)
+        if self.numpy is not None:
+            numpy_random = sys.modules["numpy"].random
+            if any((one != other).any() if hasattr(one, "any") else one != other
+                   for one, other in zip(numpy_random.get_state(), self.numpy, strict=True)):  # fmt: skip
+                numpy_random.set_state(self.numpy)
+        if torch.initial_seed() != self.seed:
+            torch.set_rng_state(self.cpu)
+            for module, states in self.devices.items():
+                module.set_rng_state_all(states)
 
 
 class Paths(TorchDispatchMode):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import random
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..calling.outputs import named, prediction_places, tensors_of
 from ..errors import PlainModelError, RowsError, SurgeryError
 from ..layouts import AXES, LAYOUTS, Layout
-from .fakes import BATCH, Example, Paths, Spec, first_line, map_first_tensor, tensors_in
+from .fakes import BATCH, Example, Paths, RandomState, Spec, first_line, map_first_tensor, tensors_in
 from .swapping import is_swapped, restore_forward, swap_forward
 
 __all__: list[str] = []
@@ -87,6 +86,7 @@ class Walk:
 
     def __init__(self, model: nn.Module, example: Example) -> None:
         self.model, self.example = model, example
+        self.numbers_before = RandomState()
         named = model.named_modules(remove_duplicate=False)
         self.modules = {name: m for name, m in named if name and not isinstance(m, torch.jit.ScriptModule)}
         standings = _standings(model)
@@ -182,8 +182,7 @@ class Walk:
         try:
             for module in swapped:
                 swap_forward(module, _inert)
-            random.seed(0)
-            torch.manual_seed(0)
+            self.numbers_before.put_back()  # what is drawn in Python decides alike in every run
             with Paths(lambda operation, args, paths: found.append(operation)):
                 args, kwargs = self.inputs(Paths(), 0)
                 self.model(*args, **kwargs)
