@@ -433,7 +433,7 @@ def keep(
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     runs = Path(options.runs)
     runs.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().half().cpu() if v.is_floating_point() else v.cpu()
+    weights = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous()
                for k, v in learner.model.state_dict().items()}  # fmt: skip
     save_file(weights, runs / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.safetensors")
     shown = ", ".join(f"{way} {100 * share:.2f}" for way, share in accuracy["val"].items())
