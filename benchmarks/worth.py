@@ -3,6 +3,7 @@
     python benchmarks/worth.py next --data fer2013.npz --device cuda --minutes 9     the runs that are still missing
     python benchmarks/worth.py next --data fer2013.npz --width 16 --budgets 6.5 13 26
     python benchmarks/worth.py next --task cifar10 --data cifar10_jpeg.npz --device cuda
+    python benchmarks/worth.py next --task finetune --data cifar10_jpeg.npz --budgets 6 12
     python benchmarks/worth.py list                                                  what is done and what is missing
 
 Work is counted in epochs of the plain network: a budget of 40 is the multiply-adds of 40 plain epochs, whatever the
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -36,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cropvote import CropVoteLoss, Views, five_crop, hflip, profile, split_views, ten_crop, vote
@@ -58,7 +60,7 @@ NAMED: dict[str, Callable[[], Views]] = {
     "ten": ten_crop,
     "five": five_crop,
     "hflip": hflip,
-    "five 7/8": lambda: five_crop(scale="7/8"),
+    "five 7/8": lambda: five_crop(scale=7 / 8),
 }
 #: Views of ten that stand in the order of ten_crop().
 FEW = {"centre": [4], "centre + mirror": [4, 9], "five crops": [0, 1, 2, 3, 4]}
@@ -176,7 +178,29 @@ def cifar10(data: str, width: int, limit: int | None) -> Task:
     )  # fmt: skip
 
 
-TASKS = {"fer2013": fer2013, "cifar10": cifar10}
+def finetune(data: str, width: int, limit: int | None) -> Task:
+    """ResNet-20 as others trained it on the original pictures, fine-tuned on JPEGs, which it has never seen."""
+    task = cifar10(data, width, limit or 10000)
+    weights = Path(data).with_name("resnet20.safetensors")
+
+    def make() -> nn.Module:
+        model = cifar.CifarResNet()
+        model.load_state_dict(load_file(weights))
+        return model
+
+    outside = "input=hflip,layer2=five 7/8"
+    families = [
+        [always("none"), Arm(PLAIN, Network(outside, None, 64)), Arm(PLAIN, Network(outside, 2, 64))],
+        [always(outside, 2, 64)],
+        [always("layer1=ten", None, 32)],
+        [always(outside, None, 64)],
+        [always("layer1=ten", 2)],
+    ]
+    told = {"blocks": 3, "limit": limit or 10000}
+    return dataclasses.replace(task, name="finetune", make=make, families=families, rate=0.02, told=told)
+
+
+TASKS = {"fer2013": fer2013, "cifar10": cifar10, "finetune": finetune}
 
 
 def rows_of(stages: dict[str, Callable[[Tensor], Tensor]], x: Tensor, sites: dict[str, Views]) -> Tensor:
@@ -202,9 +226,10 @@ def costs_of(task: Task) -> Callable[[Network], float]:
             known[network.after] = list(profile(model, task.size, sites=[network.sites]))
         plain, row = known[network.after][0].gmacs, known[network.after][-1].gmacs_by_views
         everything = max(row)
-        tail = (row[everything] - row[1]) / (everything - 1) if len(network.sites) == 1 else math.nan
         count = network.train_views or everything
-        return (row[everything] if count == everything else row[1] + (count - 1) * tail) / plain
+        if count in row:
+            return row[count] / plain
+        return (row[1] + (count - 1) * (row[everything] - row[1]) / (everything - 1)) / plain  # of a single site
 
     return cost
 
@@ -236,11 +261,16 @@ class Learner:
         self.pool: Any = None
 
     def choices(self, network: Network) -> list[dict[str, Views]]:
-        """The sites of every draw of views; all views where none are drawn."""
+        """The sites of every draw of views; all views where none are drawn.
+
+        With two sites, all views of the first are kept, and the same view of the last is drawn for each of them.
+        """
         if network.train_views is None:
             return [network.sites]
-        ((site, views),) = network.sites.items()
-        return [{site: views.take(some)} for some in itertools.combinations(range(len(views)), network.train_views)]
+        *first, (site, views) = network.sites.items()
+        count = network.train_views // math.prod(len(theirs) for _, theirs in first)
+        drawn = itertools.combinations(range(len(views)), count)
+        return [{**dict(first), site: views.take(some)} for some in drawn]
 
     def step(self, sites: dict[str, Views], batch: int) -> None:
         self.rate.copy_(self.rates.index_select(0, self.at).squeeze())  # nothing here may wait for the device
@@ -354,7 +384,7 @@ def ask(learner: Learner, network: Network, split: str, batch: int = 512) -> dic
 def family(task: Task, arms: list[Arm], seed: int, options: argparse.Namespace, deadline: float) -> None:
     """All missing runs of one first network and seed."""
     device, cost = torch.device(options.device), costs_of(task)
-    known = {key(line) for line in stored()}
+    known = {line["run"] for line in stored(Path(options.results))}
     wanted = [(arm, budget) for budget in sorted(options.budgets) for arm in arms]
     wanted = [one for one in wanted if named(task, *one, seed) not in known]
     if not wanted:
@@ -401,10 +431,6 @@ def pictures(generator: torch.Generator, total: int, count: int) -> Tensor:
 def named(task: Task, arm: Arm, budget: float, seed: int) -> str:
     told = "-".join(f"{name}{value}" for name, value in task.told.items() if value is not None)
     return f"{task.name}/{told}/{arm.name}/{budget:g}/{seed}"
-
-
-def key(line: dict[str, Any]) -> str:
-    return str(line["run"])
 
 
 def keep(

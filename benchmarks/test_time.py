@@ -1,0 +1,126 @@
+"""Views at test time alone: networks that somebody else trained, without any training of ours.
+
+    python benchmarks/test_time.py run --data cifar10_jpeg.npz     benchmarks/results/test_time.json
+    python benchmarks/test_time.py table                           its figures, as a table
+
+ResNet-20 and ResNet-56 of CIFAR-10, on all 10,000 test pictures as JPEGs: plain, with the mirrored input, ten crops of
+the input, and views of the map behind every stage: five crops of several sizes, with and without mirror images, the
+mirror inside or at the input. The weights lie beside the data, as resnet20.safetensors and resnet56.safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from scipy.stats import binomtest
+from torch import Tensor
+
+import cifar
+from cropvote import Views, five_crop, hflip, inject_crop_vote, per_view, profile, remove_crop_vote, ten_crop
+
+STORED = Path(__file__).parent / "results" / "test_time.json"
+NETWORKS = {"resnet20": 3, "resnet56": 9}
+SIDES = {"input": 32, "layer1": 32, "layer2": 16, "layer3": 8}
+#: How many pixels of a site's map make one of the last map.
+STRIDES = {"input": 4, "layer1": 4, "layer2": 2, "layer3": 1}
+
+
+def ways() -> Iterator[tuple[str, dict[str, Views]]]:
+    """The name of each way to vote, and its sites."""
+    yield "mirrored input", {"input": hflip()}
+    yield "ten crops of the input", {"input": ten_crop(scale=Fraction(7, 8))}
+    for site, side in SIDES.items():
+        if site == "input":
+            continue
+        yield f"{site}: mirrored", {site: hflip()}
+        for crop in range(side * 3 // 4, side):
+            views = five_crop(scale=Fraction(crop, side))
+            yield f"{site}: five crops of {crop}", {site: views}
+            if (side - crop) % 2 == 0 and crop >= side * 5 // 6:
+                yield f"{site}: ten crops of {crop}", {site: ten_crop(scale=Fraction(crop, side))}
+                yield f"mirrored input, {site}: five crops of {crop}", {"input": hflip(), site: views}
+
+
+def aligned(sites: dict[str, Views]) -> bool:
+    """Whether every view begins on a pixel of the last map."""
+    for site, views in sites.items():
+        side = SIDES[site]
+        corners = [offset for pair in views.offsets(side, side) for offset in pair]
+        if any(offset % STRIDES[site] for offset in [*corners, side - views.crop_size(side, side)[0]]):
+            return False
+    return True
+
+
+@torch.no_grad()
+def classes(model: torch.nn.Module, images: Tensor, sites: dict[str, Views]) -> Tensor:
+    """(n,) by the mean of all views' logits."""
+    if sites:
+        inject_crop_vote(model, after=sites, input_size=32)
+    found = [per_view(model, x).mean(1) if sites else model(x) for x in map(cifar.to_input, images.split(250))]
+    if sites:
+        remove_crop_vote(model)
+    return torch.cat(found).argmax(1)
+
+
+def run(data: str) -> None:
+    images, labels = cifar.read_pictures(data, "test")
+    stored: dict[str, Any] = {"versions": {"torch": torch.__version__, "python": platform.python_version()}, "rows": []}
+    for name, blocks in NETWORKS.items():
+        model = cifar.CifarResNet(blocks).eval()
+        model.load_state_dict(load_file(Path(data).with_name(f"{name}.safetensors")))
+        right = {}
+        for way, sites in [("plain", {}), *ways()]:
+            hits = classes(model, images, sites) == labels
+            right[way] = hits
+            table = profile(model, 32, sites=[sites or "layer1"])
+            gmacs = list(table)[-1].gmacs if sites else table["baseline"].gmacs
+            row = {"network": name, "way": way, "accuracy": float(hits.double().mean()), "work": gmacs}
+            row["aligned"] = aligned(sites)
+            for other in ("plain", "mirrored input"):
+                if other in right and other != way:
+                    won, lost = int((hits & ~right[other]).sum()), int((~hits & right[other]).sum())
+                    row[f"against {other}"] = [
+                        won,
+                        lost,
+                        float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
+                    ]
+            stored["rows"].append(row)
+            print(row, flush=True)
+            STORED.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def table() -> str:
+    lines = [
+        "| network | way | accuracy, % | work | aligned | against plain | against mirrored input |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = json.loads(STORED.read_text())["rows"]
+    plain = {row["network"]: row["work"] for row in rows if row["way"] == "plain"}
+    for row in rows:
+        against = [row.get(f"against {other}") for other in ("plain", "mirrored input")]
+        told = [
+            f"{won} : {lost} ({p:.2g})" if won + lost else "–" for won, lost, p in (a or (0, 0, 1) for a in against)
+        ]
+        work, on_grid = row["work"] / plain[row["network"]], "yes" if row["aligned"] else "no"
+        cells = (row["network"], row["way"], f"{100 * row['accuracy']:.2f}", f"{work:.2f}", on_grid, *told)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("step", choices=("run", "table"))
+    parser.add_argument("--data", default="", metavar="FILE")
+    options = parser.parse_args()
+    if options.step == "run":
+        run(options.data)
+    else:
+        print(table())
