@@ -24,18 +24,17 @@ import ttach
 from torch import Tensor, nn
 from torchvision.transforms.functional import ten_crop as torchvision_ten_crop
 
-from cropvote import CropVoteLoss, inject_crop_vote, profile, settings
+from cropvote import CropVoteLoss, inject_crop_vote, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "fer48"))
 
 from model import fer_resnet18  # noqa: E402
-from timing import machine, peak, seconds  # noqa: E402
+from timing import machine, seconds  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 PAGE = ROOT / "docs" / "speed.md"
 SITES = ("layer1", "layer2", "layer3")
-PASSES = (None, 5, 2, 1)
 HAND, TTACH, TENCROP = "written by hand, after layer1", "ttach, five crops and mirror images", "torchvision's TenCrop"
 #: Networks that must say the same.
 ALIKE = {"cropvote after layer1": [HAND], "cropvote after input": [TTACH, TENCROP]}
@@ -139,26 +138,6 @@ def training(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
     return interleaved(calls, device, rounds)
 
 
-def passes(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
-    """Ten views after layer1, a few at a time: peak memory, time, and the largest difference of the vote."""
-    torch.manual_seed(0)
-    model = inject_crop_vote(fer_resnet18(), after="layer1", input_size=48).eval().to(device)
-    images = torch.randn(batch, 3, 48, 48, device=device)
-
-    def vote(step: int | None) -> Tensor:
-        settings(model).views_per_pass = step
-        return model(images)
-
-    with torch.no_grad():
-        whole = vote(None)
-        times = interleaved({str(step or 10): (lambda step=step: vote(step)) for step in PASSES}, device, rounds)
-        for step in PASSES:
-            row = times[str(step or 10)]
-            row["peak_mib"] = peak(lambda step=step: vote(step), device)
-            row["difference"] = float((vote(step) - whole).abs().max() / whole.abs().max())
-    return times
-
-
 def page(stored: dict[str, Any], more: list[str]) -> str:
     """docs/speed.md; ``more`` is what benchmarks/throughput.py has to say."""
     lines = [
@@ -177,13 +156,6 @@ def page(stored: dict[str, Any], more: list[str]) -> str:
         for title, times in result["inference"].items():
             lines += [f"### Inference, {title}", "", *table(times, result["gmacs"]), ""]
         lines += ["### Training step (forward and backward, float32, eager)", "", *table(result["training"], {}), ""]
-        lines += [
-            f"### Memory: `views_per_pass`, ten views after `layer1`, batch {result['batch']}", "",
-            "| views at a time | peak MiB | ms | time / one pass | largest relative difference of the vote |",
-            "| ---: | ---: | ---: | ---: | ---: |",
-            *(f"| {step} | {row['peak_mib']:.1f} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['difference']:.0e} |"
-              for step, row in result["passes"].items()), "",
-        ]  # fmt: skip
     return "\n".join([*lines, *more])
 
 
@@ -222,7 +194,6 @@ def main() -> None:
             "gmacs": gmacs(fer_resnet18()),
             "inference": measured,
             "training": training(device, batch, rounds),
-            "passes": passes(device, batch, rounds),
         }
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     import throughput  # it uses this file's functions

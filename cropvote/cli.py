@@ -18,13 +18,13 @@ from torch import nn
 
 from .costs.suggesting import suggest_site
 from .costs.tables import Profile, profile, row_of
+from .cuts import NAMES, After
 from .errors import CropVoteError, MissingExtraError, OptionError, SiteError
 from .layouts import Tokens
-from .plans import NAMES, After
 from .plots import check_path
-from .probing.fakes import example_of
-from .probing.probe import sites
-from .probing.verdicts import Site
+from .probe.fakes import example_of
+from .probe.sites import sites
+from .probe.verdicts import Site
 
 __all__: list[str] = []
 
@@ -94,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
         elif run is _suggest:
             add("--max-macs-ratio", type=float, metavar="X", help="at most X times the plain network's multiply-adds")
             add("--max-memory-mib", type=float, metavar="X", help="at most X MiB per image in training")
-            add("--max-sites", type=int, choices=(1, 2), default=1, help="2: also mirrored at one, cropped at a later")
         else:
             add("--sites", nargs="+", metavar="SITE", help="only these")
             add("--after", action="append", metavar="SITE=VIEWS", help="a plan over several sites; once for each site")
@@ -157,7 +156,6 @@ def _suggest(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
         max_macs_ratio=arguments.max_macs_ratio,
         max_memory_mib=arguments.max_memory_mib,
         views=views,
-        max_sites=arguments.max_sites,
     )
     if arguments.json:
         return json.dumps({"reason": found.reason, **row_of(found.cost)}, indent=1)

@@ -6,7 +6,8 @@ CropVoteError                     anything cropvote refuses
 ├── RowsError       ValueError    rows, views and targets that do not match
 ├── OptionError     ValueError    an option outside its list, or two that exclude each other
 ├── SurgeryError    ValueError    a model in a state that allows no injection, removal or call
-│   └── PlainModelError           the model itself, without any split, that does not run
+│   ├── PlainModelError           the model itself, without any split, that does not run
+│   └── CheckUnavailableError     a PyTorch that checks cannot follow
 ├── SiteError       ValueError    a module that is no valid site, with the reason
 ├── UnknownSiteError LookupError  no module of that name, with the nearest names
 ├── InputTypeError  TypeError     an argument of the wrong type
@@ -21,6 +22,7 @@ and what to do.
 from __future__ import annotations
 
 __all__ = [
+    "CheckUnavailableError",
     "CropVoteError",
     "InputTypeError",
     "MissingExtraError",
@@ -65,6 +67,10 @@ class SurgeryError(CropVoteError, ValueError):
 
 class PlainModelError(SurgeryError):
     """A model that, without any split, does not run on the input it is checked with, or cannot be copied."""
+
+
+class CheckUnavailableError(SurgeryError):
+    """This PyTorch does something that a check of a model cannot follow; everything but checks still works."""
 
 
 class SiteError(CropVoteError, ValueError):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cuts import parts_of
 from .errors import InputTypeError, MissingExtraError, OptionError, RowsError
-from .plans import parts_of
 from .reading import per_view, settings_in
 from .splitting import split_views
 from .uncertainty import agreement

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .calling.calls import Plan, following
-from .calling.options import Settings
-from .calling.outputs import describe, prediction_places, tensors_of
+from ._torch import call_eagerly
+from .call import requested
+from .cuts import Cut, make_cuts
 from .errors import OptionError, RowsError, SurgeryError
 from .layer import CropVote
-from .plans import cuts_of, passes_of
-from .probing.refusals import injection_of, unwrap
-from .splitting import part_views
+from .options import Settings
+from .outputs import describe, prediction_paths, tensors_of
+from .splitting import unflatten_views
 from .surgery import settings
+from .surgery.arguments import injection_of, unwrap
 
 __all__ = ["per_view"]
 
@@ -24,7 +24,8 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Every view's logits, from one pass, in eval mode.
 
     All the model's views are computed, whatever its ``eval_views`` and ``eval_output``; its settings stay as they are.
-    A compiled model runs without its compiler.
+    A compiled model runs without its compiler. (If a part of it that holds a site is compiled by itself, that is an
+    error: compile the whole model.)
 
     Args:
         model: an injected model, a :class:`CropVote` layer, or a network that holds one such layer at its end.
@@ -52,38 +53,40 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         >>> logits.shape, agreement(logits).shape
         (torch.Size([2, 10, 7]), torch.Size([2]))
     """
-    found = settings_in(model)
+    options = settings_in(model)
     model = unwrap(model)
     if model.training:
         raise SurgeryError("per_view reads a model in eval mode, and this one is in training mode: model.eval() first.")
-    if not found.enabled:
+    if not options.enabled:
         raise OptionError("per_view reads a model that votes; this one's settings say enabled=False.")
-    cuts = cuts_of(found.views)
-    plan = Plan(cuts, voted=False, passes=passes_of(cuts[-1], found.views_per_pass))
-    output = asked(model, found, plan, *args, **kwargs)
-    rows = dict(tensors_of(output)).get(prediction_places(output)[0])
-    if rows is None or rows.dim() != 2 or rows.shape[0] % len(found.views):
+    output = run_with_cuts(model, options, make_cuts(options.views), *args, **kwargs)
+    rows = dict(tensors_of(output)).get(prediction_paths(output)[0])
+    if rows is None or rows.dim() != 2 or rows.shape[0] % len(options.views):
         raise RowsError(f"the model returned {describe(output)}, not one row of logits for each view, (N*V, K).")
-    return part_views(rows, len(found.views))
+    return unflatten_views(rows, len(options.views))
 
 
-def asked(model: nn.Module, found: Settings, plan: Plan, *args: Any, **kwargs: Any) -> Any:
-    """What the model returns where it follows a plan; a layer inside a network must have the last word.
+def run_with_cuts(model: nn.Module, options: Settings, cuts: tuple[Cut, ...], *args: Any, **kwargs: Any) -> Any:
+    """Return the rows of the views that are cut; a layer inside a network must have the last word.
 
     Raises:
         SurgeryError: the network makes something else of what its layer returns.
     """
-    layers = [m for m in model.modules() if isinstance(m, CropVote) and m.settings is found and m.place == 0]
-    said: list[Tensor] = []
-    hooks = [m.register_forward_hook(lambda _m, _a, out: said.extend(dict(tensors_of(out)).values())) for m in layers]
+    layers = [m for m in model.modules() if isinstance(m, CropVote) and m.settings is options]
+    returned: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        returned.extend(x for _, x in tensors_of(output))
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        with following({found: plan}), torch.compiler.set_stance("force_eager"):  # compiled parts keep to the settings
-            output = model(*args, **kwargs)
+        with requested(options, cuts):
+            output = call_eagerly(model, *args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    rows = dict(tensors_of(output)).get(prediction_places(output)[0])
-    if layers and not any(rows is one for one in said):
+    rows = dict(tensors_of(output)).get(prediction_paths(output)[0])
+    if layers and not any(rows is x for x in returned):
         raise SurgeryError(
             f"this {type(model).__name__} makes something else of what its CropVote layer returns, so the views' rows "
             f"would not be those of its vote: put what follows into the layer's tail, or pass the layer itself."
@@ -92,10 +95,10 @@ def asked(model: nn.Module, found: Settings, plan: Plan, *args: Any, **kwargs: A
 
 
 def settings_in(model: nn.Module) -> Settings:
-    """Those of an injected model or a layer, or of the one layer inside a network."""
+    """Return the settings of an injected model or a layer, or of the one layer inside a network."""
     inner = unwrap(model) if isinstance(model, nn.Module) else None
     if inner is not None and injection_of(inner) is None:
-        layers = [module for module in inner.modules() if isinstance(module, CropVote) and module.place == 0]
+        layers = [module for module in inner.modules() if isinstance(module, CropVote)]
         if len(layers) > 1:
             raise SurgeryError(f"this {type(inner).__name__} holds {len(layers)} CropVote layers: pass one of them.")
         if layers:

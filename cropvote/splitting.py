@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ._torch import is_recorded
 from .errors import InputTypeError, RowsError, ViewsError
 from .layouts import Layout, Tokens, check_layout, token_count
 from .views import Views
@@ -13,13 +14,13 @@ from .views import Views
 __all__ = ["split_views"]
 
 
-def join_views(x: Tensor) -> Tensor:
-    """(N, V, ...) -> (N*V, ...): with :func:`part_views`, the one place that says a sample's views are adjacent."""
+def flatten_views(x: Tensor) -> Tensor:
+    """(N, V, ...) -> (N*V, ...). This and :func:`unflatten_views` alone know that a sample's views are adjacent."""
     return rearrange(x, "n v ... -> (n v) ...")
 
 
-def part_views(x: Tensor, count: int) -> Tensor:
-    """(N*V, ...) -> (N, V, ...), the inverse of :func:`join_views`."""
+def unflatten_views(x: Tensor, count: int) -> Tensor:
+    """(N*V, ...) -> (N, V, ...), the inverse of :func:`flatten_views`."""
     if x.shape[0] % count:
         raise RowsError(
             f"{x.shape[0]} rows cannot be parted into {count} views each: the rows must be samples times views, "
@@ -70,10 +71,11 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
         return _split_tokens(x, views, layout)
     if x.dim() != 4:
         raise ViewsError(f"split_views takes a 4-D map, (N, C, H, W) or (N, H, W, C), got shape {tuple(x.shape)}.")
-    if x.requires_grad and torch.is_grad_enabled() and not _is_recorded():
+    # while operations are recorded, the graph must be the same with and without gradients
+    if x.requires_grad and torch.is_grad_enabled() and not is_recorded():
         return _Split.apply(x, views, layout)
     x, first, permuted = _in_memory_order(x, layout)
-    y = join_views(torch.stack(_crops(x, views, first), dim=1))
+    y = flatten_views(torch.stack(_crops(x, views, first), dim=1))
     return y.permute(0, 3, 1, 2) if permuted else y
 
 
@@ -89,12 +91,7 @@ def _split_tokens(x: Tensor, views: Views, tokens: Tokens) -> Tensor:
     if not prefix:
         return grid
     kept = x[:, :prefix].unsqueeze(1).expand(-1, len(views), -1, -1)
-    return torch.cat([join_views(kept), grid], dim=1)
-
-
-def _is_recorded() -> bool:
-    """Whether the operations are being recorded: the graph must be the same with and without gradients."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.cat([flatten_views(kept), grid], dim=1)
 
 
 def _in_memory_order(x: Tensor, layout: Layout) -> tuple[Tensor, int, bool]:
@@ -122,7 +119,7 @@ def _crops(x: Tensor, views: Views, first: int) -> list[Tensor]:
 def _merge(y: Tensor, views: Views, layout: Layout, height: int, width: int) -> Tensor:
     """The adjoint of the split: every view added at its place, into one map per orientation."""
     y, first, permuted = _in_memory_order(y, layout)
-    y = part_views(y, len(views))
+    y = unflatten_views(y, len(views))
     h, w = views.crop_size(height, width)
     offsets = views.offsets(height, width)
     orientations = sorted({(view.mirror, view.turns % 4) for view in views}, reverse=True)
@@ -163,7 +160,7 @@ class _Split(torch.autograd.Function):
         # Written into memory of its own: a view of it would forbid the in-place ReLU that may come next.
         size, stride = ((c, a, b), (a * b * c, 1, b * c, c)) if permuted else ((a, b, c), (a * b * c, b * c, c, 1))
         y = x.new_empty_strided((n * len(views), *size), stride)
-        rows = part_views(y.permute(0, 2, 3, 1) if permuted else y, len(views))
+        rows = unflatten_views(y.permute(0, 2, 3, 1) if permuted else y, len(views))
         for i, crop in enumerate(crops):
             rows[:, i].copy_(crop)
         return y

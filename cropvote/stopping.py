@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .calling.calls import Plan
-from .calling.options import EvalViews, Settings, checked_indices, eval_indices
-from .calling.outputs import describe, prediction_places, tensors_of
+from .cuts import make_cuts
 from .errors import InputTypeError, OptionError, RowsError, SurgeryError
-from .plans import cuts_of, rows_of
-from .probing.checks import is_traced
-from .probing.refusals import unwrap
-from .reading import asked, settings_in
-from .splitting import part_views
+from .options import EvalViews, Settings, checked_indices, eval_indices
+from .outputs import describe, prediction_paths, tensors_of
+from .reading import run_with_cuts, settings_in
+from .splitting import unflatten_views
+from .surgery.arguments import unwrap
+from .surgery.injection import is_traced
 from .voting import How, vote
 
 __all__ = ["SureVotes", "choose_confidence", "vote_until_sure"]
@@ -48,7 +47,7 @@ def vote_until_sure(
     A sample is sure where the probability of its winner (the softmax of the vote) is above ``confidence``; with 1
     every sample goes on to all views. With ``how="hard"`` and ``confidence=None`` it is sure where the views that are
     left cannot change the winner: the vote's class is then the one of all views, always. The network in front of
-    the split runs once for every sample (in front of the first split that the first views do not need as a whole).
+    the split runs a second time for the samples that go on.
 
     Args:
         model: an injected model in eval mode, a :class:`CropVote` layer, or a network that holds one at its end.
@@ -78,30 +77,23 @@ def vote_until_sure(
         >>> votes.shape, used
         (torch.Size([2, 7]), tensor([10, 10]))
     """
-    found = settings_in(model)
-    rule = found.vote if how is None else how
+    options = settings_in(model)
+    rule = options.vote if how is None else how
     model = unwrap(model)
-    _check(model, found, x, rule, confidence)
-    wanted = eval_indices(found.views, first, "first")
-    total = len(found.views)
-    every, some = cuts_of(found.views), cuts_of(found.views, wanted)
-    depth = max(i for i, cut in enumerate(some) if cut.groups == every[i].groups)  # so far all maps are there
-    front: list[Tensor] = []
-    rows = _rows(model, found, x, Plan(some, voted=False, front=front, front_at=depth), len(x))
+    _check(model, options, x, rule, confidence)
+    chosen, total = eval_indices(options.views, first, "first"), len(options.views)
+    rows = _rows(model, options, x, chosen)
     if rows.shape[2] == 1:
         raise RowsError("vote_until_sure compares classes, and the model has one output: vote over all views.")
-    votes = vote(rows.flatten(0, 1), len(wanted), rule)
-    used = torch.full((len(x),), len(wanted), device=votes.device)
+    votes = vote(rows.flatten(0, 1), len(chosen), rule)
+    used = torch.full((len(x),), len(chosen), device=votes.device)
     unsure = torch.nonzero(~_sure(rows, votes, total, confidence)).flatten()
-    if len(wanted) == total or len(unsure) == 0:
+    if len(chosen) == total or len(unsure) == 0:
         return SureVotes(votes, used)
-    left = [i for i in range(total) if i not in wanted]
-    rest = cuts_of(found.views, left, whole=depth)
-    groups = front[0].unflatten(0, (len(x), -1)) if len(x) else front[0]
-    kept = groups.index_select(0, unsure.to(front[0].device)).flatten(0, 1)
-    more = _rows(model, found, x, Plan(rest, voted=False, front=[kept], front_at=depth), len(unsure))
+    others = tuple(i for i in range(total) if i not in chosen)
+    more = _rows(model, options, x.index_select(0, unsure.to(x.device)), others)
     both = torch.cat([rows.index_select(0, unsure.to(rows.device)), more], dim=1)
-    order = torch.tensor([*wanted, *left], device=both.device).argsort()
+    order = torch.tensor([*chosen, *others], device=both.device).argsort()
     voted = vote(both.index_select(1, order).flatten(0, 1), total, rule)
     return SureVotes(votes.index_copy(0, unsure, voted), used.index_fill(0, unsure, total))
 
@@ -157,14 +149,14 @@ def choose_confidence(
     whole = vote(per_view_logits.flatten(0, 1), total, how).argmax(1) == targets
     early = vote(per_view_logits[:, chosen].flatten(0, 1), len(chosen), how)
     winner, order = early.softmax(1).max(1).values.sort(descending=True)
-    lost = (whole.long() - (early.argmax(1) == targets).long())[order].cumsum(0)  # by stopping the surest so many
-    # so many may stop; those of one probability stop together
+    lost = (whole.long() - (early.argmax(1) == targets).long())[order].cumsum(0)
+    # lost[n - 1]: samples lost if the n most confident ones stop; those of equal confidence stop together
     counts = [0, *(n + 1 for n in range(samples) if n + 1 == samples or winner[n] > winner[n + 1])]
     count = max(n for n in counts if n == 0 or float(lost[n - 1]) <= max_loss * samples)
     return 1.0 if count == 0 else 0.0 if count == samples else float(winner[count])
 
 
-def _check(model: nn.Module, found: Settings, x: Any, rule: How, confidence: float | None) -> None:
+def _check(model: nn.Module, options: Settings, x: Any, rule: How, confidence: float | None) -> None:
     if is_traced():
         raise SurgeryError(
             "vote_until_sure runs a model twice, the second time for as many samples as need it, which cannot be "
@@ -174,12 +166,12 @@ def _check(model: nn.Module, found: Settings, x: Any, rule: How, confidence: flo
         raise InputTypeError(f"vote_until_sure takes the images, one tensor, got {type(x).__name__}.")
     if model.training:
         raise SurgeryError("vote_until_sure is for eval mode, and this model is in training mode: model.eval() first.")
-    if not found.enabled:
+    if not options.enabled:
         raise OptionError("vote_until_sure needs a model that votes; this one's settings say enabled=False.")
     if confidence is None and rule != "hard":
         raise OptionError(f'confidence=None stops a hard vote exactly, how="hard"; the rule here is {rule!r}.')
     if confidence is not None and rule in ("mean", "median"):
-        raise OptionError(f"the rule {rule!r} is for regression, whose numbers say nothing of how sure they are.")
+        raise OptionError(f'vote={rule!r} is a regression rule and gives no confidence; use "soft", "probs" or "hard".')
     if confidence is not None and not (_is_number(confidence) and 0 <= confidence <= 1):
         raise OptionError(f"confidence must be a probability, 0 to 1, or None, got {confidence!r}.")
 
@@ -188,18 +180,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _rows(model: nn.Module, found: Settings, x: Tensor, plan: Plan, samples: int) -> Tensor:
-    """The logits (M, v, K) of the views that a plan cuts; where the front is kept, one image goes through it again."""
-    kept, count = bool(plan.front), rows_of(plan.cuts[-1])
-    output = asked(model, found, plan, x[:1] if kept else x)
+def _rows(model: nn.Module, options: Settings, x: Tensor, indices: tuple[int, ...]) -> Tensor:
+    """Return the logits of some views, (N, len(indices), K)."""
+    output = run_with_cuts(model, options, make_cuts(options.views, indices), x)
     tensors = dict(tensors_of(output))
-    rows = tensors.get(prediction_places(output)[0])
-    if rows is None or len(tensors) != 1 or rows.dim() != 2 or rows.shape[0] != samples * count:
+    rows = tensors.get(prediction_paths(output)[0])
+    if rows is None or len(tensors) != 1 or rows.dim() != 2 or rows.shape[0] != len(x) * len(indices):
         raise RowsError(
             f"the model returned {describe(output)}; vote_until_sure needs one tensor with a row for each of "
-            f"{count} views of {samples} samples."
+            f"{len(indices)} views of {len(x)} samples."
         )
-    return part_views(rows, count)
+    return unflatten_views(rows, len(indices))
 
 
 def _sure(rows: Tensor, votes: Tensor, total: int, confidence: float | None) -> Tensor:

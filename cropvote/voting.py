@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputTypeError, OptionError, RowsError
-from .splitting import join_views, part_views
+from .splitting import flatten_views, unflatten_views
 from .views import Views
 
 __all__ = ["CropVoteLoss", "repeat_targets", "vote"]
@@ -79,7 +79,7 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
             f"vote={how!r} weighs the classes of an image against each other, and there is one output: use "
             f'"soft" for a logit, "mean" or "median" for a regression.'
         )
-    ballots = part_views(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), count)
+    ballots = unflatten_views(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), count)
     if not callable(how):
         return _RULES[how](ballots)
     with torch.autocast(ballots.device.type, enabled=False):  # a matrix product would go back to half precision
@@ -179,31 +179,42 @@ def repeat_targets(targets: Tensor, views: int | Views) -> Tensor:
         raise InputTypeError(f"targets must be a tensor, got {type(targets).__name__}.")
     if targets.dim() == 0:
         raise RowsError("targets must hold one target per sample, got a scalar.")
-    return join_views(targets.unsqueeze(1).expand(-1, count_views(views), *targets.shape[1:]))
+    return flatten_views(targets.unsqueeze(1).expand(-1, count_views(views), *targets.shape[1:]))
 
 
 class CropVoteLoss(nn.Module):
     """A loss on every view: the criterion between each view's row and its sample's target.
 
-    How many rows a sample has is read from the shapes, so the same loss serves training (every view),
-    evaluation (the vote) and a model that was never split, where it is exactly the criterion.
+    The number of rows per target is read from the shapes, so the same loss serves training (a row for each view),
+    evaluation (the vote) and a model that was never split. Without ``views`` any whole number of rows per target is
+    accepted; with ``views`` only that number, or 1. Targets and rows are never broadcast against each other: after the
+    first axis their shapes must be equal, or the targets must be class indices.
 
     Args:
         criterion: any loss ``(rows, targets) -> loss``, such as ``nn.CrossEntropyLoss()``.
-        views: if given, rows / targets must be this number, or 1 where the output is the vote.
+        views: V, the number of rows per target that is expected, or the views themselves.
 
     Shape:
-        (n v) k, n ... -> () for reduction "mean" and "sum", (n v) for "none"
+        outputs ``(n v) k``; targets ``n`` (class indices) or ``n k``, or ``n`` numbers for a single output, ``k = 1``;
+        weights ``n``. Returns what the criterion returns: ``()`` for reduction "mean" and "sum", one loss for each row
+        for "none"; with weights ``()``.
 
     Raises:
-        RowsError: rows that are no multiple of the targets, or not ``views`` times as many.
-        InputTypeError: outputs or targets that are no tensors, or a criterion that is not callable.
+        RowsError: the number of rows is not a multiple of the targets, or not ``views`` times as many; or the shapes
+            after the first axis do not match.
+        InputTypeError: outputs, targets or weights that are not tensors, or a criterion that is not callable.
 
     Example:
         >>> import torch
         >>> from cropvote import CropVoteLoss
         >>> loss = CropVoteLoss(torch.nn.CrossEntropyLoss(label_smoothing=0.1))
         >>> loss(torch.zeros(20, 7), torch.tensor([0, 6])).item()  # 2 samples, 10 views: log(7)
+        1.9459...
+        >>> regression = CropVoteLoss(torch.nn.MSELoss())
+        >>> regression(torch.zeros(20, 1), torch.tensor([1.0, 3.0])).item()
+        5.0
+        >>> weighted = CropVoteLoss(torch.nn.CrossEntropyLoss(reduction="none"))
+        >>> weighted(torch.zeros(20, 7), torch.tensor([0, 6]), torch.tensor([1.0, 2.0])).item()
         1.9459...
 
     Reference:
@@ -221,24 +232,68 @@ class CropVoteLoss(nn.Module):
         self.criterion = criterion
         self.views = None if views is None else count_views(views)
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         for name, value in (("outputs", outputs), ("targets", targets)):
             if not isinstance(value, Tensor) or value.dim() == 0:
-                raise InputTypeError(f"{name} must be a tensor with one row per sample or view, got {_found(value)}.")
+                raise InputTypeError(
+                    f"{name} must be a tensor with one row per sample or view, got {_describe(value)}."
+                )
         rows, samples = outputs.shape[0], targets.shape[0]
-        if rows == samples:
-            return self.criterion(outputs, targets)
-        if samples == 0 or rows % samples or self.views not in (None, rows // samples):
+        if rows != samples and (samples == 0 or rows % samples or self.views not in (None, rows // samples)):
             expected = f"{samples} or {samples * self.views}" if self.views else f"a multiple of {samples}"
             raise RowsError(
                 f"{rows} rows of outputs for {samples} targets: expected {expected} rows, one per sample or one per "
                 f"view. Give one target per sample; CropVoteLoss repeats them."
             )
-        return self.criterion(outputs, repeat_targets(targets, rows // samples))
+        targets = _with_axes_of(outputs, targets)
+        per_target = 1 if rows == samples else rows // samples
+        loss = self.criterion(outputs, targets if per_target == 1 else repeat_targets(targets, per_target))
+        return loss if weights is None else _weighted_mean(loss, weights, samples, per_target)
 
     def extra_repr(self) -> str:
         return "" if self.views is None else f"views={self.views}"
 
 
-def _found(value: object) -> str:
-    return "a scalar" if isinstance(value, Tensor) else type(value).__name__
+def _with_axes_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the targets with the outputs' axes after the first, or class indices as they are.
+
+    Raises:
+        RowsError: neither fits; PyTorch would broadcast the rows against the targets.
+    """
+    theirs, ours = outputs.shape[1:], targets.shape[1:]
+    if theirs == ours:
+        return targets
+    is_index = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    if is_index and outputs.dim() > 1 and outputs.shape[1] > 1 and outputs.shape[2:] == ours:
+        return targets
+    if theirs == (1,) and ours == ():
+        return targets.unsqueeze(1)
+    wanted = f"({targets.shape[0]}, {', '.join(map(str, theirs))})" if theirs else f"({targets.shape[0]},)"
+    raise RowsError(
+        f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}, {targets.dtype}, do not "
+        f"match: give targets of shape {wanted}"
+        + (
+            f", or class indices of shape ({targets.shape[0]},), torch.int64."
+            if len(theirs) == 1 and theirs[0] > 1
+            else "."
+        )
+    )
+
+
+def _weighted_mean(loss: Tensor, weights: Tensor, samples: int, per_target: int) -> Tensor:
+    """Return the mean of the rows' losses, each with its sample's weight."""
+    if not isinstance(weights, Tensor) or weights.shape != (samples,):
+        raise RowsError(f"weights must be one number per target, ({samples},), got {_describe(weights)}.")
+    if loss.dim() == 0 or loss.shape[0] != samples * per_target:
+        raise RowsError(
+            f"with weights the criterion must return one loss for each of {samples * per_target} rows, and it returned "
+            f'shape {tuple(loss.shape)}: give it reduction="none".'
+        )
+    of_rows = repeat_targets(weights, per_target).to(loss.dtype)
+    return (loss.flatten(1).mean(1) if loss.dim() > 1 else loss).mul(of_rows).sum() / of_rows.sum()
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return "a scalar" if value.dim() == 0 else f"shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -8,50 +8,53 @@ import pytest
 import torch
 from torch import nn
 
-from cropvote import layer, layouts, splitting, surgery
-from cropvote.calling import calls, options
-from cropvote.probing import checks, fakes, trials, verdicts, walk
+from cropvote import call, layouts, options, splitting
+from cropvote.probe import fakes, taint, trace, trial, verdicts
+from cropvote.surgery import inject, injection
 
 
 def no_probe(patch: pytest.MonkeyPatch) -> None:
-    def trusted(probe: verdicts.Probe, plan: dict, stated: dict) -> tuple[list[trials.Split], str, str]:
-        splits = [trials.Split(name, views, stated[name] or "NCHW") for name, views in plan.items()]
+    def trusted(probe: verdicts.Probe, plan: dict, stated: dict) -> tuple[list[trial.Split], str, str]:
+        splits = [trial.Split(name, views, stated[name] or "NCHW") for name, views in plan.items()]
         return splits, splits[-1].name, ""
 
     patch.setattr(verdicts.Probe, "verdict_of", trusted)
 
 
 def no_paths(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fakes.Paths, "of", lambda paths, tree: 0)
+    patch.setattr(taint.TaintMode, "of", lambda paths, tree: 0)
 
 
 def batch_of_one(patch: pytest.MonkeyPatch) -> None:
-    for module in (fakes, walk, trials):
+    for module in (fakes, trace, trial):
         patch.setattr(module, "BATCH", 1)
 
 
 def no_rows(patch: pytest.MonkeyPatch) -> None:
     """Neither the splits that ran nor the rows that came out are counted."""
-    patch.setattr(calls, "_check_rows", lambda *_: None)
+    patch.setattr(call, "check_rows", lambda *_: None)
     no_watch(patch)
 
 
 def no_watch(patch: pytest.MonkeyPatch) -> None:
-    for module in (surgery, layer):
-        patch.setattr(module, "watched", lambda run, *_: run())
+    patch.setattr(injection, "check_splits_ran", lambda *_: None)
+
+
+def no_tracking(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(call.Call, "may_hide_a_path", lambda *_: False)
 
 
 def no_carrier(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(walk, "_carrier", lambda module, standings: module)
+    patch.setattr(trace, "_carrier", lambda module, standings: module)
 
 
 def views_outermost(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(splitting, "join_views", lambda x: x.transpose(0, 1).flatten(0, 1))
-    patch.setattr(splitting, "part_views", lambda x, count: x.unflatten(0, (count, -1)).transpose(0, 1))
+    patch.setattr(splitting, "flatten_views", lambda x: x.transpose(0, 1).flatten(0, 1))
+    patch.setattr(splitting, "unflatten_views", lambda x, count: x.unflatten(0, (count, -1)).transpose(0, 1))
 
 
 def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(verdicts, "many_views", lambda views: views)
+    patch.setattr(verdicts, "pad_to_prime", lambda views: views)
 
 
 def channels_first(patch: pytest.MonkeyPatch) -> None:
@@ -68,8 +71,15 @@ def guessed_grid(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(verdicts.Probe, "_stated_tokens", guess)
 
 
-def by_length(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checks.Injection, "is_checked", lambda *_: True)
+def no_check_of_calls(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(injection.Injection, "ensure_checked", lambda *_: None)
+
+
+def grids_by_length(patch: pytest.MonkeyPatch) -> None:
+    """As many tokens are taken for the same grid, whatever the image's shape."""
+    patch.setattr(
+        injection.Injection, "_layouts_for", lambda own, image: next(iter(own.layouts_by_size.values()), None)
+    )
 
 
 def by_hooks(patch: pytest.MonkeyPatch) -> None:
@@ -80,15 +90,14 @@ def by_hooks(patch: pytest.MonkeyPatch) -> None:
             forward = staticmethod(lambda module, *args: args[-1])
 
         def run(module: nn.Module, args: tuple, output: object) -> object:
-            if forward is surgery._split_forward:
+            if forward is injection.split_forward:
                 return forward(module, Base, output)
-            injection = module._cropvote
-            plan = calls.plan_of(injection.settings, module.training)
-            return calls.conclude(plan, output, args[0].shape[0], injection.settings)
+            own = module._cropvote
+            return call.vote_output(call.call_by(own.settings, module.training), output, args[0])
 
         module.register_forward_hook(run)
 
-    patch.setattr(surgery, "swap_forward", hook)
+    patch.setattr(inject, "swap_forward", hook)
 
 
 def plain_wraps(patch: pytest.MonkeyPatch) -> None:
@@ -101,20 +110,30 @@ def shared_settings(patch: pytest.MonkeyPatch) -> None:
 
 
 def rows_in_an_attribute(patch: pytest.MonkeyPatch) -> None:
-    """The number of samples kept in the model instead of in the call."""
+    """The images kept in the model instead of in the call."""
 
     def forward(module: nn.Module, base: type, *args: object, **kwargs: object) -> object:
-        injection = module._cropvote
-        injection.samples = args[0].shape[0]
+        own = module._cropvote
+        own.images = args[0]
         output = base.forward(module, *args, **kwargs)
-        plan = calls.plan_of(injection.settings, module.training)
-        return calls.conclude(plan, output, injection.samples, injection.settings)
+        return call.vote_output(call.call_by(own.settings, module.training), output, own.images)
 
-    patch.setattr(surgery, "_vote_forward", forward)
+    patch.setattr(inject, "vote_forward", forward)
 
 
-def one_plan_for_all(patch: pytest.MonkeyPatch) -> None:
+def one_call_for_all(patch: pytest.MonkeyPatch) -> None:
     """What a call was asked to do holds for the calls inside it as well."""
-    following = calls.following
-    patch.setattr(surgery, "following", lambda plans: following({key: plan for key, plan in plans.items() if plan}))
-    patch.setattr(surgery, "is_steered", lambda *_: False)
+
+    def begin(self: call.running, settings: options.Settings, training: bool) -> None:
+        asked = [one for one in call._STACK.get() if one.requested]
+        self.call = asked[0] if asked else call.call_by(settings, training)
+        self.call.started = True
+
+    patch.setattr(call.running, "__init__", begin)
+
+
+def own_modes(patch: pytest.MonkeyPatch) -> None:
+    """Each split follows the mode of its own module."""
+    patch.setattr(injection, "current", lambda settings: None)
+    patch.setattr(injection.Injection, "training", lambda own, module: module.training)
+    no_rows(patch)

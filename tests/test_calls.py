@@ -25,7 +25,7 @@ from cropvote import (
     settings,
     vote,
 )
-from cropvote.calling.calls import draw
+from cropvote.call import draw
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -108,8 +108,6 @@ def test_a_layer_has_the_same_knobs():
         ({"train_views": 0}, "at least 1 and at most 10, got 0"),
         ({"train_views": 11}, "at most 10, got 11"),
         ({"train_views": 2.0}, "whole number of views or None"),
-        ({"views_per_pass": 0}, "at least 1, got 0"),
-        ({"views_per_pass": "2"}, "whole number of views or None"),
     ],
 )
 def test_what_no_views_can_be(change, message):
@@ -271,95 +269,3 @@ def test_a_few_views_compiled_and_exported(strict):
 def test_a_draw_cannot_be_traced():
     with pytest.raises(CropVoteError, match="train_views draws views at random"):
         torch.jit.trace(networks.still(voting(train_views=2)), IMAGES, check_trace=False)
-
-
-# ---- a few views at a time -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("site", ["input", "layer1", "layer3"])
-@pytest.mark.parametrize("how", ["soft", "hard", "median"])
-@pytest.mark.parametrize("step", [1, 3, 10, 50])
-def test_passes_give_what_one_pass_gives(site, how, step):
-    model = voting(site, vote=how)
-    with torch.no_grad():
-        whole = model(IMAGES)
-        settings(model).views_per_pass = step
-        tail = networks.counted(model.layer4)
-        assert torch.allclose(model(IMAGES), whole, atol=1e-6)
-        assert max(tail) <= 3 * step
-        assert sum(tail) == 30
-        assert torch.allclose(model(IMAGES[:1]), whole[:1], atol=1e-6)
-        assert model(IMAGES[:0]).shape == (0, 7)
-
-
-def test_the_front_runs_once_on_all_images():
-    model = voting(views_per_pass=4)
-    front, carrier = networks.counted(model.layer1), networks.counted(model.layer2[-1].conv2)
-    model(IMAGES)
-    assert front == [3, 1, 1]
-    assert carrier == [3]
-    assert model.train()(IMAGES).shape == (30, 7)  # training has one pass
-    assert front[3:] == [3]
-
-
-def test_passes_of_some_views_and_of_each_ones_logits():
-    model = voting(views_per_pass=2, eval_views=[0, 4, 9])
-    every = expected_rows()
-    assert torch.allclose(model(IMAGES), every[:, [0, 4, 9]].mean(1).float(), atol=1e-6)
-    assert torch.allclose(per_view(model, IMAGES), every.float(), atol=1e-6)
-    settings(model).eval_output = "views"
-    rows = oracle.sample_major(list(every[:, [0, 4, 9]].unbind(1)))
-    assert torch.allclose(model(IMAGES), rows.float(), atol=1e-6)
-
-
-def test_a_layer_in_passes():
-    whole = layered()(IMAGES)
-    model = layered(views_per_pass=3)
-    tail = networks.counted(model[1].tail)
-    assert torch.allclose(model(IMAGES), whole, atol=1e-6)
-    assert tail == [9, 9, 9, 3]
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(IMAGES), whole, atol=1e-6)
-
-
-def test_passes_have_gradients():
-    def gradient(**options: object) -> torch.Tensor:
-        images = IMAGES.clone().requires_grad_()
-        voting(**options)(images).square().sum().backward()
-        return images.grad
-
-    assert torch.allclose(gradient(views_per_pass=3), gradient(), atol=1e-6)
-
-
-class Two(networks.Net):
-    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return self.head(self.act(self.site(self.front(x)))) * scale
-
-
-class Features(networks.Net):
-    def forward(self, x: torch.Tensor) -> dict:
-        x = self.act(self.site(self.front(x)))
-        return {"logits": self.head(x), "map": x}
-
-
-def test_passes_that_cannot_be_are_refused():
-    model = inject_crop_vote(Two().eval(), after="front", views_per_pass=2)
-    with pytest.raises(CropVoteError, match=r"cannot be done for a call with 2 tensors: set it to None"):
-        model(IMAGES, torch.tensor(2.0))
-    model = inject_crop_vote(Features().eval(), after="front", views_per_pass=2, input_size=48)
-    with pytest.raises(CropVoteError, match=r"puts together the rows of one tensor of predictions: set it to None"):
-        model(IMAGES)
-    model = voting(views_per_pass=2)
-    with pytest.raises(Exception, match="views_per_pass runs a model several times, which cannot be recorded"):
-        torch.compile(model, fullgraph=True, backend="eager")(IMAGES)
-    with pytest.raises(Exception, match="views_per_pass runs a model several times, which cannot be recorded"):
-        torch.export.export(model, (IMAGES,))
-    settings(model).views_per_pass = None
-    assert torch.export.export(model, (IMAGES,)).module()(IMAGES).shape == (3, 7)
-
-
-def test_passes_of_tokens():
-    model = inject_crop_vote(networks.tokens(), after="blocks.0", input_size=48)
-    whole = model(IMAGES)
-    settings(model).views_per_pass = 3
-    assert torch.allclose(model(IMAGES), whole, atol=1e-6)

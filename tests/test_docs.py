@@ -21,27 +21,10 @@ import fer2013_page
 import until_sure
 from cropvote import errors, profile
 from model import fer_resnet18
-from test_package import ORDER, absolute, file_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 EXAMPLES = ("timm_in_ten_lines.py", "own_network.py", "choose_site.py")
-
-
-def module_table() -> str:
-    """docs/architecture.md's table, from the modules themselves."""
-    lines = ["| module | what it holds | imports |", "|---|---|---|"]
-    for name in ORDER:
-        tree = ast.parse(file_of(name).read_text())
-        used = {absolute(name, node) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
-        summary = (ast.get_docstring(tree) or "").splitlines()[0].replace("``", "`")
-        cells = (f"`{name}`", summary, ", ".join(sorted(used, key=ORDER.index)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def test_the_architecture_is_as_built():
-    assert module_table() in (DOCS / "architecture.md").read_text()
 
 
 def test_the_api_page_has_every_public_name_once():
@@ -112,7 +95,7 @@ def messages() -> Iterator[tuple[str, str]]:
     for path in sorted((ROOT / "cropvote").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             found = [node.exc.args[0]] if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else []
-            if path.name in ("trials.py", "verdicts.py", "walk.py") and isinstance(node, ast.Return):
+            if path.name in ("trial.py", "verdicts.py", "trace.py") and isinstance(node, ast.Return):
                 found = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             for one in found:
                 longest = max(re.split(r"\0|\"", _text(one)), key=len).strip(" :,;.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from cropvote.probing import swapping
+from cropvote import swapping
 from hazards import HAZARDS
 
 

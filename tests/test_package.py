@@ -27,24 +27,29 @@ MODULES = sorted(
 #: The arrows run one way: a module imports only from those before it.
 ORDER = [
     "errors",
+    "_torch",
     "views",
     "layouts",
+    "images",
+    "outputs",
+    "cuts",
     "splitting",
+    "tracking",
     "voting",
     "uncertainty",
-    "calling.outputs",
-    "plans",
-    "calling.options",
-    "calling.calls",
+    "options",
+    "call",
     "layer",
-    "probing.swapping",
-    "probing.fakes",
-    "probing.walk",
-    "probing.trials",
-    "probing.verdicts",
-    "probing.probe",
-    "probing.checks",
-    "probing.refusals",
+    "swapping",
+    "probe.taint",
+    "probe.fakes",
+    "probe.trace",
+    "probe.trial",
+    "probe.verdicts",
+    "probe.sites",
+    "surgery.injection",
+    "surgery.arguments",
+    "surgery.inject",
     "surgery",
     "reading",
     "stopping",
@@ -85,6 +90,10 @@ def test_every_error_is_a_cropvote_error_and_a_builtin(name):
     assert name in errors.__doc__
 
 
+#: What else may be raised: by the protocol of a module's ``__getattr__``, and by a function that makes an error.
+MADE = {"AttributeError", "unavailable"}
+
+
 def test_the_library_raises_nothing_else():
     """Every raise in the package is of an error of the hierarchy, or raises again what it caught."""
     own = set(errors.__all__)
@@ -98,18 +107,18 @@ def test_the_library_raises_nothing_else():
                 assert node.exc.id in caught, (module, node.lineno)
             elif isinstance(node, ast.Raise) and node.exc is not None:
                 assert isinstance(node.exc, ast.Call), (module, node.lineno)
-                assert node.exc.func.id in own, (module, node.lineno)
+                assert node.exc.func.id in own or node.exc.func.id in MADE, (module, node.lineno)
 
 
 def test_imports_run_one_way():
-    assert sorted(ORDER) == MODULES
+    assert sorted({*ORDER} - {"surgery"}) == MODULES
     for module in MODULES:
         known = {*sys.stdlib_module_names, "torch", "einops"} | ({"matplotlib"} if module == "plots" else set())
         tree = ast.parse(file_of(module).read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
                 used = absolute(module, node)
-                assert ORDER.index(used) < ORDER.index(module), (module, used)
+                assert ORDER.index(used or module) <= ORDER.index(module), (module, used)
             elif isinstance(node, ast.ImportFrom):
                 assert node.module.split(".")[0] in known, (module, node.module)
             elif isinstance(node, ast.Import):

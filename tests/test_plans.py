@@ -32,8 +32,8 @@ from cropvote import (
     split_views,
     ten_crop,
 )
-from cropvote.calling.calls import draw, split_by
-from cropvote.plans import Cut, ViewProduct, cuts_of, drawn_cuts, rows_of, total_of
+from cropvote.call import cut_views, draw
+from cropvote.cuts import Cut, ViewProduct, make_cuts, make_random_cuts, n_kept, n_total
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -89,8 +89,8 @@ def test_images_as_the_first_site():
 def test_the_order_is_that_of_ten_crop():
     """Mirrored early, cropped late: each row shows the same part of the map as ten_crop's."""
     maps = x = torch.randn(2, 3, 6, 12)
-    for cut in cuts_of(ViewProduct([hflip(), five_crop()])):
-        maps = split_by(cut, maps, "NCHW")
+    for cut in make_cuts(ViewProduct([hflip(), five_crop()])):
+        maps = cut_views(cut, maps, "NCHW")
     assert torch.equal(maps, split_views(x, ten_crop()))
 
 
@@ -101,12 +101,12 @@ def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
     every = list(itertools.product(*map(range, sizes)))
     wanted = sorted(data.draw(st.sets(st.integers(0, len(every) - 1), min_size=1)))
     maps: list[tuple[int, ...]] = [()]
-    for cut, size in zip(cuts_of(views, wanted), sizes, strict=True):
-        assert cut.groups == len(maps)
+    for cut, size in zip(make_cuts(views, wanted), sizes, strict=True):
+        assert cut.n_maps == len(maps)
         made = [(*one, i) for one in maps for i in range(size)]
-        assert total_of(cut) == len(made)
-        maps = made if cut.kept is None else [made[i] for i in cut.kept]
-        assert rows_of(cut) == len(maps)
+        assert n_total(cut) == len(made)
+        maps = made if cut.indices is None else [made[i] for i in cut.indices]
+        assert n_kept(cut) == len(maps)
     assert maps == [every[i] for i in wanted]
     assert len(views) == len(every)
     assert [views[i] for i in (0, -1)] == [tuple(p[0] for p in views.parts), tuple(p[-1] for p in views.parts)]
@@ -128,7 +128,7 @@ def test_only_the_views_asked_for_are_computed_at_each_site(asked):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_views_that_differ_between_the_groups_keep_the_memory_format(layout):
     x = torch.randn(4, 3, 12, 12).to(memory_format=layout)  # two samples of two maps
-    rows = split_by(Cut(five_crop(), 2).keeping([0, 3, 9]), x, "NCHW")
+    rows = cut_views(Cut(five_crop(), 2).keeping([0, 3, 9]), x, "NCHW")
     every = split_views(x, five_crop()).view(2, 10, 3, 10, 10)
     assert torch.equal(rows, every[:, [0, 3, 9]].flatten(0, 1))
     assert rows.is_contiguous(memory_format=layout)
@@ -155,11 +155,10 @@ def test_every_combination_is_drawn_as_often(count):
     seen = Counter()
     for _ in range(3000):
         maps: list[tuple[int, ...]] = [()]
-        for cut in drawn_cuts(ViewProduct([hflip(), grid(1, 3, scale=(1, 0.5))]), count):
+        for cut in make_random_cuts(ViewProduct([hflip(), grid(1, 3, scale=(1, 0.5))]), count):
             made = [(*one, i) for one in maps for i in range(len(cut.views))]
-            chosen = (
-                range(total_of(cut)) if cut.drawn is None else draw(len(cut.views), cut.drawn, CPU, cut.groups).tolist()
-            )
+            total = len(cut.views)
+            chosen = draw(total, cut.n_random, CPU, cut.n_maps).tolist() if cut.n_random else range(n_total(cut))
             maps = [made[i] for i in chosen]
         seen.update(maps)
     assert len(seen) == 6
@@ -181,18 +180,6 @@ def test_checkpoints_of_the_parts_draw_the_same_again(reentrant):
         return images.grad
 
     assert torch.allclose(gradient(True), gradient(False), atol=1e-7)
-
-
-@pytest.mark.parametrize("step", [1, 3, 4, 10])
-def test_passes_give_what_one_pass_gives(step):
-    model = voting(views_per_pass=step)
-    tail, middle = networks.counted(model.layer4), networks.counted(model.layer2)
-    assert torch.allclose(model(IMAGES), by_hand().mean(1), atol=1e-5)
-    assert max(tail) <= 3 * step
-    assert sum(tail) == 30
-    assert middle == [6, *[2] * (len(middle) - 1)]  # once on all images
-    settings(model).eval_views = [1, 4, 8]
-    assert torch.allclose(model(IMAGES), by_hand()[:, [1, 4, 8]].mean(1), atol=1e-5)
 
 
 # --- the promises ----------------------------------------------------------------------------------------------------

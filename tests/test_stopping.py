@@ -81,7 +81,7 @@ def test_with_confidence_1_it_is_the_full_vote(plan):
         assert not _sure(sure[None], vote(sure, 10), 20, 1.0).any()
 
 
-def test_the_front_runs_once_for_every_sample_and_the_tail_for_what_is_wanted():
+def test_the_network_runs_again_only_for_what_is_wanted():
     model = voting()
     front, tail = [], []
     model.layer1.register_forward_hook(lambda m, a, out: front.append(len(out)))
@@ -91,17 +91,8 @@ def test_the_front_runs_once_for_every_sample_and_the_tail_for_what_is_wanted():
         front.clear(), tail.clear()
         _, used = vote_until_sure(model, IMAGES, confidence=between(few, 2))
     assert sorted(used.tolist()) == [2, 2, 2, 2, 10, 10]
-    assert front == [6, 1]
+    assert front == [6, 2]
     assert tail == [12, 16]
-    two = voting(PLANS["two sites"])
-    middle = []
-    two.layer2.register_forward_hook(lambda m, a, out: middle.append(len(out)))
-    with torch.no_grad():
-        vote_until_sure(two, IMAGES, confidence=1.0)
-        assert middle == [12, 2]  # both halves are there after the first vote
-        middle.clear()
-        vote_until_sure(two, IMAGES, first="centre", confidence=1.0)
-        assert middle == [6, 12]  # the mirrored half comes with the second
 
 
 def test_a_layer_and_a_network_that_holds_one():
@@ -166,7 +157,7 @@ def test_batches_of_none_and_of_one_and_all_views_first():
 
 
 def test_the_settings_stay_as_they_are():
-    model = voting(eval_views="centre", views_per_pass=2)
+    model = voting(eval_views="centre")
     before = repr(settings(model))
     with torch.no_grad():
         votes, _ = vote_until_sure(model, IMAGES, confidence=1)
@@ -180,7 +171,7 @@ def test_the_settings_stay_as_they_are():
         ({"confidence": None}, r"confidence=None stops a hard vote exactly"),
         ({"confidence": 1.5}, "must be a probability"),
         ({"confidence": True}, "must be a probability"),
-        ({"confidence": 0.5, "how": "mean"}, "for regression"),
+        ({"confidence": 0.5, "how": "mean"}, "regression rule"),
         ({"first": [10]}, "first must be different indices from 0 to 9"),
         ({"first": "center"}, "first must be indices"),
     ],

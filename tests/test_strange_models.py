@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 import weakref
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 import networks
-from cropvote import CropVoteError, hflip, inject_crop_vote, profile, sites
-from cropvote.probing import fakes
+from cropvote import CropVoteError, CropVoteLoss, hflip, inject_crop_vote, profile, sites
+from cropvote.errors import SurgeryError
+from cropvote.probe import fakes
 from test_surgery import IMAGES
 
 AROUND = r"depends on the images by a path around it"
@@ -64,15 +66,66 @@ class Cached(networks.Net):
         return super().forward(x * ramp)
 
 
-def test_a_cache_outside_the_model_never_holds_tensors_without_data_unnoticed():
+def test_a_check_empties_the_caches_that_it_filled():
     Cached.cache.clear()
-    with pytest.raises(CropVoteError, match=r"kept a tensor of shape \(48,\) outside the model"):
-        inject_crop_vote(Cached().eval(), after="site", input_size=48)
-    Cached.cache.clear()
-    model = Cached().eval()
-    model(IMAGES)  # fills the cache with numbers
-    inject_crop_vote(model, after="site", input_size=48)
+    model = inject_crop_vote(Cached().eval(), after="site", input_size=48)
+    assert not Cached.cache
     assert type(model(IMAGES)) is torch.Tensor
+    assert all(type(ramp) is torch.Tensor for ramp in Cached.cache.values())
+    kept = dict(Cached.cache)
+    inject_crop_vote(Cached().eval(), after="site", input_size=36)
+    assert Cached.cache == kept  # and leaves what was there
+
+
+@functools.lru_cache
+def grid(height: int, width: int) -> torch.Tensor:
+    return torch.linspace(0, 1, width).expand(height, width)
+
+
+class Coordinates(networks.Net):
+    """Adds coordinates from a table by size, in front of the site and behind it; what grows is made by size, too."""
+
+    def forward(self, x):
+        x = self.front(x)
+        x = self.site(x + grid(*x.shape[2:]))
+        return self.head(x + grid(*x.shape[2:]))
+
+
+@pytest.mark.parametrize("size", [None, 48])
+def test_a_function_cache_never_keeps_a_tensor_without_data(size):
+    """Also after a check that was refused, and for sizes that only the check has seen."""
+    grid.cache_clear()
+    with pytest.raises(CropVoteError):
+        inject_crop_vote(Coordinates().eval(), after="site", views=hflip(), input_size=(5, 48, 48))
+    model = inject_crop_vote(Coordinates(), after="site", input_size=size)
+    loss = CropVoteLoss(nn.CrossEntropyLoss())(model(IMAGES), torch.tensor([0, 1, 2]))
+    assert type(loss) is torch.Tensor
+    for height, width in ((24, 24), (48, 24), (24, 48), (48, 48), (20, 20)):
+        assert type(grid(height, width)) is torch.Tensor
+
+
+class Attribute(networks.Net):
+    """Keeps a tensor in its class, which no one can put back."""
+
+    ramp = None
+
+    def forward(self, x):
+        if Attribute.ramp is None:
+            Attribute.ramp = torch.linspace(0, 1, x.shape[-1])
+        return super().forward(x * Attribute.ramp)
+
+
+def test_a_tensor_that_a_check_left_is_remembered_and_never_returned():
+    Attribute.ramp = None
+    model = Attribute().eval()
+    for _ in range(2):  # the second check would find it there, and be content
+        with pytest.raises(SurgeryError, match="outside the model"):
+            inject_crop_vote(model, after="site", input_size=48)
+    unchecked = inject_crop_vote(model, after="site", check=False)
+    with pytest.raises(SurgeryError, match="without data"), torch.no_grad():
+        unchecked(IMAGES)
+    Attribute.ramp = None
+    assert type(unchecked(IMAGES)) is torch.Tensor
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "inception_v3"])
@@ -105,7 +158,7 @@ def test_a_refused_model_is_freed_at_once():
 def test_a_hook_that_collects_is_noticed():
     model, seen = networks.Net().eval(), []
     model.front.register_forward_hook(lambda module, args, output: seen.append(output))
-    with pytest.raises(CropVoteError, match="its forward or a hook kept a tensor"):
+    with pytest.raises(CropVoteError, match="a forward or a hook kept a tensor"):
         inject_crop_vote(model, after="site", input_size=12)
 
 

@@ -12,21 +12,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from ..calling.calls import split_by
-from ..calling.options import NAMED, eval_indices
+from .._torch import FlopCounterMode, StorageWeakRef, TorchDispatchMode, storage_key, uncounted_attention
+from ..call import cut_views
+from ..cuts import After, format_sites, join_parts, make_cuts
 from ..errors import OptionError
+from ..images import INPUT, map_first_tensor
 from ..layouts import Layout, sides
-from ..plans import After, cuts_of, in_words, joined
-from ..probing.fakes import Example, Spec, first_line, map_first_tensor, tensors_in
-from ..probing.swapping import restore_forward, swap_forward
-from ..probing.trials import Split
-from ..probing.verdicts import Probe, Site
-from ..probing.walk import INPUT
+from ..options import NAMED, eval_indices
+from ..probe.fakes import Example, Spec, first_line
+from ..probe.taint import tensors_in
+from ..probe.trial import Split
+from ..probe.verdicts import Probe, Site
 from ..surgery import inject_crop_vote
+from ..swapping import restore_forward, swap_forward
 from ..views import Views
 
 __all__ = ["SiteCost"]
@@ -35,18 +34,6 @@ BASELINE = "baseline"
 MIB = 2**20
 #: The batches whose difference gives the memory of an image; what does not grow with the batch drops out.
 BATCHES = (4, 8)
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-#: What PyTorch before 2.15 does not count by itself: attention on a CPU.
-UNCOUNTED = {
-    operation: _attention
-    for operation in (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,)
-    if operation not in flop_registry
-}
 
 
 class SiteCost(NamedTuple):
@@ -101,7 +88,7 @@ class Meter:
     def __init__(self, probe: Probe) -> None:
         self.probe, self.model, self.views = probe, probe.model, probe.views
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.fixed = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.fixed = {storage_key(tensor)[1] for tensor in tensors}
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.counted: dict[str, SiteCost] = {}
         plain = self._run([], 1)
@@ -132,13 +119,13 @@ class Meter:
         run = self._run(splits, 1)
         maps = zip(splits, run.maps, strict=True)
         distinct = math.prod(split.views.distinct(*sides(shape, split.layout)) for split, shape in maps)
-        views = joined([split.views for split in splits])
+        views = join_parts([split.views for split in splits])
         fewer = {len(views): run.macs / 1e9}
         for named in NAMED:
             with suppress(OptionError):
                 indices = eval_indices(views, named)  # type: ignore[arg-type]  # one of its names
                 fewer[len(indices)] = self._run(splits, 1, indices=indices).macs / 1e9
-        return self._row(in_words({split.name: split.views for split in splits}), splits, run, distinct, fewer)
+        return self._row(format_sites({split.name: split.views for split in splits}), splits, run, distinct, fewer)
 
     def _row(self, name: str, splits: list[Split], run: _Run, distinct: int, fewer: dict[int, float]) -> SiteCost:
         plain = self.plain.macs
@@ -167,16 +154,16 @@ class Meter:
 
     def _run(self, splits: list[Split], batch: int, grad: bool = False, indices: Sequence[int] | None = None) -> _Run:
         """One call, split as the plan says, of whose views only those of ``indices`` are cut."""
-        cuts = cuts_of(joined([split.views for split in splits]), indices) if splits else ()
+        cuts = make_cuts(join_parts([split.views for split in splits]), indices) if splits else ()
         maps: list[tuple[int, ...]] = []
-        kept: dict[int, int] = {}
+        kept: dict[int, Any] = {}
         fixed = self.fixed
 
-        def pack(tensor: Tensor) -> Tensor:  # which PyTorch never lets go: it must not hold the model
-            storage = tensor.untyped_storage()
-            if storage._cdata not in fixed:
-                kept[storage._cdata] = storage.nbytes()
-            return tensor
+        def pack(tensor: Tensor) -> None:  # PyTorch keeps this hook alive forever, so it must not reference the model
+            storage, key = storage_key(tensor)
+            if key not in fixed:
+                kept[key] = storage
+            # and it returns nothing: a packed output would hold its own graph, unseen by the garbage collector
 
         front = 0
 
@@ -184,7 +171,7 @@ class Meter:
             nonlocal front
             front = counter.get_total_flops() if place == 0 else front
             maps.append(tuple(x.shape[1:]))
-            return split_by(cuts[place], x, splits[place].layout)
+            return cut_views(cuts[place], x, splits[place].layout)
 
         def at(place: int) -> Any:
             return lambda module, base, *a, **k: cut(place, base.forward(module, *a, **k))
@@ -198,7 +185,7 @@ class Meter:
         args, kwargs = self.probe.example[:2]
         args = tuple(_images(leaf, batch) for leaf in args)
         inside = {place: self.probe.holders[s.name] for place, s in enumerate(splits) if s.name != INPUT}
-        live, counter = _Live(self.fixed, args), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+        live, counter = _Live(self.fixed, args), FlopCounterMode(display=False, custom_mapping=uncounted_attention())
         saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         meters = (saving,) if grad else (live, counter)  # FlopCounterMode would keep the graph of a call with gradients
         for place, holder in inside.items():
@@ -218,7 +205,9 @@ class Meter:
                 parameter.requires_grad_(True)
             for module, mode in modes.items():
                 module.training = mode
-        return _Run(counter.get_total_flops() / 2, front / 2, sum(kept.values()), live.peak, maps)
+        size = sum(storage.nbytes() for storage in kept.values())
+        kept.clear()
+        return _Run(counter.get_total_flops() / 2, front / 2, size, live.peak, maps)
 
 
 def _images(leaf: Any, batch: int) -> Any:
@@ -244,9 +233,9 @@ class _Live(TorchDispatchMode):
     def _see(self, tree: Any) -> None:
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         for tensor in tensors_in(tree):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.fixed:
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            storage, key = storage_key(tensor)
+            if key not in self.fixed:
+                self.alive[key] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..cuts import After
 from ..errors import InputTypeError, OptionError, SiteError
+from ..images import INPUT
 from ..layouts import Layout
-from ..plans import After
-from ..probing.fakes import on_fake_copy
-from ..probing.probe import asked_of, candidates, checked_plan, judged, refusal
-from ..probing.refusals import check_name, plan_after
-from ..probing.verdicts import Probe
-from ..probing.walk import INPUT
+from ..probe.fakes import on_fake_copy
+from ..probe.sites import asked_of, candidates, checked_plan, judged, refusal
+from ..probe.verdicts import Probe
+from ..surgery.arguments import check_name, sites_after
 from ..views import Views
 from .meters import BASELINE, Meter, SiteCost, measured, size_of
 
@@ -196,7 +196,7 @@ def profile(
         raise InputTypeError(f"sites must be names or plans, in a list, got {sites!r}.")
     asked: list[After] = [] if sites is None else [sites] if isinstance(sites, (str, Mapping)) else list(sites)
     names = [one for one in asked if isinstance(one, str)]
-    plans = [plan_after(model, one) for one in asked if not isinstance(one, str)]
+    plans = [sites_after(model, one) for one in asked if not isinstance(one, str)]
     for name in names:
         check_name(model, name)
 

@@ -18,7 +18,6 @@ from torch import nn
 
 import cropvote
 from batches import to_input
-from cropvote import settings
 from data.toy import toy_faces
 from keeping import KeptError, load_model
 
@@ -49,8 +48,6 @@ def export(model: nn.Module, card: dict[str, Any], out: Path) -> float:
         import onnxscript  # noqa: F401  # torch.onnx.export needs it, and says so less plainly
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed: pip install cropvote[onnx].") from error
-    if card["after"] != "none":
-        settings(model).views_per_pass = None
     example = torch.zeros(2, 3, 48, 48)
     batch = {0: torch.export.Dim("batch", min=1, max=4096)}
     torch.onnx.export(

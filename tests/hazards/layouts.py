@@ -13,7 +13,7 @@ import guards
 import networks
 import oracle
 from cropvote import CropVoteError, Views, hflip, inject_crop_vote, layouts
-from cropvote.probing import verdicts, walk
+from cropvote.probe import trace, verdicts
 from hazards.table import IMAGES, hazard, refused, right
 from toolchain import table as tools
 
@@ -135,7 +135,7 @@ def _() -> None:
 @hazard(
     "a stated grid kept for images of another shape",
     "one shape of image where the user states tokens",
-    guards.by_length,
+    guards.no_check_of_calls,
 )
 def _() -> None:
     model = networks.tokens(dynamic_img_size=True)
@@ -144,13 +144,19 @@ def _() -> None:
         model(torch.randn(2, 3, 24, 96))
 
 
-@hazard("as many tokens, from another shape of image", "checked at each size", guards.by_length)
+@hazard("as many tokens, from another shape of image", "a grid for each shape", guards.grids_by_length)
 def _() -> None:
+    def cut(x: Tensor) -> list[Tensor]:
+        maps = x[:, 3:].transpose(1, 2).reshape(len(x), 24, 4, 9)
+        return [torch.cat([x[:, :3], v.flatten(2).transpose(1, 2)], 1) for v in oracle.ten_views(maps)]
+
     model = networks.tokens(dynamic_img_size=True)
+    wide = torch.randn(2, 3, 32, 72)
+    with torch.no_grad():
+        wanted = oracle.vote(oracle.tail_rows(copy.deepcopy(model), "blocks.0", wide, cut), "soft")
     inject_crop_vote(model, after="blocks.0", input_size=48)
     model(torch.randn(2, 3, 48, 48))
-    with pytest.raises(CropVoteError):
-        model(torch.randn(2, 3, 24, 96))
+    tools.agree(model(wide), wanted)
 
 
 @hazard("channels taken for columns", "the layout is found, not assumed", guards.channels_first)
@@ -174,7 +180,7 @@ class ChannelsLast(nn.Module):
 
 
 def images_channels_first(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(walk.Walk, "image_layout", lambda _: "NCHW")
+    patch.setattr(trace.Walk, "image_layout", lambda _: "NCHW")
 
 
 @hazard("images whose channels are mirrored", "where they are is seen", images_channels_first)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import guards
 import networks
-from cropvote import CropVoteError, hflip, inject_crop_vote, sites
-from cropvote.calling import calls, options, outputs
-from cropvote.probing import checks, fakes, verdicts, walk
+from cropvote import CropVoteError, call, five_crop, hflip, inject_crop_vote, outputs, sites
+from cropvote.errors import PlainModelError, RowsError, SiteError
+from cropvote.probe import fakes, taint, trace, verdicts
+from cropvote.surgery import injection
 from hazards.table import IMAGES, hazard, refused, right
 from toolchain import table as tools
 
@@ -53,7 +54,8 @@ class Flagged(networks.Net):
         return self.head(self.site(x) * x.mean((2, 3), keepdim=True)) if gate else self.head(self.site(x))
 
 
-@hazard("a flag that opens a path, with one image", "flags are part of what was checked", guards.by_length)
+@hazard("a flag that opens a path, with one image", "flags are part of what was checked; tracking",
+        guards.no_check_of_calls, guards.no_tracking)  # fmt: skip
 def _() -> None:
     model = inject_crop_vote(Flagged().eval(), after="site", input_size=48)
     assert model(IMAGES[:1], gate=False).shape == (1, 7)
@@ -75,8 +77,8 @@ def first_rows(patch: pytest.MonkeyPatch) -> None:
         rows = [place for place, x in outputs.tensors_of(output) if x.dim() == 2]
         return rows[:1]
 
-    patch.setattr(calls, "prediction_places", guess)
-    patch.setattr(walk, "prediction_places", guess)
+    patch.setattr(call, "prediction_paths", guess)
+    patch.setattr(trace, "prediction_paths", guess)
 
 
 @hazard("features voted over in place of logits", "what is named logits must be rows", first_rows)
@@ -146,7 +148,7 @@ class Options(networks.Net):
 
 
 @hazard("a path opened by what a container holds", "containers are looked into", lambda patch: patch.setattr(
-    checks, "_kind", lambda value: type(value).__name__))  # fmt: skip
+    injection, "_kind", lambda value: type(value).__name__))  # fmt: skip
 def _() -> None:
     model = inject_crop_vote(Options().eval(), after="site", input_size=None)
     model(IMAGES, {"gate": False})
@@ -167,7 +169,7 @@ class OwnStatistics(networks.Net):
 
 
 @hazard("running statistics written in front of the site and read behind it", "they count as written", lambda patch:
-    patch.setattr(fakes, "_running_statistics", lambda *_: []))  # fmt: skip
+    patch.setattr(taint, "written_arguments", lambda *_: []))  # fmt: skip
 def _() -> None:
     refused(OwnStatistics().train(), "site")
     right(OwnStatistics().eval(), "site")
@@ -179,11 +181,11 @@ class SkipsSmall(networks.Net):
         return self.head(self.site(x) if x.shape[3] > 20 else x)
 
 
-@hazard("one view, and a split that does not run for small images", "one view is checked at every size", lambda patch:
-    patch.setattr(options.Settings, "rows", lambda settings, training: len(settings.views)))  # fmt: skip
+@hazard("one view, and a split that does not run for small images", "the splits that ran are counted; tracking",
+        guards.no_watch, guards.no_tracking)  # fmt: skip
 def _() -> None:
     model = inject_crop_vote(SkipsSmall().eval(), after="site", input_size=48, eval_views="centre")
-    with pytest.raises(CropVoteError, match="never called"):
+    with pytest.raises(RowsError):
         model(IMAGES[:, :, :16, :16])
 
 
@@ -198,10 +200,79 @@ class Caching(networks.Net):
         return self.head(x + ramp) * float(self.fc.bias.sum())
 
 
-@hazard("a cache left without numbers by a check that failed", "looked for after a failure, too", lambda patch:
-    patch.setattr(fakes, "_check_nothing_kept", lambda *_: None))  # fmt: skip
+@hazard("a cache left without numbers by a check that failed", "emptied after a failure, too", lambda patch:
+    patch.setattr(fakes, "_empty_stores", lambda *_: None))  # fmt: skip
 def _() -> None:
     Caching.ramps.clear()
-    with pytest.raises(CropVoteError) as caught:
+    with pytest.raises(PlainModelError):
         inject_crop_vote(Caching().eval(), after="site", input_size=48)
-    assert "kept a tensor of shape (48,) outside the model" in str(caught.value)
+    assert not Caching.ramps
+
+
+class Switched(networks.Net):
+    """What its attributes, numbers and options say opens a gate, which broadcasts over the views of one image."""
+
+    gate = False
+
+    def forward(self, x: Tensor, level: float = 0.0) -> Tensor:
+        x = self.front(x)
+        y = self.site(x)
+        return self.head(y * x.mean((2, 3), keepdim=True).sigmoid() if self.gate or level > 1 else y)
+
+
+@hazard("a path that an attribute opens after the check, with one image", "tracking", guards.no_tracking)
+def _() -> None:
+    model = inject_crop_vote(Switched().eval(), after="site", input_size=48)
+    right_now = model(IMAGES[:1])
+    model.gate = True
+    with pytest.raises(SiteError):
+        model(IMAGES[:1])
+    model.gate = False
+    tools.agree(model(IMAGES[:1]), right_now)
+
+
+@hazard("a path that a number opens, with one image", "tracking", guards.no_tracking)
+def _() -> None:
+    model = inject_crop_vote(Switched().eval(), after="site", input_size=48)
+    model(IMAGES[:1], 0.5)
+    with pytest.raises(SiteError):
+        model(IMAGES[:1], 2.0)
+
+
+@hazard("a path that an attribute opens, with one view of each image", "tracking", guards.no_tracking)
+def _() -> None:
+    model = inject_crop_vote(Switched(), after="site", input_size=48, train_views=1, eval_views="centre")
+    for mode in (True, False):
+        model.train(mode).gate = False
+        model(IMAGES)
+        model.gate = True
+        with pytest.raises(SiteError):
+            model(IMAGES)
+
+
+@hazard("a hook that joins features of the front behind the site, with one image", "tracking", guards.no_tracking)
+def _() -> None:
+    model = inject_crop_vote(networks.Net().eval(), after="site", views=hflip(), input_size=48)
+    kept: list[Tensor] = []
+    model.front.register_forward_hook(lambda module, args, output: kept.append(output))
+    model.site.register_forward_hook(lambda module, args, output: output + kept.pop())
+    with pytest.raises(SiteError):
+        model(IMAGES[:1])
+
+
+@hazard("a path between two sites, with one image", "tracking counts the sites passed", guards.no_tracking)
+def _() -> None:
+    class Chain(networks.Net):
+        around = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            front = self.front(x)
+            y = self.site(front + x.mean() if self.around else front)
+            return self.head(y)
+
+    model = Chain().eval()
+    inject_crop_vote(model, after={"front": hflip(), "site": five_crop()}, input_size=48)
+    model(IMAGES[:1])
+    model.around = True
+    with pytest.raises(SiteError):
+        model(IMAGES[:1])

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import guards
 import networks
 import oracle
-from cropvote import CropVoteError, CropVoteLoss, hflip, inject_crop_vote, per_view, settings
-from cropvote.probing import checks, swapping
+from cropvote import CropVoteError, CropVoteLoss, hflip, inject_crop_vote, per_view, settings, swapping
+from cropvote.surgery import injection
 from hazards.table import IMAGES, hazard, right
 from toolchain import table as tools
 
@@ -131,7 +131,7 @@ class Asking(networks.Net):
 def _() -> None:
     model = Asking().eval()
     inject_crop_vote(model, after="input", views=hflip())
-    model._cropvote.checked = frozenset({(False, (("x", checks.TENSOR),))})
+    model._cropvote.checked = {(False, (("x", injection.TENSOR),)): None}
     model._cropvote.layouts = (("NCHW",),)
     found = guarded(model, IMAGES[:5])
     model.asked = True
@@ -154,21 +154,20 @@ def _() -> None:
     tools.agree(model(IMAGES), tools.expected(tools.ONE, 10))
 
 
-@hazard("a vote inside a call that gives every view", "each call has its own plan", guards.one_plan_for_all)
+@hazard("a vote inside a call that gives every view", "each call is its own", guards.one_call_for_all, guards.no_rows)
 def _() -> None:
     shapes: list[tuple[int, ...]] = []
     model = Asking().eval()
-    inject_crop_vote(model, after="front", views_per_pass=3)
+    inject_crop_vote(model, after="front")
     model.asked = True
     model(IMAGES)  # checked, without a call inside
     model.asked, model.heard = False, shapes
     found = per_view(model, IMAGES)
     assert found.shape == (10, 10, 7)
-    assert shapes == [(2, 7), (1, 7), (1, 7), (1, 7)], shapes  # a vote inside each pass
+    assert shapes == [(2, 7)], shapes
 
 
-@hazard("a stage in another mode than its model", "the root's mode decides", lambda patch: patch.setattr(
-    checks.Injection, "training", lambda injection, module: module.training))  # fmt: skip
+@hazard("a stage in another mode than its model", "the call of the root decides", guards.own_modes)
 def _() -> None:
     model = tools.voting(eval_views=[4, 9], train_views=2, eval_output="views")
     for module in (model.layer2, *model.layer2):

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import ViewsError
+from ..images import INPUT
 from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, stated_tokens, token_count
 from ..views import Views
 from .fakes import Example
-from .trials import Split, Trials, many_views
-from .walk import INPUT
+from .trial import Split, Trials, pad_to_prime
 
 __all__ = ["Site"]
 
@@ -69,7 +69,7 @@ class Probe(Trials):
             ViewsError: only the map's size is at fault.
         """
         layout, reason = self._alone(name)
-        return layout, reason or self._trial([Split(name, many_views(self.views), layout)])
+        return layout, reason or self._trial([Split(name, pad_to_prime(self.views), layout)])
 
     def verdict_of(self, plan: dict[str, Views], stated: dict[str, Layout | None]) -> tuple[list[Split], str, str]:
         """The splits of a plan in forward order, the site that is at fault or nothing, and why.
@@ -87,7 +87,7 @@ class Probe(Trials):
             if reason:
                 return [], name, reason
             splits.append(Split(name, plan[name], layout))
-        reason = self._trial([Split(s.name, many_views(s.views), s.layout) for s in splits])
+        reason = self._trial([Split(s.name, pad_to_prime(s.views), s.layout) for s in splits])
         return splits, splits[-1].name, reason
 
     def _found(self, name: str, views: Views, layout: Layout | None) -> tuple[Layout, str]:

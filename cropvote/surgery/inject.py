@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .calling.calls import Plan, conclude, following, in_passes, is_steered, note, plan_of, split_by, watched
-from .calling.options import EvalViews, Output, Settings
-from .errors import InputTypeError, PlainModelError, SurgeryError, ViewsError
-from .layer import CropVote
-from .layouts import Layout
-from .plans import After, joined
-from .probing.checks import Injection, first_tensor, is_traced, parameters_of
-from .probing.fakes import example_of, map_first_tensor, tensors_in
-from .probing.probe import check_sites
-from .probing.refusals import MARKS, check_model, injected_inside, injection_of, plan_after, stated_layouts, unwrap
-from .probing.swapping import check_restorable, restore_forward, swap_forward
-from .probing.walk import INPUT, holder_of
-from .views import Views
-from .voting import How
+from ..cuts import After, join_parts
+from ..errors import InputTypeError, PlainModelError, SurgeryError
+from ..images import INPUT
+from ..layer import CropVote
+from ..layouts import Layout
+from ..options import EvalViews, Output, Settings
+from ..probe.fakes import example_of
+from ..probe.sites import check_sites
+from ..probe.trace import split_module
+from ..swapping import check_restorable, restore_forward, swap_forward
+from ..views import Views
+from ..voting import How
+from .arguments import MARKS, check_model, injected_inside, injection_of, sites_after, unwrap, user_layouts_of
+from .injection import Injection, parameters_of, split_forward, vote_forward
 
 __all__ = ["inject_crop_vote", "remove_crop_vote", "settings"]
 
@@ -39,8 +39,8 @@ def inject_crop_vote(
     eval_output: Output = "vote",
     train_views: int | None = None,
     eval_views: EvalViews = None,
-    views_per_pass: int | None = None,
     layout: Layout | Mapping[str, Layout] | None = None,
+    check: bool = True,
 ) -> Model:
     """Split the map behind a module of ``model`` into views, and vote over the views' predictions. In place.
 
@@ -74,9 +74,12 @@ def inject_crop_vote(
         eval_output: the same in eval mode.
         train_views: so many views, drawn anew for every batch in training mode, see :class:`Settings`.
         eval_views: the views of eval mode, which alone are computed, see :class:`Settings`.
-        views_per_pass: run the network behind the site on so many views at a time in eval mode.
         layout: where the height and width of the site's map are, "NCHW", "NHWC" or :class:`Tokens`, or a dict of them
             by site; by default what the check finds, or for tokens what the model says of them.
+        check: False skips every check on a fake copy, here and at calls, for a sound model that the check cannot follow
+            (its forward reads values of its data, say). The layout is then the stated one, or "NCHW", and several sites
+            must be in the order in which the model defines them; that each split runs once, and that there is one row
+            for each view, is still checked at every call.
 
     Returns:
         The model.
@@ -101,29 +104,30 @@ def inject_crop_vote(
         Gómez-Sirvent et al., Electronics 2023, 12(18), 3837.
     """
     check_model(model)
-    plan = plan_after(model, after, views)
-    stated = stated_layouts(plan, layout)
+    sites = sites_after(model, after, views)
+    stated = user_layouts_of(sites, layout)
+    if not isinstance(check, bool):
+        raise InputTypeError(f"check must be True or False, got {check!r}.")
 
-    def injection_for(names: Sequence[str]) -> Injection:
+    def make_injection(names: Sequence[str]) -> Injection:
         options = Settings(
-            views=joined([plan[name] for name in names]),
+            views=join_parts([sites[name] for name in names]),
             vote=vote,
             train_output=train_output,
             eval_output=eval_output,
             train_views=train_views,
             eval_views=eval_views,
-            views_per_pass=views_per_pass,
         )
-        return Injection({name: stated[name] for name in names}, options, parameters_of(model))
+        return Injection({name: stated[name] for name in names}, options, parameters_of(model), check)
 
-    injection = injection_for(list(plan))
-    example = example_of(model, input_size)
+    injection = make_injection(list(sites))
+    example = example_of(model, input_size) if check else None
     if example is not None:
         try:
-            modes, splits = check_sites(model, plan, stated, example)
-            injection = injection_for([split.name for split in splits])
-            injection.learn(splits)
-            injection.mark(modes, injection.arguments((torch.empty(0),), {}), example.args[0].shape[1:])
+            modes, splits = check_sites(model, sites, stated, example)
+            injection = make_injection([split.name for split in splits])
+            key = injection.argument_key((torch.empty(0),), {})
+            injection.add_checked(modes, key, example.args[0].shape[1:], splits)
         except PlainModelError:
             if input_size is not None:
                 raise  # the size that a timm model carries may be another than the one it was built for: check later
@@ -133,20 +137,20 @@ def inject_crop_vote(
 
 def _swap(model: nn.Module, injection: Injection) -> None:
     """Give the model and the modules that carry the splits their forwards, or change nothing."""
-    holders = {place: holder_of(model, name) for place, name in enumerate(injection.sites) if name != INPUT}
+    carriers = {i: split_module(model, name) for i, name in enumerate(injection.sites) if name != INPUT}
     swapped: list[nn.Module] = []
     try:
-        for module, forward in ((model, _vote_forward), *((holder, _split_forward) for holder in holders.values())):
+        for module, forward in ((model, vote_forward), *((carrier, split_forward) for carrier in carriers.values())):
             swap_forward(module, forward)
             swapped.append(module)
     except SurgeryError:
         for module in swapped:
             restore_forward(module)
         raise
-    for place, holder in holders.items():
-        vars(holder).update(_cropvote_split=injection, _cropvote_place=place)
+    for i, carrier in carriers.items():
+        vars(carrier).update(_cropvote_split=injection, _cropvote_index=i)
     vars(model)["_cropvote"] = injection
-    injection.adopt(model)
+    injection.set_root(model)
 
 
 def remove_crop_vote(model: Model) -> Model:
@@ -189,7 +193,7 @@ def remove_crop_vote(model: Model) -> Model:
     for module, mark in marked:
         restore_forward(module)
         del vars(module)[mark]
-        vars(module).pop("_cropvote_place", None)
+        vars(module).pop("_cropvote_index", None)
     return model
 
 
@@ -227,90 +231,3 @@ def settings(model: nn.Module) -> Settings:
             + (f", but its submodule {inner!r} is: pass that." if inner else ".")
         )
     return injection.settings
-
-
-def _vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
-    """The injected model's forward."""
-    injection: Injection | None = getattr(module, "_cropvote", None)
-    if injection is None or not injection.settings.enabled:  # None: a new instance of the swapped class
-        return base.forward(module, *args, **kwargs)
-    if len(kwargs) > 1:  # in the forward's order, whatever the caller's
-        kwargs = {**{name: kwargs[name] for name in injection.parameters if name in kwargs}, **kwargs}
-    samples = first_tensor(args, kwargs).shape[0]
-    if injection.failure or not injection.is_checked(module.training, args, kwargs):
-        injection.check_call(module, args, kwargs)
-    if torch.compiler.is_compiling():
-        injection.check_carriers(module)
-    plan = plan_of(injection.settings, injection.training(module))
-    if plan.passes:
-        return _in_passes(module, base, args, kwargs, injection, plan)
-
-    def run() -> Any:
-        found, named = args, kwargs
-        if injection.sites[0] == INPUT:
-            found, named = map_first_tensor(lambda x: _split(x, injection, plan, 0), args, kwargs)
-        if not is_steered(injection.settings, injection):
-            return base.forward(module, *found, **named)
-        with following({injection.settings: None, injection: plan}):  # a call inside this one is a call of its own
-            return base.forward(module, *found, **named)
-
-    return conclude(plan, watched(run, injection.settings, len(injection.sites), module), samples, injection.settings)
-
-
-def _in_passes(
-    module: nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], injection: Injection, plan: Plan
-) -> Any:
-    """The forward once with the first views, then for each pass with the first image alone: the split keeps the map."""
-    if is_traced():
-        raise SurgeryError("views_per_pass runs a model several times, which cannot be recorded: set it to None first.")
-    tensors = tensors_in((args, kwargs))
-    if len(tensors) != 1:
-        raise SurgeryError(
-            f"views_per_pass runs the network behind the site again, which cannot be done for a call with "
-            f"{len(tensors)} tensors: set it to None."
-        )
-
-    def change(x: Tensor, i: int, part: Plan) -> Tensor:
-        x = x[:1] if i else x
-        return _split(x, injection, part, 0) if injection.sites[0] == INPUT else x
-
-    def run(i: int, part: Plan) -> Any:
-        def once() -> Any:
-            found, named = map_first_tensor(lambda x: change(x, i, part), args, kwargs)
-            with following({injection.settings: None, injection: part}):
-                return base.forward(module, *found, **named)
-
-        return watched(once, injection.settings, len(injection.sites), module)
-
-    return in_passes(plan, injection.settings, tensors[0].shape[0], run)
-
-
-def _split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the module that carries the split."""
-    injection: Injection | None = getattr(module, "_cropvote_split", None)
-    if injection is None or injection.is_orphan or not injection.settings.enabled:
-        return base.forward(module, *args, **kwargs)
-    place: int = module._cropvote_place  # type: ignore[assignment]
-    plan = plan_of(injection.settings, injection.training(module), split=injection)
-    if plan.front and plan.front_at == place:
-        return _split(plan.front[0], injection, plan, place)
-    return _split(base.forward(module, *args, **kwargs), injection, plan, place)
-
-
-def _split(x: Tensor, injection: Injection, plan: Plan, place: int) -> Tensor:
-    """Cut the views of a call at its site number ``place``; the maps of its first pass stay for the others."""
-    layout = injection.layout_at(place, x)
-    if layout is None:
-        raise SurgeryError(
-            f"the site {injection.site} was not yet checked, so where its channels are is not known: call the model "
-            f"itself once, or pass input_size= to inject_crop_vote."
-        )
-    note(injection.settings, place)
-    if plan.front is not None and plan.front_at == place:
-        if not plan.front:
-            plan.front.append(x)
-        x = plan.front[0]
-    try:
-        return split_by(plan.cuts[place], x, layout)
-    except ViewsError as error:
-        raise ViewsError(f"at the site {injection.sites[place]!r}, on a map {tuple(x.shape)}: {error}") from error

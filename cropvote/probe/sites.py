@@ -7,12 +7,12 @@ from contextlib import suppress
 from torch import nn
 
 from ..errors import InputTypeError, OptionError, SiteError, ViewsError
+from ..images import INPUT
 from ..layouts import Layout
 from ..views import Views, ten_crop
 from .fakes import Example, example_of, on_fake_copy
-from .trials import Split
+from .trial import Split
 from .verdicts import Probe, Site
-from .walk import INPUT
 
 __all__ = ["sites"]
 

@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from ..errors import InputTypeError, OptionError
-from ..plans import AnyViews, Cut, ViewProduct, cuts_of, drawn_cuts, parts_of, passes_of, rows_of
-from ..views import CENTRE, Views, ten_crop
-from ..voting import How, check_rule
+from .cuts import AnyViews, Cut, ViewProduct, make_cuts, make_random_cuts, n_kept, parts_of
+from .errors import InputTypeError, OptionError, SurgeryError
+from .views import CENTRE, Views, ten_crop
+from .voting import How, check_rule
 
 __all__ = ["Settings"]
 
@@ -22,9 +22,8 @@ class Settings:
     """How a :class:`CropVote` layer or an injected model behaves; checked whenever a field is assigned.
 
     Fields:
-        views: the views, fixed once made (the sites that accept them were checked with these). With several sites, or
-            layers in one another, every combination of their views, the first site's outermost: ``views.parts`` holds
-            those of each.
+        views: the views, fixed once made (the sites that accept them were checked with these). With several sites,
+            every combination of their views, the first site's outermost: ``views.parts`` holds those of each.
         vote: the rule of the vote, see :func:`vote`.
         train_output: ``"views"`` (a row per view) or ``"vote"`` (a row per sample) in training mode.
         eval_output: the same in eval mode.
@@ -33,8 +32,6 @@ class Settings:
             the same, and no two processes need to. With several sites they are spread evenly over the first one's.
         eval_views: in eval mode only these views are cut, run and voted over: their indices, ``"centre"``,
             ``"centre+mirror"``, or ``None`` for all. A model trained with all its views may vote with a few.
-        views_per_pass: in eval mode the tail runs on so many views at a time: the same vote in less memory. In an
-            injected model the front's modules then run once more for each pass, on the first image alone.
         enabled: ``False`` runs the plain network: no split, no vote.
 
     Raises:
@@ -56,11 +53,9 @@ class Settings:
     eval_output: Output
     train_views: int | None
     eval_views: EvalViews
-    views_per_pass: int | None
     enabled: bool
     _trained: tuple[Cut, ...]  # what is cut at each site in training mode
     _evaluated: tuple[Cut, ...]  # and in eval mode
-    _passes: tuple[Cut, ...]  # the last of them in parts, if views_per_pass says so
 
     def __init__(
         self,
@@ -71,7 +66,6 @@ class Settings:
         eval_output: Output = "vote",
         train_views: int | None = None,
         eval_views: EvalViews = None,
-        views_per_pass: int | None = None,
         enabled: bool = True,
     ) -> None:
         fields = {
@@ -81,7 +75,6 @@ class Settings:
             "eval_output": eval_output,
             "train_views": train_views,
             "eval_views": eval_views,
-            "views_per_pass": views_per_pass,
             "enabled": enabled,
         }
         self._take(fields)
@@ -92,9 +85,8 @@ class Settings:
         if not isinstance(fields["eval_views"], (str, type(None))):
             fields["eval_views"] = indices
         self.__dict__.update(fields)
-        self.__dict__["_trained"] = drawn_cuts(fields["views"], fields["train_views"] or len(fields["views"]))
-        self.__dict__["_evaluated"] = cuts_of(fields["views"], indices)
-        self.__dict__["_passes"] = passes_of(self._evaluated[-1], fields["views_per_pass"])
+        self.__dict__["_trained"] = make_random_cuts(fields["views"], fields["train_views"] or len(fields["views"]))
+        self.__dict__["_evaluated"] = make_cuts(fields["views"], indices)
 
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self._fields()
@@ -115,9 +107,18 @@ class Settings:
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
 
-    def rows(self, training: bool) -> int:
-        """How many views of a sample a call computes."""
-        return rows_of((self._trained if training else self._evaluated)[-1])
+    def n_views(self, training: bool) -> int:
+        """Return how many views of a sample a call computes."""
+        return n_kept((self._trained if training else self._evaluated)[-1])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fields = {name: value for name, value in state.items() if not name.startswith("_")}
+        if set(fields) != set(Settings()._fields()):
+            raise SurgeryError(
+                "this model was pickled by another version of cropvote, whose settings differ: load its state_dict "
+                "into a model that is injected anew."
+            )
+        self._take(fields)
 
     def _fields(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -132,14 +133,11 @@ def _check(fields: dict[str, Any]) -> None:
             raise OptionError(f"{name} must be one of {get_args(Output)}, got {fields[name]!r}.")
     if not isinstance(fields["enabled"], bool):
         raise InputTypeError(f"enabled must be True or False, got {fields['enabled']!r}.")
-    for name, most in (("train_views", len(fields["views"])), ("views_per_pass", None)):
-        value = fields[name]
-        if value is None:
-            continue
-        if type(value) is not int:
-            raise InputTypeError(f"{name} must be a whole number of views or None, got {value!r}.")
-        if value < 1 or (most is not None and value > most):
-            raise OptionError(f"{name} must be at least 1{f' and at most {most}' if most else ''}, got {value}.")
+    count, most = fields["train_views"], len(fields["views"])
+    if count is not None and type(count) is not int:
+        raise InputTypeError(f"train_views must be a whole number of views or None, got {count!r}.")
+    if count is not None and not 1 <= count <= most:
+        raise OptionError(f"train_views must be at least 1 and at most {most}, got {count}.")
     if fields["vote"] == "hard" and fields["train_output"] == "vote":
         raise OptionError(
             'vote="hard" with train_output="vote": a loss on a hard vote has no useful gradient. Train on every view '

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ..calling.outputs import named, prediction_places, tensors_of
-from ..errors import PlainModelError, RowsError, SurgeryError
+from .._torch import tree_leaves, tree_map
+from ..errors import CheckUnavailableError, PlainModelError, RowsError, SurgeryError
+from ..images import INPUT, map_first_tensor
 from ..layouts import AXES, LAYOUTS, Layout
-from .fakes import BATCH, Example, Paths, RandomState, Spec, first_line, map_first_tensor, tensors_in
-from .swapping import is_swapped, restore_forward, swap_forward
+from ..outputs import format_path, prediction_paths, tensors_of
+from ..swapping import is_swapped, restore_forward, swap_forward
+from .fakes import BATCH, Example, RandomState, Spec, first_line
+from .taint import TaintMode, tensors_in
 
 __all__: list[str] = []
 
@@ -31,19 +33,16 @@ def _inert(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     return base.forward(module, *args, **kwargs)
 
 
-INPUT = "input"
-
-
-def holder_of(model: nn.Module, name: str) -> nn.Module:
+def split_module(model: nn.Module, name: str) -> nn.Module:
     """The module that carries the split of a site.
 
     It is the site itself, or in an ``nn.Sequential`` its last child: gradient checkpointing may run the children and
     never the Sequential. A child that also stands elsewhere in the model cannot carry it.
     """
-    return _carrier(model.get_submodule(name), _standings(model))
+    return _carrier(model.get_submodule(name), use_counts(model))
 
 
-def _standings(model: nn.Module) -> Counter[nn.Module]:
+def use_counts(model: nn.Module) -> Counter[nn.Module]:
     """In how many places of the model each module stands."""
     return Counter(module for _, module in model.named_modules(remove_duplicate=False))
 
@@ -89,14 +88,14 @@ class Walk:
         self.numbers_before = RandomState()
         named = model.named_modules(remove_duplicate=False)
         self.modules = {name: m for name, m in named if name and not isinstance(m, torch.jit.ScriptModule)}
-        standings = _standings(model)
+        standings = use_counts(model)
         self.holders = {name: _carrier(module, standings) for name, module in self.modules.items()}
         self.calls: dict[nn.Module, int] = {}
         self.seen: dict[nn.Module, _Seen] = {}
         self._grown: tuple[dict[nn.Module, tuple[int, ...]], ...] | None = None
         self._walk()
 
-    def inputs(self, paths: Paths, bits: int, width: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def inputs(self, taint: TaintMode, bits: int, width: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call; what belongs to samples carries ``bits``, the n-th such tensor n widths higher."""
         batches = itertools.count()
 
@@ -105,7 +104,7 @@ class Walk:
                 return leaf
             tensor = leaf.fake()
             if _is_batch(leaf):
-                paths.set(tensor, bits << width * next(batches))
+                taint.set(tensor, bits << width * next(batches))
             return tensor
 
         return tree_map(fake, self.example[:2])
@@ -120,7 +119,7 @@ class Walk:
         keep: list[Tensor] = []
         running: list[nn.Module] = []
         self.moves: list[_Move] = []
-        paths = Paths(lambda operation, args, paths: self._watch(operation, args, paths, running))
+        taint = TaintMode(lambda operation, args, taint: self._watch(operation, args, taint, running))
 
         def look(module: nn.Module, args: Any, output: Any) -> Any:
             running.remove(module)
@@ -130,7 +129,7 @@ class Walk:
                 return None
             group = groups.get((id(output), output._version), len(keep))
             clone = output.clone()
-            paths.set(clone, paths.of(output) & clear[module])
+            taint.set(clone, taint.of(output) & clear[module])
             keep.append(clone)
             groups[id(clone), clone._version] = group
             self.seen[module] = _Seen(output, group, len(self.moves))
@@ -140,9 +139,11 @@ class Walk:
         try:
             hooks = [module.register_forward_hook(look) for module in bit]
             hooks += [module.register_forward_pre_hook(lambda module, args: running.append(module)) for module in bit]
-            with paths:
-                args, kwargs = self.inputs(paths, (1 << width) - 1, width)
+            with taint:
+                args, kwargs = self.inputs(taint, (1 << width) - 1, width)
                 self.output = self.model(*args, **kwargs)
+        except CheckUnavailableError:
+            raise
         except Exception as error:
             hint = " (Without input_size= the first call is checked, with all its arguments.)"
             raise PlainModelError(
@@ -154,23 +155,23 @@ class Walk:
             for hook in hooks:
                 hook.remove()
         self.found = dict(tensors_of(self.output))
-        self.numbers = [named(place) for place, x in self.found.items() if x.numel() == 1 and paths.of(x)]
+        self.numbers = [format_path(place) for place, x in self.found.items() if x.numel() == 1 and taint.of(x)]
         try:
-            self.predictions = prediction_places(self.output)
-            around = paths.of(self.found[self.predictions[0]])
+            self.predictions = prediction_paths(self.output)
+            around = taint.of(self.found[self.predictions[0]])
         except RowsError as error:
             self.predictions = []
             self.unclear = str(error)
-            around = paths.of(list(self.found.values()))
+            around = taint.of(list(self.found.values()))
         found = {module: [s for s in sources if around >> width * s & own] for module, own in bit.items()}
         self.around = {module: which for module, which in found.items() if which}  # by which of the call's batches
 
-    def _watch(self, operation: str, args: Any, paths: Paths, running: list[nn.Module]) -> None:
+    def _watch(self, operation: str, args: Any, taint: TaintMode, running: list[nn.Module]) -> None:
         """Remember what may move the images' data: a pick from it, or several parts of it put together."""
         if operation == "cat":
-            moves = sum(paths.of(x) > 0 for x in tensors_in(args)) > 1
+            moves = sum(taint.of(x) > 0 for x in tensors_in(args)) > 1
         else:
-            moves = operation in _MOVING and paths.of(args[0]) > 0
+            moves = operation in _MOVING and taint.of(args[0]) > 0
         if moves:
             names = {module: name for name, module in self.modules.items()}
             self.moves.append(_Move(operation, tuple(names[module] for module in running)))
@@ -183,8 +184,8 @@ class Walk:
             for module in swapped:
                 swap_forward(module, _inert)
             self.numbers_before.put_back()  # what is drawn in Python decides alike in every run
-            with Paths(lambda operation, args, paths: found.append(operation)):
-                args, kwargs = self.inputs(Paths(), 0)
+            with TaintMode(lambda operation, args, taint: found.append(operation)):
+                args, kwargs = self.inputs(TaintMode(), 0)
                 self.model(*args, **kwargs)
         except SurgeryError:
             raise
@@ -233,8 +234,10 @@ class Walk:
 
         hooks = [module.register_forward_hook(look) for module in dict.fromkeys(self.holders.values())]
         try:
-            args, kwargs = map_first_tensor(lambda x: torch.cat([x, x], axis), *self.inputs(Paths(), 0))
+            args, kwargs = map_first_tensor(lambda x: torch.cat([x, x], axis), *self.inputs(TaintMode(), 0))
             self.model(*args, **kwargs)
+        except CheckUnavailableError:
+            raise
         except Exception:  # the network behind some module is made for one size: those before it were seen
             return shapes
         finally:

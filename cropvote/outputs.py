@@ -9,34 +9,34 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import RowsError
+from .errors import RowsError
 
 __all__: list[str] = []
 
 PREDICTION = "logits"
 HUGGING_FACE = "transformers.modeling_outputs"
-#: Where a tensor is in an output: () for the output itself, ("logits",), ("hidden_states", 0), ...
-Place = tuple[Any, ...]
+#: The keys that lead to a tensor in an output: () for the output itself, ("logits",), ("hidden_states", 0), ...
+KeyPath = tuple[Any, ...]
 
 
-def tensors_of(output: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
-    """Every tensor of an output, with its place."""
+def tensors_of(output: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Tensor]]:
+    """Every tensor of an output, with its path."""
     if isinstance(output, Tensor):
-        yield place, output
+        yield path, output
     for key, value in _items(output):
-        yield from tensors_of(value, (*place, key))
+        yield from tensors_of(value, (*path, key))
 
 
-def map_tensors(function: Callable[[Place, Tensor], Tensor], output: Any, place: Place = ()) -> Any:
-    """A copy of an output with ``function(place, tensor)`` in place of every tensor.
+def map_tensors(function: Callable[[KeyPath, Tensor], Tensor], output: Any, path: KeyPath = ()) -> Any:
+    """A copy of an output with ``function(path, tensor)`` in place of every tensor.
 
     Raises:
         RowsError: a container that cannot be copied with other values.
     """
     if isinstance(output, Tensor):
-        return function(place, output)
+        return function(path, output)
     items = _items(output)
-    values = {key: map_tensors(function, value, (*place, key)) for key, value in items}
+    values = {key: map_tensors(function, value, (*path, key)) for key, value in items}
     if all(values[key] is value for key, value in items):
         return output
     kind = type(output)
@@ -83,8 +83,8 @@ def _items(output: Any) -> list[tuple[Any, Any]]:
     return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
 
 
-def prediction_places(output: Any) -> list[Place]:
-    """The places of the predictions in an output, the main one first.
+def prediction_paths(output: Any) -> list[KeyPath]:
+    """The paths of the predictions in an output, the main one first.
 
     They are floating-point tensors, (N, K). Where a tensor is named "logits", it is the main one, and the others are
     those with "logits" in their names (GoogLeNet's ``aux_logits1``). Where none is, all 2-D tensors must have the same
@@ -96,16 +96,16 @@ def prediction_places(output: Any) -> list[Place]:
     if isinstance(output, Tensor):
         return [()]
     found = dict(tensors_of(output))
-    rows = {place: x for place, x in found.items() if x.dim() == 2 and x.is_floating_point()}
-    main = [place for place in found if place[-1:] == (PREDICTION,)]
-    for place in main:
-        if place not in rows:
+    rows = {path: x for path, x in found.items() if x.dim() == 2 and x.is_floating_point()}
+    main = [path for path in found if path[-1:] == (PREDICTION,)]
+    for path in main:
+        if path not in rows:
             raise RowsError(
                 f"the model returns {describe(output)}; cropvote votes over {PREDICTION} of one row of K outputs per "
                 f"sample, (N, K)."
             )
     if main:
-        return main + [place for place in rows if PREDICTION in str(place[-1]) and place not in main]
+        return main + [path for path in rows if PREDICTION in str(path[-1]) and path not in main]
     if not rows:
         raise RowsError(f"the model returns {describe(output)}; cropvote votes over rows of K outputs, (N, K).")
     if len({int(x.shape[1]) for x in rows.values()}) > 1:
@@ -116,14 +116,14 @@ def prediction_places(output: Any) -> list[Place]:
     return list(rows)
 
 
-def named(place: Place) -> str:
-    """A place as a person writes it."""
-    return ".".join(map(str, place))
+def format_path(path: KeyPath) -> str:
+    """Return a key path as dotted text."""
+    return ".".join(map(str, path))
 
 
 def describe(output: Any) -> str:
     """An output in words: its shape, or its type and the shapes inside."""
     if isinstance(output, Tensor):
         return f"shape {tuple(output.shape)}"
-    found = ", ".join(f"{named(place)} {tuple(tensor.shape)}" for place, tensor in tensors_of(output))
+    found = ", ".join(f"{format_path(path)} {tuple(tensor.shape)}" for path, tensor in tensors_of(output))
     return f"{type(output).__name__} with {found}" if found else type(output).__name__

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..calling.outputs import describe, map_tensors, named, tensors_of
-from ..errors import RowsError, ViewsError
+from ..errors import CheckUnavailableError, RowsError, ViewsError
+from ..images import INPUT, map_first_tensor
 from ..layouts import Layout, Tokens, resized, sides
+from ..outputs import describe, format_path, map_tensors, tensors_of
 from ..splitting import split_views
+from ..swapping import restore_forward, swap_forward
 from ..views import Views
-from .fakes import BATCH, Paths, first_line, map_first_tensor
-from .swapping import restore_forward, swap_forward
-from .walk import INPUT, Walk
+from .fakes import BATCH, first_line
+from .taint import TaintMode
+from .trace import Walk
 
 __all__: list[str] = []
 
@@ -31,7 +33,7 @@ class Split(NamedTuple):
     layout: Layout
 
 
-def many_views(views: Views) -> Views:
+def pad_to_prime(views: Views) -> Views:
     """The views, the first of them repeated until their number is a large prime.
 
     A tail's number of windows or masks may divide the rows of ten views by chance, whatever the views' size.
@@ -48,7 +50,7 @@ class Trials(Walk):
 
     def _trial(self, splits: list[Split]) -> str:
         """Split for real, with the mechanism that the live model gets, and look at what comes out."""
-        paths = Paths()
+        taint = TaintMode()
         ran: list[tuple[int, int]] = []
         votes = 0
 
@@ -59,7 +61,7 @@ class Trials(Walk):
             except ViewsError as error:
                 raise ViewsError(f"at {name!r}: {error}" if len(splits) > 1 else str(error)) from error
             ran.append((place, y.shape[0]))
-            paths.set(y, VIEWS << place)
+            taint.set(y, VIEWS << place)
             return y
 
         def at(place: int) -> Any:
@@ -72,8 +74,8 @@ class Trials(Walk):
 
         holders = [self.holders[s.name] for s in splits if s.name != INPUT]
         try:
-            with paths:
-                args, kwargs = self.inputs(paths, IMAGES)
+            with taint:
+                args, kwargs = self.inputs(taint, IMAGES)
                 for place, one in enumerate(splits):
                     if one.name == INPUT:
                         args, kwargs = map_first_tensor(lambda x: split(0, x), args, kwargs)
@@ -84,7 +86,7 @@ class Trials(Walk):
                     output = self.model(*args, **kwargs)
                 finally:
                     restore_forward(self.model)
-        except ViewsError:
+        except (CheckUnavailableError, ViewsError):
             raise
         except Exception as error:
             return self._cannot_take(splits, error)
@@ -99,18 +101,18 @@ class Trials(Walk):
                 return f"the split ran {len(ran)} times in one forward."
             order = ", ".join(splits[place].name for place, _ in ran)
             return f"the splits did not run once each, one behind the other, in one forward, but: {order or 'none'}."
-        return self._rows(output, ran[-1][1], paths, VIEWS << len(splits) - 1)
+        return self._rows(output, ran[-1][1], taint, VIEWS << len(splits) - 1)
 
-    def _rows(self, output: Any, expected: int, paths: Paths, last: int) -> str:
+    def _rows(self, output: Any, expected: int, taint: TaintMode, last: int) -> str:
         """Why the predictions after the split are not one row per view."""
         found = dict(tensors_of(output))
         for place in self.predictions:
             rows, plain = found.get(place), self.found[place]
-            bits = 0 if rows is None else paths.of(rows)
+            bits = 0 if rows is None else taint.of(rows)
             if place != self.predictions[0] and rows is not None and rows.shape == plain.shape and not bits & ~IMAGES:
                 continue  # a head in front of the site
             if rows is None or rows.shape != (expected, plain.shape[1]):
-                wanted = f"{named(place)} {(expected, plain.shape[1])}".strip()
+                wanted = f"{format_path(place)} {(expected, plain.shape[1])}".strip()
                 return f"the model returns {describe(output)} after the split, not {wanted}, one row per view."
             if bits & (last - 1):
                 return "the model's output also depends on the images by a path around it."

@@ -1,4 +1,4 @@
-"""Which models and sites cannot be asked for, and why: what is found out before any probe."""
+"""Argument validation that needs no probe."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..calling.options import Settings
+from .._torch import has_compiled_forward, is_compiled, original
+from ..cuts import After
 from ..errors import InputTypeError, OptionError, SiteError, SurgeryError, UnknownSiteError
+from ..images import INPUT
 from ..layouts import Layout, check_layout
-from ..plans import After
+from ..options import Settings
+from ..probe.trace import split_module
+from ..swapping import own_forward
 from ..views import Views
-from .checks import Injection
-from .swapping import own_forward
-from .walk import INPUT, holder_of
+from .injection import Injection
 
 __all__: list[str] = []
 
@@ -23,7 +25,7 @@ MARKS = ("_cropvote", "_cropvote_split")
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def plan_after(model: nn.Module, after: After, views: Views | None = None) -> dict[str, Views]:
+def sites_after(model: nn.Module, after: After, views: Views | None = None) -> dict[str, Views]:
     """The sites and their views, in the order in which the model defines them.
 
     Raises:
@@ -47,16 +49,16 @@ def plan_after(model: nn.Module, after: After, views: Views | None = None) -> di
     return {name: after[name] for name in sorted(after, key=lambda name: -1 if name == INPUT else order[name])}
 
 
-def stated_layouts(plan: dict[str, Views], layout: Layout | Mapping[str, Layout] | None) -> dict[str, Layout | None]:
+def user_layouts_of(sites: dict[str, Views], layout: Layout | Mapping[str, Layout] | None) -> dict[str, Layout | None]:
     """The layout that the user states for each site, or None."""
-    stated = layout if isinstance(layout, Mapping) else dict.fromkeys(plan, layout)
-    unknown = [name for name in stated if name not in plan]
+    stated = layout if isinstance(layout, Mapping) else dict.fromkeys(sites, layout)
+    unknown = [name for name in stated if name not in sites]
     if unknown:
-        raise OptionError(f"layout names {unknown[0]!r}, which is no site of this injection: {', '.join(plan)}.")
+        raise OptionError(f"layout names {unknown[0]!r}, which is no site of this injection: {', '.join(sites)}.")
     for one in stated.values():
         if one is not None:
             check_layout(one)
-    return {name: stated.get(name) for name in plan}
+    return {name: stated.get(name) for name in sites}
 
 
 def check_model(model: nn.Module) -> None:
@@ -68,7 +70,7 @@ def check_model(model: nn.Module) -> None:
         raise SurgeryError(f"this {kind} votes already, after={injection.site}: remove_crop_vote(model) first.")
     if isinstance(model, WRAPPERS) or kind == "FullyShardedDataParallel":
         raise SurgeryError(f"the model is wrapped in {kind}: inject into model.module before it is wrapped.")
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+    if is_compiled(model):
         raise SurgeryError("the model is compiled already: inject first, then compile it.")
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError("the model is a TorchScript module, whose forward is fixed: inject first, then trace it.")
@@ -110,10 +112,15 @@ def check_name(model: nn.Module, after: str) -> None:
         if "=" in after:
             hint = 'several sites are a dict, {"layer1": hflip(), "layer3": five_crop()}'
         raise UnknownSiteError(f"{type(model).__name__} has no module named {after!r}; {hint}. See cropvote.sites.")
-    _check_forward(holder_of(model, after), repr(after))
+    _check_forward(split_module(model, after), repr(after))
 
 
 def _check_forward(module: nn.Module, what: str) -> None:
+    if has_compiled_forward(module):
+        raise SurgeryError(
+            f"the class of {what} decorates its forward with torch.compile, so that it would run past the split or "
+            f"vote: take the decorator away, inject, then compile the model."
+        )
     hidden = own_forward(module)
     if hidden is not None:
         raise SurgeryError(
@@ -136,7 +143,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, WRAPPERS):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
+            continue
+        inner = original(model)
+        if inner is None:
             return model
+        model = inner

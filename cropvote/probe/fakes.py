@@ -1,28 +1,31 @@
-"""A fake copy of a model, whose tensors have shapes but no data, and the paths that data takes through it."""
+"""A fake copy of a model, whose tensors have shapes but no data, and which leaves no trace in the process."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
+import os
 import random
 import sys
 import threading
 import traceback
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import InputTypeError, OptionError, PlainModelError, SurgeryError
-from .swapping import is_swapped, restore_forward
+from .._torch import FakeCopyMode, FakeTensorMode, TorchDispatchMode, _disable_current_modes, tree_map
+from ..errors import OptionError, PlainModelError, SurgeryError
+from ..swapping import is_swapped, restore_forward
+from .taint import check_taint_is_followed, tensors_in
 
 __all__: list[str] = []
 
@@ -30,8 +33,15 @@ Result = TypeVar("Result")
 #: The batch of every fake call: a prime, so that no window's or mask's length divides its rows by chance.
 BATCH = 31
 _LOCK = threading.RLock()  # for what a fake copy has to put back: a logger's state and the random numbers'
-_VALUE_FREE = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like"}
-_VALUE_FREE |= {"full_like", "empty_like", "rand_like", "randn_like"}
+
+
+def _renew_lock() -> None:
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a process forked during a check would wait for a lock that nobody holds
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Example(NamedTuple):
@@ -99,16 +109,18 @@ def _channels(model: nn.Module, otherwise: int) -> int:
 
 
 def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> Result:
-    """Call ``function`` with a copy whose tensors hold no data, and leave no trace on the live model.
+    """Call ``function`` with a copy whose tensors hold no data, and leave no trace on the live model or the process.
 
     Raises:
         PlainModelError: the model cannot be copied, or not without sharing modules with its copy.
-        SurgeryError: the model's forward kept a tensor outside the model, where the live model would find it.
+        SurgeryError: the model's forward kept a tensor outside the model, where the live model would find it; or this
+            PyTorch does something that a check cannot follow.
     """
-    with _LOCK:
-        made = Paths.made = []
+    with _LOCK, _disable_current_modes():  # a counter of operations around the call, say
+        check_taint_is_followed()
+        _check_nothing_is_left(type(model))
+        recorder = Recorder()
         with _putting_back(), ExitStack() as stack:
-            stack.enter_context(_disable_current_modes())  # a counter of operations around the call, say
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -119,22 +131,48 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
                 for module in fake.modules():
                     if is_swapped(module):
                         restore_forward(module)
+            _know_single_values(model, fake)
             stack.enter_context(mode)
+            stack.enter_context(recorder)
             failed: Exception | None = None
             try:
                 result = function(fake)
             except Exception as error:
                 failed = error
             del fake
-            if failed is not None:  # out of its handler, in which Python 3.10 would hold the frames
-                try:
-                    _drop_frames(failed)
-                    _check_nothing_kept(made, type(model).__name__)
-                    raise failed
-                finally:
-                    del failed  # or its traceback, this frame and the model would hold each other
-    _check_nothing_kept(made, type(model).__name__)
+        if failed is not None:  # out of its handler, in which Python 3.10 would hold the frames
+            try:
+                _drop_frames(failed)
+                _empty_stores(recorder.made, type(model))
+                raise failed
+            finally:
+                del failed  # or its traceback, this frame and the model would hold each other
+        _empty_stores(recorder.made, type(model))
     return result
+
+
+class Recorder(TorchDispatchMode):
+    """Remember every tensor that operations make, without holding it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made.extend(map(weakref.ref, tensors_in(out)))
+        return out
+
+
+def _know_single_values(model: nn.Module, fake: nn.Module) -> None:
+    """Let parameters and buffers of a single number keep it on the copy, so that a forward may read it."""
+    for pairs in (
+        zip(model.parameters(), fake.parameters(), strict=True),
+        zip(model.buffers(), fake.buffers(), strict=True),
+    ):
+        for real, copied in pairs:
+            if real.numel() == 1 and real.device.type == "cpu" and type(real.data) is Tensor:
+                copied.constant = real.detach().clone()  # type: ignore[attr-defined]
 
 
 def _drop_frames(error: Exception) -> None:
@@ -144,19 +182,58 @@ def _drop_frames(error: Exception) -> None:
         link = link.with_traceback(None).__cause__ or link.__context__
 
 
-def _check_nothing_kept(made: list[weakref.ref[Tensor]], kind: str) -> None:
-    """Raise SurgeryError where a tensor without data outlived the fake copy, for the live model to find."""
+#: Tensors without data that a model's own code still keeps after a check, by the model's class.
+_LEFT: WeakKeyDictionary[type, list[weakref.ref[Tensor]]] = WeakKeyDictionary()
+
+
+def _empty_stores(made: list[weakref.ref[Tensor]], kind: type) -> None:
+    """Take the tensors of a check out of the caches that the model's code keeps outside the model.
+
+    Raises:
+        SurgeryError: one is kept where it cannot be taken out.
+    """
     for _ in range(3):  # what the first round frees may hold more
-        if all(reference() is None for reference in made):
+        if not any(reference() is not None for reference in made):
             return
         gc.collect()
-    kept = next((tensor for tensor in (reference() for reference in made) if tensor is not None), None)
+    for reference in made:
+        tensor = reference()
+        if tensor is not None:
+            _forget(tensor, depth=3)
+        del tensor
+    gc.collect()
+    _LEFT[kind] = [reference for reference in made if reference() is not None]
+    _check_nothing_is_left(kind)
+
+
+def _forget(value: Any, depth: int) -> None:
+    """Clear the function caches, and delete the entries of dicts that hold a value: a cache is filled again."""
+    for holder in gc.get_referrers(value):
+        if isinstance(holder, functools._lru_cache_wrapper):
+            holder.cache_clear()
+        elif type(holder) in (dict, OrderedDict, defaultdict) and not _is_namespace(holder):
+            for key in [key for key, held in list(holder.items()) if held is value]:
+                del holder[key]
+        elif type(holder) is tuple and depth:
+            _forget(holder, depth - 1)
+
+
+def _is_namespace(holder: dict[Any, Any]) -> bool:
+    """Return whether a dict holds the attributes of a module, a class or an object."""
+    if "__name__" in holder or "__module__" in holder or "__dict__" in holder:
+        return True
+    return any(getattr(owner, "__dict__", None) is holder for owner in gc.get_referrers(holder))
+
+
+def _check_nothing_is_left(kind: type) -> None:
+    """Raise SurgeryError if a tensor of this or an earlier check of such a model is kept, for a live one to find."""
+    kept = next((tensor for tensor in (reference() for reference in _LEFT.get(kind, ())) if tensor is not None), None)
     if kept is not None:
         raise SurgeryError(
-            f"while {kind} was checked on a copy without data, its forward or a hook kept a tensor of shape "
-            f"{tuple(kept.shape)} outside the model: in a class attribute, a global, a cache or a list. Empty that "
-            f"store, which now holds no numbers; remove such hooks, or fill such a cache by calling the model once, "
-            f"and inject again."
+            f"while {kind.__name__} was checked on a copy without data, a forward or a hook kept a tensor of "
+            f"shape {tuple(kept.shape)} outside the model: in a class attribute, a global or a list. It holds no "
+            f"numbers: set that attribute back to what it was, or empty the list. Then keep such a tensor in a buffer "
+            f"of the model, or inject with check=False."
         )
 
 
@@ -221,79 +298,6 @@ class RandomState:
             torch.set_rng_state(self.cpu)
             for module, states in self.devices.items():
                 module.set_rng_state_all(states)
-
-
-class Paths(TorchDispatchMode):
-    """Follow through every operation, per storage, which modules the data may have come around (a bit each)."""
-
-    made: ClassVar[list[weakref.ref[Tensor]]] = []  # every tensor of the present fake copy
-
-    def __init__(self, watch: Callable[[str, Any, Paths], None] | None = None) -> None:
-        super().__init__()
-        self.watch = watch  # is told of every operation before it runs; a watch that holds these paths makes a cycle
-        self.bits: dict[int, int] = {}
-        self.alive: list[Any] = []  # a freed storage's address would be given out again
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.watch is not None:
-            self.watch(func.overloadpacket.__name__, args, self)
-        out = func(*args, **kwargs)
-        self.made.extend(weakref.ref(tensor) for tensor in tensors_in(out))
-        if func.overloadpacket.__name__ not in _VALUE_FREE:
-            bits = self.of((args, kwargs))
-            if bits:
-                schema = func._schema.arguments
-                written = [a for a, s in zip(args, schema, strict=False) if s.alias_info and s.alias_info.is_write]
-                written += [kwargs[s.name] for s in schema if s.name in kwargs and s.alias_info]
-                written += _running_statistics(schema, args, kwargs)
-                for tensor in tensors_in((out, written)):
-                    self.set(tensor, self.of(tensor) | bits)
-        return out
-
-    def of(self, tree: Any) -> int:
-        bits = 0
-        for tensor in tensors_in(tree):
-            bits |= self.bits.get(_storage(tensor)._cdata, 0)
-        return bits
-
-    def set(self, tensor: Tensor, bits: int) -> None:
-        storage = _storage(tensor)
-        if storage._cdata not in self.bits:
-            self.alive.append(storage)
-        self.bits[storage._cdata] = bits
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap or grad
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor.untyped_storage()
-
-
-def _running_statistics(schema: Any, args: Any, kwargs: Any) -> list[Any]:
-    """What a batch norm in training mode writes although its schema does not say so."""
-    values = {**{s.name: a for s, a in zip(schema, args, strict=False)}, **kwargs}
-    if not (values.get("training") or values.get("train")):
-        return []
-    return [value for name, value in values.items() if name.startswith("running_")]
-
-
-def map_first_tensor(
-    function: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Apply ``function`` to the first tensor of a call: the batch of images."""
-    for i, value in enumerate(args):
-        if isinstance(value, Tensor):
-            return (*args[:i], function(value), *args[i + 1 :]), kwargs
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return args, {**kwargs, name: function(value)}
-    raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def first_line(error: BaseException) -> str:

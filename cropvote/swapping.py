@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from ..errors import SurgeryError
+from .errors import SurgeryError
 
 __all__: list[str] = []
 
@@ -137,7 +137,7 @@ def _rebuild(
 def _mark(module: nn.Module, marks: dict[str, Any]) -> None:
     vars(module).update(marks)
     if ROOT in marks:
-        marks[ROOT].adopt(module)
+        marks[ROOT].set_root(module)
 
 
 def own_forward(module: nn.Module) -> str | None:

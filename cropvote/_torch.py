@@ -1,0 +1,149 @@
+"""Every private name of PyTorch that cropvote uses, each behind a function that says what it means.
+
+A name that a later PyTorch drops breaks one function here, when it is called, and nothing at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckUnavailableError
+
+if TYPE_CHECKING:
+    pass
+
+__all__: list[str] = []
+
+#: Private names, and public ones of private modules, by the module that has them; looked up when they are imported.
+_NAMES = {
+    "FakeCopyMode": "torch._subclasses.fake_tensor",
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "FlopCounterMode": "torch.utils.flop_counter",
+    "StorageWeakRef": "torch.multiprocessing.reductions",
+    "TorchDispatchMode": "torch.utils._python_dispatch",
+    "_disable_current_modes": "torch.utils._python_dispatch",
+    "flop_registry": "torch.utils.flop_counter",
+    "sdpa_flop_count": "torch.utils.flop_counter",
+    "tree_leaves": "torch.utils._pytree",
+    "tree_map": "torch.utils._pytree",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    except (ImportError, AttributeError) as error:
+        raise unavailable(f"{_NAMES[name]} has no {name}") from error
+
+
+def unavailable(why: str) -> CheckUnavailableError:
+    """Return the error that a model cannot be checked, because PyTorch is another than this version knows."""
+    return CheckUnavailableError(
+        f"checks are not available with PyTorch {torch.__version__} ({why}): use a version that this cropvote was "
+        f"tested with, or pass check=False to inject_crop_vote. Splits, votes and layers work as ever."
+    )
+
+
+def uncounted_attention() -> dict[Any, Any]:
+    """Return how to count the operations of attention on a CPU, which PyTorch before 2.15 does not count by itself."""
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    count = __getattr__("sdpa_flop_count")
+    return {} if operation in __getattr__("flop_registry") else {operation: lambda q, k, v, *_, **__: count(q, k, v)}
+
+
+def is_jit_tracing() -> bool:
+    """Return whether torch.jit.trace is recording operations."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]  # public, but not exported
+
+
+def is_recorded() -> bool:
+    """Return whether operations are being recorded into a graph: compiled, exported or traced by torch.jit."""
+    return torch.compiler.is_compiling() or is_jit_tracing()
+
+
+def is_captured() -> bool:
+    """Return whether the current CUDA stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def is_vmapped() -> bool:
+    """Return whether a transform of torch.func is active."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def is_in_backward() -> bool:
+    """Return whether a backward pass is running in this thread, as when checkpointing runs a part again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether torch.compile wraps this module, or replaced its call."""
+    instance = vars(module)
+    return instance.get("_compiled_call_impl") is not None or isinstance(original(module), nn.Module)
+
+
+def is_under_compiler() -> bool:
+    """Return whether this code runs eagerly inside a compiled call, whose parts may be compiled one by one."""
+    eval_frame = getattr(torch._C, "_dynamo", None) and torch._C._dynamo.eval_frame
+    callback = getattr(eval_frame, "get_eval_frame_callback", None)
+    return callback is not None and callback() not in (None, False)
+
+
+def has_compiled_forward(module: nn.Module) -> bool:
+    """Return whether the forward of the module's class was decorated with torch.compile."""
+    return hasattr(type(module).forward, "_torchdynamo_orig_callable")
+
+
+def original(module: nn.Module) -> nn.Module | None:
+    """Return the module inside the wrapper that torch.compile returns, or None."""
+    children = vars(module).get("_modules")
+    return children.get("_orig_mod") if isinstance(children, dict) else None  # a scripted module has its own kind
+
+
+def call_eagerly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module, with its hooks, past ``module.compile()``."""
+    return module._call_impl(*args, **kwargs)
+
+
+def without_subclasses() -> AbstractContextManager[Any]:
+    """Return a context in which tensors of a subclass are treated as plain tensors."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape and no data, as those of a check."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def storage_key(tensor: Tensor) -> tuple[Any, int]:
+    """Return the storage of a tensor, also inside vmap or grad, and a number that is the same for its views."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    storage = tensor.untyped_storage()
+    return storage, storage._cdata
+
+
+def written_arguments(operation: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments that an operation writes, the running statistics of a norm among them."""
+    schema = operation._schema.arguments
+    written = [a for a, s in zip(args, schema, strict=False) if s.alias_info and s.alias_info.is_write]
+    written += [kwargs[s.name] for s in schema if s.name in kwargs and s.alias_info]
+    values = {**{s.name: a for s, a in zip(schema, args, strict=False)}, **kwargs}
+    if values.get("training") or values.get("train"):  # a batch norm, whose schema does not say so
+        written += [value for name, value in values.items() if name.startswith("running_")]
+    return written
+
+
+def name_of(operation: Any) -> str:
+    """Return the name of an operation, without its overload."""
+    return operation.overloadpacket.__name__

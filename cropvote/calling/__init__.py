@@ -1,1 +1,0 @@
-"""One call of a voting model: what is asked of it, what it cuts, and what it returns."""

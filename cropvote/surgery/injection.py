@@ -1,0 +1,426 @@
+"""What an injected model remembers, and the forwards that it and its sites get."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import is_compiled, is_in_backward, is_jit_tracing, is_recorded, is_under_compiler, is_vmapped
+from ..call import Call, call_by, check_splits_ran, current, cut_views, running, vote_output
+from ..cuts import Cut, parts_of
+from ..errors import CropVoteError, RowsError, SiteError, SurgeryError, ViewsError
+from ..images import INPUT, first_tensor, map_first_tensor
+from ..layouts import Layout, Tokens, token_count
+from ..options import Settings
+from ..probe.fakes import example_from_call
+from ..probe.sites import check_sites
+from ..probe.trace import split_module
+from ..probe.trial import Split
+from ..tracking import came_around, plain, track, track_all
+
+__all__: list[str] = []
+
+TENSOR = "a tensor"
+#: What of a call's arguments can change the model's control flow.
+ArgumentKey = tuple[tuple[str, Any], ...]
+#: The memo key of a checked call: training or not, and its arguments.
+CallKey = tuple[bool, ArgumentKey]
+FLAGS = (bool, int, float, str, type(None))
+#: So many kinds of call, and so many sizes of image, are remembered.
+MOST_CALLS, MOST_SIZES = 64, 256
+
+
+class Injection:
+    """What an injected model and its sites share, and copies of them keep: a plain attribute of all.
+
+    It is ``_cropvote`` in the model, and ``_cropvote_split`` in the modules that carry a split, whose index among the
+    sites, in forward order, is their ``_cropvote_index``.
+
+    Fields:
+        sites: the names of the sites, in forward order, as the views of the settings are.
+        user_layouts: the layout that the user stated for each site, or None.
+        layouts: the layouts known at each site: several if images of other sizes give other grids of tokens.
+        layouts_by_size: the layout at each site, by the shape of an image, if they are grids of tokens.
+        settings: the options.
+        parameters: the names of the forward's arguments, with the defaults of flags.
+        check: False if the user said so: nothing is checked on a fake copy.
+        checked: the kinds of call for which the sites are known to be valid.
+        tracking: whether calls that could hide a path are tracked; not once that was a false alarm.
+        site_error: why the site is invalid, if it is.
+        used_cuts: the last few cuts of calls with gradients.
+        root: the model that votes, whose mode decides.
+    """
+
+    def __init__(
+        self, user_layouts: dict[str, Layout | None], settings: Settings, parameters: dict[str, Any], check: bool = True
+    ) -> None:
+        self.sites = tuple(user_layouts)
+        self.user_layouts = user_layouts
+        self.layouts = tuple(() if layout is None else (layout,) for layout in user_layouts.values())
+        self.layouts_by_size: dict[tuple[int, ...], tuple[Layout, ...]] = {}
+        self.settings = settings
+        self.parameters = parameters
+        self.check = self.tracking = check
+        self.checked: dict[CallKey, None] = {}
+        self.site_error = ""
+        self.used_cuts: tuple[tuple[Cut, ...], ...] = ()
+        self.root: weakref.ref[nn.Module] | None = None
+        if not check:
+            self.layouts = tuple(known or ("NCHW",) for known in self.layouts)
+
+    @property
+    def site(self) -> str:
+        """The sites, as text."""
+        return repr(self.sites[0]) if len(self.sites) == 1 else " and ".join(map(repr, self.sites))
+
+    @property
+    def on_tokens(self) -> bool:
+        """Whether a site's map is a grid of tokens."""
+        return any(isinstance(layout, Tokens) for layouts in self.layouts for layout in layouts)
+
+    def set_root(self, model: nn.Module) -> None:
+        """Follow the mode of the model that votes; a shallow copy of it follows the first one's."""
+        if self.root is None or self.root() is None:
+            self.root = weakref.ref(model)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether it belongs to a copy of a part of a model, with which no model ever voted."""
+        return self.root is None
+
+    def training(self, module: nn.Module) -> bool:
+        """Return the mode of the model that votes, for it or for the module that carries its split.
+
+        Raises:
+            SurgeryError: ``module`` is a shallow copy of that model, in the other mode.
+        """
+        root = None if self.root is None else self.root()
+        if root is None:
+            return module.training
+        if module is not root and "_cropvote" in module.__dict__ and module.training != root.training:
+            raise SurgeryError(
+                f"this {type(module).__name__} is a shallow copy of an injected model, with which it shares the site, "
+                f"and the two are in different modes: use copy.deepcopy."
+            )
+        return root.training
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model, which a copy finds for itself, and without what only this process needs."""
+        return {**self.__dict__, "root": None, "used_cuts": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if set(state) != set(Injection({}, Settings(), {}).__dict__):
+            raise SurgeryError(
+                "this model was pickled by another version of cropvote: load its state_dict into a model that is "
+                "injected anew."
+            )
+        self.__dict__.update(state)
+
+    # --- which calls were checked
+
+    def argument_key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentKey:
+        """Return the arguments that can change the model's control flow; those left at their defaults are skipped."""
+        names = (*self.parameters, *(f"*{i}" for i in range(len(self.parameters), len(args))))
+        key: list[tuple[str, Any]] = []
+        for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+            if isinstance(value, Tensor):
+                key.append((name, TENSOR))
+            elif not isinstance(value, FLAGS) or value != self.parameters.get(name, TENSOR):
+                key.append((name, _kind(value)))
+        return tuple(key)
+
+    def add_checked(
+        self,
+        modes: frozenset[bool],
+        key: ArgumentKey,
+        image: tuple[int, ...],
+        splits: list[Split],
+        counted: bool = True,
+    ) -> None:
+        """Remember the layouts that a check found, and if ``counted`` that such calls were checked."""
+        layouts = [split.layout for split in splits]
+        self.layouts = tuple(
+            known if layout in known else (*known, layout) for known, layout in zip(self.layouts, layouts, strict=True)
+        )
+        if self.on_tokens:
+            self.layouts_by_size = _last({**self.layouts_by_size, tuple(image): tuple(layouts)}, MOST_SIZES)
+        if counted:
+            self.checked = _last({**self.checked, **{(mode, key): None for mode in modes}}, MOST_CALLS)
+
+    def ensure_checked(
+        self, model: nn.Module, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Check the sites unless such a call was checked, and look up the grids of an image of this size."""
+        if not self.check:
+            return
+        key = (model.training, self.argument_key(args, kwargs))
+        if key not in self.checked or self.site_error:
+            self.check_call(model, args, kwargs)
+        if not self.on_tokens:
+            return
+        image = first_tensor(args, kwargs).shape[1:]
+        layouts = self._layouts_for(image)
+        if layouts is None:
+            self.check_call(model, args, kwargs)
+            layouts = self._layouts_for(image)
+        if call is not None:
+            call.layouts = layouts
+
+    def _layouts_for(self, image: tuple[int, ...]) -> tuple[Layout, ...] | None:
+        """Return the layout at each site for an image of this shape, if it is known."""
+        if is_jit_tracing():
+            raise SurgeryError("torch.jit.trace would freeze the grid of the tokens: use torch.export.")
+        for known, layouts in self.layouts_by_size.items():  # one by one, since a compiler's sizes are symbols
+            if len(known) == len(image) and all(m == n for m, n in zip(known, image, strict=True)):
+                return layouts
+        return None
+
+    def check_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check the sites with the shapes of a real call; copies keep the result.
+
+        Raises:
+            SiteError: a site is invalid for such a call.
+            SurgeryError: the call runs under a compiler, or the map is another than the one checked before.
+        """
+        if self.site_error:
+            raise SiteError(self.site_error)
+        if is_traced():
+            mode = "training" if model.training else "eval"
+            raise SurgeryError(
+                f"the site {self.site} was not yet checked in {mode} mode with such arguments, and cannot be while "
+                f"the model is compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it "
+                f"once as it is."
+            )
+        key = self.argument_key(args, kwargs)
+        samples, *image = first_tensor(args, kwargs).shape
+        tokens = [layout for layout in self.user_layouts.values() if isinstance(layout, Tokens)]
+        if tokens and self.layouts_by_size and tuple(image) not in self.layouts_by_size:
+            raise SurgeryError(
+                f"{tokens[0]} was stated for images of another shape than {tuple(image)}: remove_crop_vote, and "
+                f"inject again with the tokens of these."
+            )
+        try:
+            example = example_from_call(args, kwargs, samples)
+            maps = [next((x for x in layouts if not isinstance(x, Tokens)), None) for layouts in self.layouts]
+            layouts = [self.user_layouts[name] or found for name, found in zip(self.sites, maps, strict=True)]
+            names = self._names_in(model)
+            sites = dict(zip(names, parts_of(self.settings.views), strict=True))
+            modes, splits = check_sites(model, sites, dict(zip(names, layouts, strict=True)), example)
+        except SiteError as error:
+            # of several arguments, another's first axis may have the batch's length by chance
+            if len(key) == 1 and not self.checked:
+                self.site_error = str(error)
+            raise
+        order = tuple(split.name for split in splits)
+        if order != names:
+            raise SurgeryError(
+                f"the forward reaches {' before '.join(map(repr, order))}, which the model defines in another order: "
+                f"remove_crop_vote, and inject again with input_size=, which tells it before."
+            )
+        tensors = sum(kind == TENSOR for _, kind in key)
+        # with one sample, an argument of length 1 may belong to the sample or to the model
+        self.add_checked(modes, key, tuple(image), splits, counted=tensors == 1 or samples > 1)
+
+    def _names_in(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the sites; of one that was wrapped since, the name that its split has now."""
+        modules, names = dict(model.named_modules()), list(self.sites)
+        for name, module in modules.items():
+            if module.__dict__.get("_cropvote_split") is self:
+                i = module.__dict__["_cropvote_index"]
+                if names[i] not in modules or split_module(model, names[i]) is not module:
+                    names[i] = name
+        return tuple(names)
+
+    # --- one forward
+
+    def vote(self, model: nn.Module, base: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call of the model, check what it did, and vote."""
+        self.ensure_checked(model, call, args, kwargs)
+        images = first_tensor(args, kwargs)
+        given = args, kwargs
+        if torch.is_grad_enabled():
+            self.check_recomputation(call.cuts)
+        hides = self.tracking and not is_traced() and call.may_hide_a_path(images.shape[0])
+        if hides and not has_compiled_parts(model):
+            args, kwargs = track_all(args), track_all(kwargs)
+        if self.sites[0] == INPUT:
+            args, kwargs = map_first_tensor(lambda x: self.split(0, x, call), args, kwargs)
+        try:
+            output = base.forward(model, *args, **kwargs)
+        except CropVoteError:
+            raise
+        except RuntimeError as error:
+            self._explain(model, *given, error)
+            raise
+        if call.ran != list(range(len(call.cuts))):
+            check_splits_ran(call, not call.requested and has_compiled_parts(model))
+        output = vote_output(call, output, images)
+        if call.leaked:
+            self.check_call(model, *given)  # which says where the path is; values that no data reaches are no path
+            self.tracking = False
+        return output
+
+    def _explain(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: RuntimeError) -> None:
+        """Raise RowsError if the call failed because a site is no longer valid."""
+        if not self.check or is_traced() or isinstance(error, torch.OutOfMemoryError):
+            return
+        try:
+            self.check_call(model, args, kwargs)
+        except SiteError as reason:
+            raise RowsError(f"the call failed ({error}), because the model has changed: {reason}") from error
+        except CropVoteError:
+            return
+
+    def check_recomputation(self, cuts: tuple[Cut, ...]) -> None:
+        """Remember the cuts of a call with gradients; checkpointing must run it again with the same.
+
+        Raises:
+            RowsError: a backward pass runs a part again, with cuts that no call had.
+        """
+        known = any(used is cuts for used in self.used_cuts)
+        if not is_in_backward():
+            if not known:
+                self.used_cuts = (*self.used_cuts[-7:], cuts)
+        elif self.used_cuts and not known:
+            raise RowsError(
+                "checkpointing runs a part of the model again in the backward pass, and meanwhile the model's mode, "
+                "eval_views, train_views or enabled has changed: change it after backward()."
+            )
+
+    def split(self, index: int, x: Tensor, call: Call) -> Tensor:
+        """Cut the views of a call at one site."""
+        call.ran.append(index)
+        call.leaked |= came_around(x, index)
+        tracked, x = x, plain(x)
+        layout = call.layouts[index] if call.layouts else self.layout_of(index, x)
+        try:
+            views = cut_views(call.cuts[index], x, layout)
+        except ViewsError as error:
+            raise ViewsError(f"at the site {self.sites[index]!r}, on a map {tuple(x.shape)}: {error}") from error
+        return views if tracked is x or index == len(call.cuts) - 1 else track(views, index + 1)
+
+    def layout_of(self, index: int, x: Tensor) -> Layout:
+        """Return the layout at a site; if several grids of tokens are known, the one with this number of tokens.
+
+        Raises:
+            SurgeryError: the site was not yet checked.
+        """
+        layouts = self.layouts[index]
+        for layout in layouts:
+            if not isinstance(layout, Tokens) or token_count(layout) == x.shape[1]:
+                return layout
+        if not layouts:
+            raise SurgeryError(
+                f"the site {self.site} was not yet checked, so where its channels are is not known: call the model "
+                f"itself once, or pass input_size= to inject_crop_vote."
+            )
+        return layouts[0]  # which the split refuses
+
+    def check_recorded(self, model: nn.Module) -> None:
+        """Check, while a compiler records and splits cannot be counted, that the modules that carry them are there.
+
+        Raises:
+            RowsError: one was replaced since.
+            SurgeryError: two grids have equally many tokens.
+        """
+        there = [m for m in model.modules() if getattr(m, "_cropvote_split", None) is self]
+        if len(there) < len(self.sites) - (self.sites[0] == INPUT):
+            raise RowsError(
+                f"of the modules that carry the splits after {self.site}, {len(there)} are left: one was replaced "
+                f"since the model was checked. remove_crop_vote, and inject again."
+            )
+        for layouts in self.layouts:
+            if len({token_count(x) for x in layouts if isinstance(x, Tokens)}) < len(layouts) > 1:
+                raise SurgeryError(
+                    f"the model was checked with images whose tokens are {layouts}, which a compiled model cannot tell "
+                    f"by their number: inject a model of its own for each shape of image."
+                )
+
+
+def vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the injected model's forward."""
+    injection: Injection | None = module.__dict__.get("_cropvote")
+    if injection is None:  # a new instance of the swapped class
+        return base.forward(module, *args, **kwargs)
+    if len(kwargs) > 1:  # in the forward's order, whatever the caller's
+        kwargs = {**{name: kwargs[name] for name in injection.parameters if name in kwargs}, **kwargs}
+    if torch.compiler.is_compiling():
+        return _recorded_forward(module, base, injection, args, kwargs)
+    with running(injection.settings, injection.training(module)) as call:
+        if not call.cuts:
+            return base.forward(module, *args, **kwargs)
+        return injection.vote(module, base, call, args, kwargs)
+
+
+def _recorded_forward(
+    module: nn.Module, base: Any, injection: Injection, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run the injected model's forward under a compiler, which knows no stack of calls."""
+    call = call_by(injection.settings, injection.training(module))
+    if not call.cuts:
+        return base.forward(module, *args, **kwargs)
+    images = first_tensor(args, kwargs)
+    injection.ensure_checked(module, None, args, kwargs)
+    injection.check_recorded(module)
+    if injection.sites[0] == INPUT:
+        args, kwargs = map_first_tensor(lambda x: injection.split(0, x, call), args, kwargs)
+    return vote_output(call, base.forward(module, *args, **kwargs), images)
+
+
+def split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a module that carries a split."""
+    output = base.forward(module, *args, **kwargs)
+    injection: Injection | None = module.__dict__.get("_cropvote_split")
+    if injection is None or injection.is_orphan:
+        return output
+    call = None if torch.compiler.is_compiling() else current(injection.settings)
+    if call is None:  # a part of the model runs by itself, or again in the backward pass, or a compiler records
+        call = call_by(injection.settings, injection.training(module))
+        if not torch.compiler.is_compiling() and is_in_backward():
+            injection.check_recomputation(call.cuts)
+    return injection.split(module.__dict__["_cropvote_index"], output, call) if call.cuts else output
+
+
+def has_compiled_parts(model: nn.Module) -> bool:
+    """Return whether a part of the model may be compiled by itself."""
+    return "torch._dynamo" in sys.modules and (is_under_compiler() or any(map(is_compiled, model.modules())))
+
+
+def _last(memo: dict[Any, Any], most: int) -> dict[Any, Any]:
+    """Return the last entries of a memo."""
+    return dict(list(memo.items())[-most:])
+
+
+def _kind(value: Any) -> Any:
+    """Return what of an argument can open a path and has few values: a switch, and what a container holds.
+
+    Numbers and texts may count; a path that one of them opens is found in the call itself.
+    """
+    if isinstance(value, Tensor):
+        return TENSOR
+    if isinstance(value, (bool, Enum, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return tuple((key, _kind(item)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(_kind(item) for item in value)
+    return type(value).__name__
+
+
+def parameters_of(model: nn.Module) -> dict[str, Any]:
+    """Return the names of the forward's arguments, in order, with the defaults of those that are flags or numbers."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
+    return {p.name: p.default if isinstance(p.default, FLAGS) else TENSOR for p in parameters}
+
+
+def is_traced() -> bool:
+    """Return whether the call is compiled, exported, traced or vmapped, so that no check can run."""
+    return is_recorded() or is_vmapped()
