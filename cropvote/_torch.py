@@ -85,8 +85,8 @@ def is_in_backward() -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether torch.compile wraps this module, or replaced its call."""
-    instance = vars(module)
-    return instance.get("_compiled_call_impl") is not None or isinstance(original(module), nn.Module)
+    instance = module.__dict__
+    return instance.get("_compiled_call_impl") is not None or "_orig_mod" in instance.get("_modules", ())
 
 
 def is_under_compiler() -> bool:

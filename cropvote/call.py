@@ -30,6 +30,7 @@ class Call:
         settings: the settings of the model or layer that is called.
         cuts: what is cut at each site; empty if the model runs as the plain network.
         voted: whether the output is the vote, or a row for each view.
+        how: the rule of the vote.
         started: whether the forward has begun; a call that :func:`requested` put on the stack waits for it.
         ran: the indices of the splits that ran so far.
         layouts: the layout of the map at each site, if it depends on the size of the images.
@@ -37,10 +38,10 @@ class Call:
         requested: whether a function such as ``per_view`` asked for these cuts, whatever the settings say.
     """
 
-    __slots__ = ("cuts", "layouts", "leaked", "ran", "requested", "settings", "started", "voted")
+    __slots__ = ("cuts", "how", "layouts", "leaked", "ran", "requested", "settings", "started", "voted")
 
     def __init__(self, settings: Settings, cuts: tuple[Cut, ...], voted: bool, requested: bool = False) -> None:
-        self.settings, self.cuts, self.voted = settings, cuts, voted
+        self.settings, self.cuts, self.voted, self.how = settings, cuts, voted, settings.vote
         self.requested, self.started = requested, not requested
         self.ran: list[int] = []
         self.layouts: tuple[Layout, ...] | None = None
@@ -174,7 +175,7 @@ def vote_output(call: Call, output: Any, images: Tensor) -> Any:
             )
         call.leaked |= came_around(rows, len(call.cuts))
         rows = plain(rows)
-        return vote(rows, count, call.settings.vote) if call.voted else rows
+        return vote(rows, count, call.how) if call.voted else rows
 
     return map_tensors(replace, output)
 

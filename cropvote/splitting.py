@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ._torch import is_recorded
@@ -16,7 +15,7 @@ __all__ = ["split_views"]
 
 def flatten_views(x: Tensor) -> Tensor:
     """(N, V, ...) -> (N*V, ...). This and :func:`unflatten_views` alone know that a sample's views are adjacent."""
-    return rearrange(x, "n v ... -> (n v) ...")
+    return x.flatten(0, 1)
 
 
 def unflatten_views(x: Tensor, count: int) -> Tensor:
@@ -26,7 +25,7 @@ def unflatten_views(x: Tensor, count: int) -> Tensor:
             f"{x.shape[0]} rows cannot be parted into {count} views each: the rows must be samples times views, "
             f"a sample's views adjacent."
         )
-    return rearrange(x, "(n v) ... -> n v ...", v=count)
+    return x.unflatten(0, (x.shape[0] // count, count))
 
 
 def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
@@ -105,14 +104,15 @@ def _in_memory_order(x: Tensor, layout: Layout) -> tuple[Tensor, int, bool]:
 
 def _crops(x: Tensor, views: Views, first: int) -> list[Tensor]:
     """Every view, as slices of the map in its few orientations; height at axis ``first``, width behind it."""
-    h, w = views.crop_size(x.shape[first], x.shape[first + 1])
+    (h, w), offsets = views.geometry(x.shape[first], x.shape[first + 1])
     oriented: dict[tuple[bool, int], Tensor] = {}
     crops = []
-    for view, (top, left) in zip(views.entries, views.offsets(x.shape[first], x.shape[first + 1]), strict=True):
+    for view, (top, left) in zip(views.entries, offsets, strict=True):
         key = (view.mirror, view.turns % 4)
         if key not in oriented:
             oriented[key] = _orient(x, *key, first)
-        crops.append(oriented[key].narrow(first, top, h).narrow(first + 1, left, w))
+        rows, columns = slice(top, top + h), slice(left, left + w)
+        crops.append(oriented[key][:, rows, columns] if first == 1 else oriented[key][:, :, rows, columns])
     return crops
 
 

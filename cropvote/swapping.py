@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from types import new_class
+from types import MethodType, new_class
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -26,24 +26,33 @@ Forward = Callable[..., Any]
 
 #: The mark of the model that votes; the other marks are those of modules inside it.
 ROOT = "_cropvote"
+#: The mark of a module whose own forward, bound, stood among its attributes.
+BOUND = "_cropvote_bound_forward"
 
 _classes: WeakValueDictionary[tuple[type, Forward], type] = WeakValueDictionary()
 
 
 def swap_forward(module: nn.Module, forward: Forward) -> None:
     """Let ``forward(module, base, *args, **kwargs)`` run in place of the module's own forward, ``base.forward``."""
+    bound = has_bound_forward(module)
     try:
         object.__setattr__(module, "__class__", _subclass(type(module), forward))
     except Exception as error:
         raise SurgeryError(
             f"{type(module).__name__} takes no subclass, which cropvote has to make: {type(error).__name__}: {error}"
         ) from error
+    if bound:  # it would hide the class's
+        del vars(module)["forward"]
+        vars(module)[BOUND] = True
 
 
 def restore_forward(module: nn.Module) -> None:
     """Undo :func:`swap_forward`."""
     check_restorable(module)
+    bound = vars(module).pop(BOUND, False) or has_bound_forward(module)
     object.__setattr__(module, "__class__", vars(type(module))["_cropvote_base"])
+    if bound:
+        vars(module)["forward"] = MethodType(type(module).forward, module)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -140,10 +149,24 @@ def _mark(module: nn.Module, marks: dict[str, Any]) -> None:
         marks[ROOT].set_root(module)
 
 
-def own_forward(module: nn.Module) -> str | None:
-    """Where a forward set on the instance comes from; such a forward would hide any class's."""
+def has_bound_forward(module: nn.Module) -> bool:
+    """Return whether the forward of the module's own class, bound to it, stands among its attributes.
+
+    ``module.forward = module.forward`` leaves it there, and so do libraries that wrapped it and took the wrapper away.
+    """
     forward = vars(module).get("forward")
-    if forward is None:
+    kinds = (type(module), vars(type(module)).get("_cropvote_base", type(module)))
+    return (
+        isinstance(forward, MethodType)
+        and forward.__self__ is module
+        and any(forward.__func__ is kind.forward for kind in kinds)
+    )
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """Return where another forward set on the instance comes from; it would hide any class's."""
+    forward = vars(module).get("forward")
+    if forward is None or has_bound_forward(module):
         return None
     found = inspect.unwrap(forward)
     return f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', type(found).__name__)}"

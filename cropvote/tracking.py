@@ -27,14 +27,20 @@ class Tracked(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with without_subclasses():
-            output = func(*args, **(kwargs or {}))
-            if not isinstance(output, (Tensor, tuple, list)) or func.__name__ in _NO_DATA:
-                return output
-            passed = _least((*args, *(kwargs or {}).values()))
+            output = func(*args, **kwargs) if kwargs else func(*args)
             if isinstance(output, Tensor):
-                return track(output, passed)
-            tracked = [track(x, passed) if isinstance(x, Tensor) else x for x in output]
-            return type(output)(tracked)  # a tuple, a list, or one of torch.return_types
+                if func.__name__ in _NO_DATA or type(output) not in (Tensor, Tracked):
+                    return output
+                tracked = output if type(output) is Tracked else output.as_subclass(Tracked)
+                passed = _least(args, kwargs)
+                if tracked.passed != passed:
+                    tracked.passed = passed
+                return tracked
+            if not isinstance(output, (tuple, list)) or func.__name__ in _NO_DATA:
+                return output
+            passed = _least(args, kwargs)
+            # a tuple, a list, or one of torch.return_types
+            return type(output)([track(x, passed) if isinstance(x, Tensor) else x for x in output])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
@@ -43,15 +49,17 @@ class Tracked(Tensor):
         return plain(self).__deepcopy__(memo)
 
 
-def _least(values: Any) -> int:
+def _least(values: Any, more: Any = None) -> int:
     """Return the fewest sites that any tracked tensor among the arguments has passed."""
-    found = 1 << 30
-    for value in values:
+    least = 1 << 30
+    for value in values if not more else (*values, *more.values()):
         if type(value) is Tracked:
-            found = min(found, value.passed)
-        elif isinstance(value, (tuple, list)):
-            found = min(found, _least(value))
-    return found
+            if not value.passed:
+                return 0
+            least = min(least, value.passed)
+        elif type(value) in (tuple, list):
+            least = min(least, _least(value))
+    return least
 
 
 def track(x: Tensor, passed: int) -> Tensor:
@@ -60,7 +68,8 @@ def track(x: Tensor, passed: int) -> Tensor:
         return x
     with without_subclasses():
         tracked = x.as_subclass(Tracked)
-    tracked.passed = passed
+    if passed:
+        tracked.passed = passed
     return tracked
 
 
@@ -81,6 +90,8 @@ def track_all(tree: Any) -> Any:
     """Return the arguments of a call with every tensor in them tracked."""
     if isinstance(tree, Tensor):
         return track(tree, 0)
+    if type(tree) is tuple and len(tree) == 1:
+        return (track_all(tree[0]),)
     if type(tree) in (tuple, list):
         return type(tree)(track_all(value) for value in tree)
     if type(tree) is dict:

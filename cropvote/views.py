@@ -6,7 +6,9 @@ import math
 import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
+
+import torch
 
 from .errors import InputTypeError, ViewsError
 
@@ -15,6 +17,9 @@ __all__ = ["View", "Views", "d4", "five_crop", "grid", "hflip", "ten_crop"]
 Number = int | float | Fraction
 
 FIVE_SIXTHS = Fraction(5, 6)
+#: The (h, w) of every view, and the (top, left) of each.
+Geometry = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
+MOST_GEOMETRIES = 64
 CENTRE = (Fraction(1, 2), Fraction(1, 2))
 FIVE = ((0, 0), (0, 1), (1, 0), (1, 1), CENTRE)
 
@@ -90,6 +95,7 @@ class Views(Sequence[View]):
         self.entries = entries
         self._scale = (_scale(pair[0]), _scale(pair[1]))
         self._several = tuple(len({view[axis] for view in entries}) > 1 for axis in (0, 1))
+        self._geometries: dict[tuple[int, int], Geometry] = {}
 
     @property
     def scale(self) -> tuple[Fraction, Fraction]:
@@ -122,6 +128,20 @@ class Views(Sequence[View]):
         """
         h, w = self.crop_size(height, width)
         return tuple((_offset(view.top, height - h), _offset(view.left, width - w)) for view in self.entries)
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        """Return the size of every view and the offset of each, remembered for the sizes that are asked for often."""
+        if type(height) is not int or type(width) is not int or torch.compiler.is_compiling():
+            return self.crop_size(height, width), self.offsets(height, width)
+        found = self._geometries.get((height, width))
+        if found is None:
+            found = self.crop_size(height, width), self.offsets(height, width)
+            if len(self._geometries) < MOST_GEOMETRIES:
+                self._geometries[height, width] = found
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_geometries": {}}
 
     def distinct(self, height: int, width: int) -> int:
         """How many different views a map of ``height`` × ``width`` gives: on small maps some coincide.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import oracle
 from cropvote import CropVoteError, CropVoteLoss, repeat_targets, ten_crop, vote
+from cropvote.errors import RowsError
 from strategies import logits, quick
 
 RULES = ["soft", "probs", "hard", "mean", "median"]
@@ -247,3 +248,69 @@ def test_a_class_is_no_criterion() -> None:
 def test_rows_without_a_class_are_refused() -> None:
     with pytest.raises(CropVoteError):
         vote(torch.zeros(10, 0), 10, how="hard")
+
+
+# --- rows and targets are never broadcast -----------------------------------------------------------------------------
+
+
+def squares(rows, targets):
+    return ((rows - targets) ** 2).mean()
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), squares])
+@pytest.mark.parametrize("rows", [40, 4])
+def test_a_number_for_each_sample_meets_the_rows_of_one_output(criterion, rows):
+    """(rows, 1) against (rows,) would be (rows, rows), without an error."""
+    outputs, targets = torch.randn(rows, 1), torch.randn(4)
+    wanted = sum((outputs[i, 0] - targets[i * 4 // rows]) ** 2 for i in range(rows)) / rows
+    assert torch.allclose(CropVoteLoss(criterion)(outputs, targets), wanted)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets"),
+    [
+        (torch.zeros(40, 7), torch.zeros(4)),
+        (torch.zeros(40, 1), torch.zeros(4, dtype=torch.long)),
+        (torch.zeros(40, 7), torch.zeros(4, 1)),
+        (torch.zeros(40, 7), torch.zeros(4, 1, dtype=torch.long)),
+        (torch.zeros(40), torch.zeros(4, 1)),
+        (torch.zeros(40, 7), torch.zeros(4, dtype=torch.bool)),
+        (torch.zeros(40, 1, 3, 3), torch.zeros(4, 3, 3)),
+        (torch.zeros(4, 7), torch.zeros(4, 1)),
+    ],
+)
+def test_shapes_that_would_be_broadcast_are_refused(outputs, targets):
+    for criterion in (squares, lambda rows, targets: rows.sum()):
+        with pytest.raises(RowsError):
+            CropVoteLoss(criterion)(outputs, targets)
+
+
+def test_a_number_of_rows_that_is_not_the_views_is_refused():
+    loss = CropVoteLoss(nn.CrossEntropyLoss(), views=10)
+    loss(torch.zeros(40, 7), torch.zeros(4, dtype=torch.long))
+    for rows, targets in ((40, 5), (20, 4), (40, 3)):
+        with pytest.raises(RowsError):
+            loss(torch.zeros(rows, 7), torch.zeros(targets, dtype=torch.long))
+
+
+def test_class_indices_of_every_pixel_and_labels_of_every_class():
+    outputs, targets = torch.randn(6, 5, 2, 3), torch.randint(5, (2, 2, 3))
+    wanted = nn.functional.cross_entropy(outputs, targets.repeat_interleave(3, 0))
+    assert torch.allclose(CropVoteLoss(nn.CrossEntropyLoss())(outputs, targets), wanted)
+    outputs, targets = torch.randn(6, 5), torch.randint(2, (2, 5)).float()
+    wanted = nn.functional.binary_cross_entropy_with_logits(outputs, targets.repeat_interleave(3, 0))
+    assert torch.allclose(CropVoteLoss(nn.BCEWithLogitsLoss())(outputs, targets), wanted)
+
+
+@pytest.mark.parametrize("rows", [6, 2])
+def test_a_samples_weight_is_that_of_each_of_its_views(rows):
+    outputs, targets, weights = torch.randn(rows, 5), torch.tensor([1, 4]), torch.tensor([0.5, 2.0])
+    losses = [nn.functional.cross_entropy(outputs[i], targets[i * 2 // rows]) for i in range(rows)]
+    of_rows = [float(weights[i * 2 // rows]) for i in range(rows)]
+    wanted = sum(w * x for w, x in zip(of_rows, losses, strict=True)) / sum(of_rows)
+    loss = CropVoteLoss(nn.CrossEntropyLoss(reduction="none"))
+    assert torch.allclose(loss(outputs, targets, weights), wanted)
+    with pytest.raises(RowsError):
+        loss(outputs, targets, weights[:1])
+    with pytest.raises(RowsError):
+        CropVoteLoss(nn.CrossEntropyLoss())(outputs, targets, weights)

@@ -105,7 +105,7 @@ def _known_size(model: nn.Module) -> tuple[int, int, int] | None:
 def _channels(model: nn.Module, otherwise: int) -> int:
     """An image's channels: those of the first convolution, unless they are too many for an image's."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return first.in_channels if first is not None and first.in_channels <= 16 else otherwise
+    return first.in_channels if first is not None and 0 < first.in_channels <= 16 else otherwise
 
 
 def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> Result:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from fractions import Fraction
 
 from torch import nn
 
 from ..errors import InputTypeError, OptionError, SiteError, ViewsError
 from ..images import INPUT
 from ..layouts import Layout
-from ..views import Views, ten_crop
+from ..views import Views, hflip, ten_crop
 from .fakes import Example, example_of, on_fake_copy
 from .trial import Split
 from .verdicts import Probe, Site
@@ -162,7 +163,12 @@ def _advice(probe: Probe, most: int = 8, tried: int = 40) -> str:
             return (
                 f"None of the {tried} outermost modules of this {kind} is valid: see cropvote.sites(model, all=True)."
             )
-        return f"No site of this {kind} is valid for these views."
+        for other, text in ((hflip(), "views=hflip()"), (ten_crop(scale=Fraction(1, 2)), "views=ten_crop(scale=1/2)")):
+            probe = Probe(probe.model, probe.example, other, None)
+            fitting = [name for name in outermost if not probe.site(name).reason][:most]
+            if fitting:
+                return f"No site of this {kind} is valid for these views; {text} are valid at {', '.join(fitting)}."
+        return f"No site of this {kind} is valid for these views, nor for views=hflip()."
     more = ", ..." if len(valid) > most or len(outermost) > tried else ""
     shown = sorted(valid[:most], key=names.index)
     return f"Valid sites: {', '.join(shown)}{more} (all of them: cropvote.sites(model, input_size))."

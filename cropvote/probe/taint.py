@@ -46,20 +46,12 @@ class TaintMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = self._ours(name_of, func)
+        name = ours(name_of, func)
         if self.watch is not None:
-            self._ours(self.watch, name, args, self)
+            ours(self.watch, name, args, self)
         out = func(*args, **kwargs)
-        self._ours(self._follow, func, name, args, kwargs, out)
+        ours(self._follow, func, name, args, kwargs, out)
         return out
-
-    @staticmethod
-    def _ours(function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function of this library inside the model's forward, whose errors are not the model's."""
-        try:
-            return function(*args)
-        except Exception as error:
-            raise unavailable(f"{type(error).__name__}: {error}") from error
 
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         written = tensors_in(written_arguments(func, args, kwargs))
@@ -83,6 +75,14 @@ class TaintMode(TorchDispatchMode):
         if key not in self.bits:
             self.alive.append(storage)
         self.bits[key] = bits
+
+
+def ours(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of this library inside the model's forward, whose errors are not the model's."""
+    try:
+        return function(*args)
+    except Exception as error:
+        raise unavailable(f"{type(error).__name__}: {error}") from error
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

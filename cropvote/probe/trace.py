@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves, tree_map
+from .._torch import storage_key, tree_leaves, tree_map
 from ..errors import CheckUnavailableError, PlainModelError, RowsError, SurgeryError
 from ..images import INPUT, map_first_tensor
 from ..layouts import AXES, LAYOUTS, Layout
 from ..outputs import format_path, prediction_paths, tensors_of
 from ..swapping import is_swapped, restore_forward, swap_forward
 from .fakes import BATCH, Example, RandomState, Spec, first_line
-from .taint import TaintMode, tensors_in
+from .taint import TaintMode, ours, tensors_in
 
 __all__: list[str] = []
 
@@ -117,16 +117,31 @@ class Walk:
         clear = {module: ~sum(own << width * source for source in sources) for module, own in bit.items()}
         groups: dict[tuple[int, int], int] = {}
         keep: list[Tensor] = []
+        stores: list[Any] = []  # the address of a freed storage would be given out again
         running: list[nn.Module] = []
         self.moves: list[_Move] = []
-        taint = TaintMode(lambda operation, args, taint: self._watch(operation, args, taint, running))
+        handed_on: dict[int, list[nn.Module]] = {}  # modules that returned their input itself, by its storage
+        self.changed_later: set[nn.Module] = set()
+
+        def wrote(tensors: list[Tensor]) -> None:
+            for tensor in tensors:
+                self.changed_later.update(handed_on.get(storage_key(tensor)[1], ()))
+
+        taint = TaintMode(lambda operation, args, taint: self._watch(operation, args, taint, running), wrote)
 
         def look(module: nn.Module, args: Any, output: Any) -> Any:
+            return ours(see, module, args, output)
+
+        def see(module: nn.Module, args: Any, output: Any) -> Any:
             running.remove(module)
             self.calls[module] = self.calls.get(module, 0) + 1
             self.seen[module] = _Seen(output, len(keep), len(self.moves))
             if not isinstance(output, Tensor):
                 return None
+            storage, key = storage_key(output)
+            if any(storage_key(x)[1] == key for x in tensors_in(args)):
+                handed_on.setdefault(key, []).append(module)
+                stores.append(storage)
             group = groups.get((id(output), output._version), len(keep))
             clone = output.clone()
             taint.set(clone, taint.of(output) & clear[module])
@@ -283,6 +298,11 @@ class Walk:
             )
         if not output.numel():
             return f"its shape is {tuple(output.shape)}, which holds no values."
+        if holder in self.changed_later:
+            return (
+                "it returns its input itself, which the model changes in place afterwards under another name, and the "
+                "views would miss the change."
+            )
         around = self.around.get(holder)
         several = sum(map(_is_batch, tree_leaves(self.example[:2]))) > 1
         if around and several and (around[0] > 0 or self.why_not_images()):

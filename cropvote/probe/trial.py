@@ -128,6 +128,13 @@ class Trials(Walk):
         if before:
             place = f"the network behind it, or between it and {before[-1].name!r},"
             return f"{place} cannot take the views: {first_line(error)}.{tokens}"
+        whole = Views([(0, 0)] * len(views), scale=1)
+        if views.scale != whole.scale and self._trial([Split(name, whole, layout)]):
+            return (
+                f"the network behind it cannot take more rows than there are images: {first_line(error)}. It probably "
+                f"reads the batch size from the images, as in `b = x.size(0)` and later `.view(b, -1)`: write "
+                f".flatten(1) there, or read the size from the tensor that is reshaped."
+            )
         shape = self.shape(name)
         crop = resized(shape, layout, views.crop_size(*sides(shape, layout)))
         return (

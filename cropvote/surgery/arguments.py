@@ -78,6 +78,10 @@ def check_model(model: nn.Module) -> None:
         raise SurgeryError(
             "the model is a torch.fx.GraphModule, whose forward is generated: inject the model it was traced from."
         )
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise SurgeryError(
+            f"this {kind} holds lazy modules whose parameters have no shape yet: call it once on a batch, then inject."
+        )
     if "_cropvote_split" in vars(model):
         raise SurgeryError(
             f"this {kind} carries the split of another injected model: remove_crop_vote from that first."

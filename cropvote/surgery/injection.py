@@ -67,6 +67,7 @@ class Injection:
         self.layouts_by_size: dict[tuple[int, ...], tuple[Layout, ...]] = {}
         self.settings = settings
         self.parameters = parameters
+        self.images_only: ArgumentKey = ((next(iter(parameters), "*0"), TENSOR),)
         self.check = self.tracking = check
         self.checked: dict[CallKey, None] = {}
         self.site_error = ""
@@ -127,6 +128,8 @@ class Injection:
 
     def argument_key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentKey:
         """Return the arguments that can change the model's control flow; those left at their defaults are skipped."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self.parameters:
+            return self.images_only
         names = (*self.parameters, *(f"*{i}" for i in range(len(self.parameters), len(args))))
         key: list[tuple[str, Any]] = []
         for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
@@ -390,7 +393,9 @@ def split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
 
 def has_compiled_parts(model: nn.Module) -> bool:
     """Return whether a part of the model may be compiled by itself."""
-    return "torch._dynamo" in sys.modules and (is_under_compiler() or any(map(is_compiled, model.modules())))
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return is_under_compiler() or any(is_compiled(module) for module in model.modules())
 
 
 def _last(memo: dict[Any, Any], most: int) -> dict[Any, Any]:

@@ -1,0 +1,269 @@
+"""Calls with one image or one view: the data is tracked, at no cost but Python's, and no trace of it remains."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import networks
+from cropvote import hflip, inject_crop_vote, per_view, settings, vote_until_sure
+from cropvote.errors import RowsError, SiteError
+from cropvote.surgery import injection
+from cropvote.tracking import Tracked, came_around, plain, track
+
+IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+def test_what_is_computed_from_a_tracked_tensor_is_tracked():
+    x, y = track(torch.randn(2, 3), 0), torch.randn(2, 3)
+    for made in (x + y, y + x, torch.cat([y, x]), x.sum(), x.max(1).values, x.chunk(2)[1], y * x.mean(), x[0]):
+        assert came_around(made, 1)
+    for made in (torch.zeros_like(x), x.new_ones(2), y.clone(), plain(x), plain(x + y)):
+        assert type(made) is torch.Tensor
+    behind = track(torch.randn(2, 3), 1)
+    assert not came_around(behind + y, 1)
+    assert came_around(behind + x, 1)
+    behind.add_(x)
+    assert came_around(behind, 1)
+
+
+def test_gradients_files_and_copies_are_those_of_plain_tensors():
+    leaf = torch.randn(3, requires_grad=True)
+    track(leaf, 0).square().sum().backward()
+    assert torch.allclose(leaf.grad, 2 * leaf)
+    file = io.BytesIO()
+    torch.save(track(torch.ones(2), 0), file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=True)) is torch.Tensor
+    assert type(copy.deepcopy(track(torch.ones(2), 0))) is torch.Tensor
+
+
+@pytest.mark.parametrize("images", [IMAGES[:1], IMAGES])
+@pytest.mark.parametrize("options", [{}, {"eval_views": "centre"}, {"train_views": 1}])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_tracked_call_gives_the_same_numbers(images, options, training):
+    results = []
+    for tracking in (True, False):
+        model = networks.still(inject_crop_vote(networks.fer(), after="layer2", input_size=48, **options))
+        model.train(training)
+        networks.still(model)
+        model._cropvote.tracking = tracking
+        torch.manual_seed(0)
+        x = images.clone().requires_grad_()
+        output = model(x)
+        output.square().sum().backward()
+        assert type(output) is torch.Tensor
+        results.append((output.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+def test_nothing_tracked_is_returned():
+    class Features(networks.Net):
+        def forward(self, x):
+            front = self.front(x)
+            return {"logits": self.head(self.site(front)), "features": [front, {"images": x}]}
+
+    model = inject_crop_vote(Features().eval(), after="site", input_size=48)
+    output = model(IMAGES[:1])
+    assert [type(x) for x in (output["logits"], *output["features"][:1], output["features"][1]["images"])] == [
+        torch.Tensor
+    ] * 3
+
+
+def test_a_new_size_and_a_counting_argument_need_no_check(monkeypatch):
+    class Counting(networks.Net):
+        def forward(self, x, step: int = 0, name: str = ""):
+            return super().forward(x)
+
+    model = inject_crop_vote(Counting().eval(), after="site", input_size=48)
+    model(IMAGES, 1, name="a")
+    checked = []
+    check = injection.check_sites
+    monkeypatch.setattr(injection, "check_sites", lambda *args: checked.append(1) or check(*args))
+    for i in range(100):
+        model(torch.randn(1 + i % 2, 3, 40 + i, 48), i + 2, name=f"picture {i}")
+    assert not checked
+    assert len(model._cropvote.checked) <= 4
+    assert not model._cropvote.layouts_by_size
+
+
+def test_what_is_remembered_is_bounded():
+    class Flags(networks.Net):
+        def forward(self, x, **flags):
+            return super().forward(x)
+
+    model = inject_crop_vote(Flags().eval(), after="site", input_size=48)
+    for i in range(injection.MOST_CALLS + 10):
+        model(IMAGES, **{f"flag_{i}": True})
+    assert len(model._cropvote.checked) <= injection.MOST_CALLS
+
+
+def test_a_false_alarm_is_checked_once(monkeypatch):
+    """Zeros that a function makes from the images hold nothing of them, which only the check can tell."""
+
+    class Zeros(networks.Net):
+        def forward(self, x):
+            zeros = torch.empty_like(x.mean((2, 3)) * 0).zero_() if False else (x.new_tensor([0.0]) + 0)
+            front = self.front(x)
+            made = front.new_zeros(1).add_(front.shape[0] * 0)
+            return self.head(self.site(front)) + zeros + made + Opaque.apply(front)
+
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.zeros(1)
+
+    model = inject_crop_vote(Zeros().eval(), after="site", input_size=48)
+    with torch.no_grad():
+        first = model(IMAGES[:1])
+        calls = []
+        monkeypatch.setattr(injection, "check_sites", lambda *args: calls.append(1))
+        assert torch.equal(model(IMAGES[:1]), first)
+    assert not calls
+
+
+def test_several_rows_that_do_not_fit_say_why():
+    class Gated(networks.Net):
+        gate = False
+
+        def forward(self, x):
+            x = self.front(x)
+            y = self.site(x)
+            return self.head(y * x.mean((2, 3), keepdim=True) if self.gate else y)
+
+    model = inject_crop_vote(Gated().eval(), after="site", input_size=48)
+    model(IMAGES)
+    model.gate = True
+    with pytest.raises(RowsError) as caught:
+        model(IMAGES)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "by a path around it" in str(caught.value)
+
+
+def test_an_adapter_put_around_the_site_is_found():
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.side = base, nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return self.base(x) + self.side(x).mean((2, 3), keepdim=True)
+
+    model = inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
+    model.site = Adapter(model.site)
+    with pytest.raises(SiteError):
+        model(IMAGES[:1])
+    with pytest.raises(RowsError):
+        model(IMAGES)
+
+
+@pytest.mark.parametrize("read", [per_view, lambda model, x: vote_until_sure(model, x, first="centre")])
+def test_reading_the_views_is_tracked_too(read):
+    class Gated(networks.Net):
+        gate = False
+
+        def forward(self, x):
+            x = self.front(x)
+            y = self.site(x)
+            return self.head(y * x.mean((2, 3), keepdim=True) if self.gate else y)
+
+    model = inject_crop_vote(Gated().eval(), after="site", input_size=48)
+    read(model, IMAGES[:1])
+    model.gate = True
+    with pytest.raises(SiteError):
+        read(model, IMAGES[:1])
+
+
+# --- a call is read from the settings once ----------------------------------------------------------------------------
+
+CHANGES = {
+    "enabled": ({"enabled": False}, {"enabled": True}),
+    "disabled": ({}, {"enabled": False}),
+    "other views": ({"eval_views": [0, 1]}, {"eval_views": [2, 3]}),
+    "output": ({}, {"eval_output": "views"}),
+    "vote": ({}, {"vote": "hard"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_in_the_middle_of_a_call_has_no_effect_on_it(change):
+    before, after = change
+    model = inject_crop_vote(networks.fer(), after="layer2", input_size=48)
+    for name, value in before.items():
+        setattr(settings(model), name, value)
+    wanted = model(IMAGES)
+    hook = model.layer1.register_forward_hook(
+        lambda *_: [setattr(settings(model), name, value) for name, value in after.items()] and None
+    )
+    assert torch.equal(model(IMAGES), wanted)
+    hook.remove()
+
+
+@pytest.mark.parametrize("change", [{"eval_views": [2, 3]}, {"enabled": False}, "train"])
+def test_a_checkpoint_that_would_run_again_otherwise_is_refused(change):
+    """A part with the split and what follows, which the backward pass runs again."""
+
+    class Checkpointed(networks.Net):
+        def forward(self, x):
+            return checkpoint(lambda x: self.head(self.act(self.site(x))), self.front(x), use_reentrant=False)
+
+    options = {"train_views": 2, "eval_views": [0, 1]}
+    model = inject_crop_vote(Checkpointed().eval(), after="site", input_size=48, **options)
+    gradients = []
+    for changed in (False, True):
+        loss = model(IMAGES).square().sum()
+        if not changed:
+            loss.backward()
+            gradients.append(model.front.weight.grad)
+            continue
+        if change == "train":
+            model.train()
+        else:
+            for name, value in change.items():
+                setattr(settings(model), name, value)
+        with pytest.raises(RowsError):
+            loss.backward()
+    assert gradients[0].abs().sum() > 0
+
+
+def test_threads_that_read_views_leave_the_compilers_stance_alone():
+    model = inject_crop_vote(networks.fer(), after="layer2", input_size=48)
+    barrier = threading.Barrier(4, timeout=30)
+
+    def work() -> None:
+        barrier.wait()
+        for _ in range(5):
+            per_view(model, IMAGES)
+            vote_until_sure(model, IMAGES)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    graphs: list[int] = []
+
+    def backend(graph, example):
+        graphs.append(1)
+        return graph.forward
+
+    torch.compile(nn.Linear(2, 2), backend=backend)(torch.zeros(1, 2))
+    assert graphs
+
+
+def test_a_part_that_is_compiled_with_its_split_is_read_with_an_error():
+    model = inject_crop_vote(networks.fer(), after="layer2", input_size=48, views=hflip())
+    model.layer2.compile(backend="eager")
+    with torch.no_grad():
+        wanted = model(IMAGES)
+        assert wanted.shape == (3, 7)
+        with pytest.raises(RowsError):
+            per_view(model, IMAGES)
+    assert isinstance(track(IMAGES, 0), Tracked)
