@@ -156,8 +156,10 @@ def fer2013(data: str, width: int, limit: int | None) -> Task:
 
 
 def cifar10(data: str, width: int, limit: int | None) -> Task:
-    """ResNet-20; the last 5,000 training pictures are for choosing, the test pictures are scored."""
+    """ResNet-20; 5,000 training pictures, drawn once, are for choosing, the test pictures are scored."""
     images, labels = cifar.read_pictures(data, "train")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the file has class by class
+    images, labels = images[order], labels[order]
     splits = {"train": (images[:45000][:limit], labels[:45000][:limit]), "val": (images[45000:], labels[45000:])}
     splits["test"] = cifar.read_pictures(data, "test")
 

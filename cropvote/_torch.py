@@ -39,8 +39,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return getattr(importlib.import_module(_NAMES[name]), name)
-    except (ImportError, AttributeError) as error:
-        raise unavailable(f"{_NAMES[name]} has no {name}") from error
+    except (ImportError, AttributeError):
+        return _stand_in(name)
+
+
+def _stand_in(name: str) -> type:
+    """Return a class in the place of a name that is gone, which says so when it is used."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise unavailable(f"{_NAMES[name]} has no {name}")
+
+    return type(name, (), {"__init__": fail, "__contains__": fail})
 
 
 def unavailable(why: str) -> CheckUnavailableError:

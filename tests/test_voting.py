@@ -270,7 +270,6 @@ def test_a_number_for_each_sample_meets_the_rows_of_one_output(criterion, rows):
     ("outputs", "targets"),
     [
         (torch.zeros(40, 7), torch.zeros(4)),
-        (torch.zeros(40, 1), torch.zeros(4, dtype=torch.long)),
         (torch.zeros(40, 7), torch.zeros(4, 1)),
         (torch.zeros(40, 7), torch.zeros(4, 1, dtype=torch.long)),
         (torch.zeros(40), torch.zeros(4, 1)),

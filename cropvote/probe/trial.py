@@ -73,6 +73,7 @@ class Trials(Walk):
             return base.forward(module, *args, **kwargs)
 
         holders = [self.holders[s.name] for s in splits if s.name != INPUT]
+        failure = ""
         try:
             with taint:
                 args, kwargs = self.inputs(taint, IMAGES)
@@ -89,10 +90,12 @@ class Trials(Walk):
         except (CheckUnavailableError, ViewsError):
             raise
         except Exception as error:
-            return self._cannot_take(splits, error)
+            failure = first_line(error)
         finally:
             for holder in holders:
                 restore_forward(holder)
+        if failure:
+            return self._cannot_take(splits, failure)
         if votes != 1:
             return f"the model's forward, where the vote would stand, ran {votes} times in one call."
         counts = itertools.accumulate((len(s.views) for s in splits), operator.mul, initial=BATCH)
@@ -122,16 +125,16 @@ class Trials(Walk):
             return str(error)
         return ""
 
-    def _cannot_take(self, splits: list[Split], error: Exception) -> str:
+    def _cannot_take(self, splits: list[Split], failure: str) -> str:
         *before, (name, views, layout) = splits
         tokens = " A table of positions, or windows, may fix the grid." if isinstance(layout, Tokens) else ""
         if before:
             place = f"the network behind it, or between it and {before[-1].name!r},"
-            return f"{place} cannot take the views: {first_line(error)}.{tokens}"
+            return f"{place} cannot take the views: {failure}.{tokens}"
         whole = Views([(0, 0)] * len(views), scale=1)
         if views.scale != whole.scale and self._trial([Split(name, whole, layout)]):
             return (
-                f"the network behind it cannot take more rows than there are images: {first_line(error)}. It probably "
+                f"the network behind it cannot take more rows than there are images: {failure}. It probably "
                 f"reads the batch size from the images, as in `b = x.size(0)` and later `.view(b, -1)`: write "
                 f".flatten(1) there, or read the size from the tensor that is reshaped."
             )
@@ -139,5 +142,5 @@ class Trials(Walk):
         crop = resized(shape, layout, views.crop_size(*sides(shape, layout)))
         return (
             f"the network behind it cannot take the views of its map, of shape {crop} instead of {shape}: "
-            f"{first_line(error)}.{tokens}"
+            f"{failure}.{tokens}"
         )

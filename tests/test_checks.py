@@ -1,0 +1,293 @@
+"""What a check on a fake copy can follow, what it says of what it cannot, and how to go without it."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import threading
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+
+import networks
+from cropvote import CropVoteError, five_crop, inject_crop_vote, remove_crop_vote, settings, sites, ten_crop
+from cropvote.errors import CheckUnavailableError, InputTypeError, PlainModelError, RowsError, SiteError, SurgeryError
+from cropvote.probe import fakes, taint, trace
+from cropvote.surgery import inject
+
+IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+# --- going without ----------------------------------------------------------------------------------------------------
+
+
+class Asserting(networks.Net):
+    """Reads values of its data, which a check does not have."""
+
+    def forward(self, x):
+        assert not torch.isnan(x).any()
+        return super().forward(x)
+
+
+def test_a_model_that_cannot_be_followed_votes_without_a_check(monkeypatch):
+    with pytest.raises(PlainModelError):
+        inject_crop_vote(Asserting().eval(), after="site", input_size=48)
+    monkeypatch.setattr(inject, "check_sites", None)
+    model = inject_crop_vote(Asserting().eval(), after="site", check=False)
+    wanted = inject_crop_vote(networks.Net().eval(), after="site")
+    model.load_state_dict(wanted.state_dict())
+    for images in (IMAGES, IMAGES[:1], IMAGES[:, :, :24]):
+        assert torch.allclose(model(images), wanted(images), atol=1e-6)
+    assert copy.deepcopy(model)(IMAGES).shape == (3, 7)
+    model.site = networks.Net().site
+    with pytest.raises(RowsError):  # the splits that ran are counted all the same
+        model(IMAGES)
+    with pytest.raises(InputTypeError):
+        inject_crop_vote(networks.Net(), after="site", check=None)
+
+
+class Scaled(networks.Net):
+    """Its scale is a parameter, which it reads as a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("limit", torch.ones(1))
+
+    def forward(self, x):
+        scale = self.scale.detach().exp().item() if float(self.limit) > 0 else 0.0
+        return super().forward(x) * scale
+
+
+def test_parameters_of_one_number_may_be_read():
+    model = inject_crop_vote(Scaled().eval(), after="site", input_size=48)
+    plain = inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.allclose(model(IMAGES), plain(IMAGES) * torch.tensor(0.5).exp(), atol=1e-6)
+
+
+# --- what is refused, and what is not ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after", "both"])
+def test_the_own_forward_bound_on_the_instance_is_no_other_forward(when):
+    """As accelerate leaves it behind, and ``model.forward = model.forward``."""
+    model = networks.Net().eval()
+    if when != "after":
+        model.forward = model.forward
+        model.site.forward = model.site.forward
+    names = set(vars(model))
+    inject_crop_vote(model, after="site", input_size=48)
+    wanted = inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
+    wanted.load_state_dict(model.state_dict())
+    assert torch.equal(model(IMAGES), wanted(IMAGES))
+    assert torch.equal(copy.deepcopy(model)(IMAGES), wanted(IMAGES))
+    if when != "before":
+        model.forward = model.forward
+        assert torch.equal(model(IMAGES), wanted(IMAGES))
+    remove_crop_vote(model)
+    assert type(model) is networks.Net
+    assert set(vars(model)) == names | ({"forward"} if when == "after" else set())
+    if when != "after":
+        assert isinstance(model.site.forward, MethodType)
+        assert model.forward.__func__ is networks.Net.forward
+    assert torch.equal(model(IMAGES), remove_crop_vote(wanted)(IMAGES))
+
+
+def test_a_class_whose_forward_is_compiled_is_refused_at_once():
+    class Decorated(networks.Net):
+        @torch.compile(backend="eager")
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.raises(SurgeryError):
+        inject_crop_vote(Decorated().eval(), after="site", input_size=48)
+
+
+def test_a_batch_size_read_from_the_images_is_named_as_the_reason():
+    class Viewing(networks.Net):
+        def forward(self, x):
+            b = x.size(0)
+            return self.fc(nn.functional.adaptive_avg_pool2d(self.site(self.front(x)), 1).view(b, -1))
+
+    with pytest.raises(SiteError, match="more rows than there are images"):
+        inject_crop_vote(Viewing().eval(), after="site", input_size=48)
+
+
+def test_a_model_that_answers_to_every_name_is_not_taken_for_a_compiled_one():
+    class Answering(networks.Net):
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return None
+
+    assert inject_crop_vote(Answering().eval(), after="site", input_size=48)(IMAGES).shape == (3, 7)
+
+
+def test_lazy_modules_are_to_be_called_first():
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)).eval()
+    with pytest.raises(SurgeryError, match="call it once"):
+        inject_crop_vote(model, after="0", input_size=48)
+    model(IMAGES)
+    assert inject_crop_vote(model, after="0", input_size=48)(IMAGES).shape == (3, 7)
+
+
+def test_views_that_would_be_valid_are_named():
+    with pytest.raises(CropVoteError, match=r"views=hflip\(\) are valid at input, front, site"):
+        inject_crop_vote(Fixed().eval(), after="site", input_size=48)
+
+
+class Fixed(networks.Net):
+    """Its linear layer takes maps of one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8 * 48 * 48, 7)
+
+    def forward(self, x):
+        return self.fc(self.site(self.front(x)).flatten(1))
+
+
+def test_a_module_that_hands_on_what_is_changed_later_is_no_site():
+    class Aliased(networks.Net):
+        def __init__(self):
+            super().__init__()
+            self.point = nn.Identity()
+
+        def forward(self, x):
+            y = self.front(x)
+            z = self.point(y)
+            y.mul_(0.5).add_(1)
+            return self.head(self.site(z))
+
+    with pytest.raises(SiteError, match="in place afterwards"):
+        inject_crop_vote(Aliased().eval(), after="point", input_size=48)
+    inject_crop_vote(Aliased().eval(), after="front", input_size=48)
+
+    class InPlace(networks.Net):
+        def __init__(self):
+            super().__init__()
+            self.point, self.relu = nn.Identity(), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.head(self.site(self.relu(self.point(self.front(x)))))
+
+    inject_crop_vote(InPlace().eval(), after="point", input_size=48)
+
+
+# --- another PyTorch --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def canary():
+    taint.check_taint_is_followed.cache_clear()
+    yield
+    taint.check_taint_is_followed.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda patch: patch.setattr(taint, "written_arguments", lambda *_: []),
+        lambda patch: patch.setattr(taint, "_NO_DATA", set()),
+        lambda patch: patch.setattr(taint, "storage_key", lambda x: (x, id(x))),
+        lambda patch: patch.setattr(taint, "name_of", lambda operation: operation.no_such_name),
+        lambda patch: patch.setattr(taint.TaintMode, "of", lambda *_: 0),
+    ],
+)
+def test_the_canary_says_that_checks_are_unavailable(canary, broken, monkeypatch):
+    """And everything else works."""
+    broken(monkeypatch)
+    with pytest.raises(CheckUnavailableError, match=torch.__version__.split("+")[0]):
+        inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
+    with pytest.raises(CheckUnavailableError):
+        sites(networks.Net().eval(), 48)
+    assert inject_crop_vote(networks.Net().eval(), after="site", check=False)(IMAGES).shape == (3, 7)
+
+
+def test_an_error_of_the_library_is_not_blamed_on_the_model(monkeypatch):
+    monkeypatch.setattr(trace, "_MOVING", None)  # an error in the middle of the model's forward
+    with pytest.raises(CheckUnavailableError):
+        inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
+
+
+@pytest.mark.parametrize(
+    ("gone", "missing"),
+    [
+        ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+        ("torch.utils._python_dispatch", "_disable_current_modes"),
+        ("torch.utils._pytree", "tree_leaves"),
+    ],
+)
+def test_the_rest_works_where_a_private_name_is_gone(gone, missing):
+    """``from cropvote import split_views`` is no ImportError; a check says what is missing."""
+    code = f"""
+import torch
+import {gone} as module
+del module.{missing}
+from cropvote import CropVoteError, inject_crop_vote, profile, sites, split_views, ten_crop
+print(split_views(torch.zeros(2, 3, 12, 12), ten_crop()).shape[0])
+net = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 7)
+).eval()
+for check in (lambda: sites(net, 12), lambda: inject_crop_vote(net, after="0", input_size=12)):
+    try:
+        check()
+    except CropVoteError as error:
+        print(type(error).__name__)
+print(len(inject_crop_vote(net, after="0", check=False)(torch.zeros(3, 3, 12, 12))))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["20", *["CheckUnavailableError"] * 2, "3"], done.stderr
+
+
+# --- processes and versions -------------------------------------------------------------------------------------------
+
+
+def _inject_in_a_child(queue) -> None:
+    inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
+    queue.put("done")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_process_forked_during_a_check_can_check():
+    held, go = threading.Event(), threading.Event()
+
+    def check() -> None:
+        with fakes._LOCK:
+            held.set()
+            go.wait(30)
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    held.wait(30)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_inject_in_a_child, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == "done"
+    finally:
+        go.set()
+        thread.join()
+        child.terminate()
+        child.join()
+
+
+def test_a_pickle_of_another_version_says_so():
+    model = inject_crop_vote(networks.fer(), after="layer2", input_size=48)
+    for part in (settings(model), model._cropvote):
+        name = next(name for name in vars(part) if not name.startswith("_"))
+        value = vars(part).pop(name)
+        data = pickle.dumps(part)
+        vars(part)[name] = value
+        with pytest.raises(SurgeryError, match="another version"):
+            pickle.loads(data)
+    assert settings(pickle.loads(pickle.dumps(model))).views == ten_crop() != five_crop()
