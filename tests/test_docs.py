@@ -99,7 +99,7 @@ def messages() -> Iterator[tuple[str, str]]:
                 found = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             for one in found:
                 longest = max(re.split(r"\0|\"", _text(one)), key=len).strip(" :,;.")
-                if len(longest) > 8:
+                if len(longest) > 8 and "has no attribute" not in longest:  # Python's, of a module's __getattr__
                     yield f"{path.name}:{node.lineno}", longest
 
 
