@@ -13,6 +13,7 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import worth_page
 from compare import COLOURS, mean_and_sd, spread
 from config import in_words
 from fer2013_scores import ALL, CROPPED, FEW, MIRRORED, PLAIN, STORED, SURE, TUNING
@@ -49,19 +50,24 @@ def write() -> None:
     lines = [
         "# Results on FER2013",
         "",
+        *worth_page.section(FIGURES),
+        "## Equal epochs",
+        "",
         "Made by `benchmarks/fer2013.py`. Networks learn from Training; PublicTest chooses epoch, confidence, views;",
         "PrivateTest is only scored. Figures are in %, mean ± standard deviation over the seeds; the same seed gives",
         "every network the same start and order of faces. *Without copies*: without the test faces that are,",
         "pixel for pixel, among those learnt or chosen by. *won : lost*: the faces that only this network, or only the",
         "other one of the same seed, gets right; p: McNemar's exact test, seed by seed. Rates and minutes are those of",
-        "the training itself, beside whatever else the machine did.",
+        "the training itself, beside whatever else the machine did. (A check of a model once seeded the GPU with",
+        "0. These runs were not affected: the examples seed all devices after the model is made, and no check runs",
+        "later.)",
         "",
     ]
     for name, title in TITLES.items():
         if name not in stored:
-            lines += [f"## {title}", "", f"Not run yet (`python benchmarks/fer2013.py train {name}`).", ""]
+            lines += [f"### {title}", "", f"Not run yet (`python benchmarks/fer2013.py train {name}`).", ""]
             continue
-        lines += [f"## {title}", "", *SAID.get(name, []), *section(stored[name])]
+        lines += [f"### {title}", "", *SAID.get(name, []), *section(stored[name])]
         for stem, draw, text in PICTURES:
             if name == next(one for one in TITLES if one in stored):
                 figure = Figure(figsize=(7.2, 4.4), layout="constrained")
@@ -81,7 +87,7 @@ def tuning(found: list[Found]) -> list[str]:
         return []
     one = found[0]
     return [
-        "### How the recipe was chosen", "",
+        "#### How the recipe was chosen", "",
         f"The plain network, {one['learnt_epochs']} epochs, one seed, by PublicTest alone, beside the paper's "
         f"augmentations and mirroring (`python benchmarks/fer2013.py tune`; {one['versions']['device']}). The best one "
         "is the recipe, for every network.", "",

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ._torch import is_captured, is_fake, is_jit_tracing, is_recorded
-from .cuts import Cut, n_kept, n_total
+from .cuts import Cut, Cuts, n_total
 from .errors import OptionError, RowsError, SurgeryError
 from .layouts import Layout
 from .options import Settings
 from .outputs import KeyPath, map_tensors, prediction_paths
 from .splitting import flatten_views, split_views, unflatten_views
-from .tracking import came_around, plain
+from .tracking import Tracked, plain
 from .voting import vote
 
 __all__: list[str] = []
@@ -28,7 +28,7 @@ class Call:
 
     Fields:
         settings: the settings of the model or layer that is called.
-        cuts: what is cut at each site; empty if the model runs as the plain network.
+        cuts: what is cut; ``cuts.at`` is empty if the model runs as the plain network.
         voted: whether the output is the vote, or a row for each view.
         how: the rule of the vote.
         started: whether the forward has begun; a call that :func:`requested` put on the stack waits for it.
@@ -40,23 +40,16 @@ class Call:
 
     __slots__ = ("cuts", "how", "layouts", "leaked", "ran", "requested", "settings", "started", "voted")
 
-    def __init__(self, settings: Settings, cuts: tuple[Cut, ...], voted: bool, requested: bool = False) -> None:
+    def __init__(self, settings: Settings, cuts: Cuts, voted: bool, requested: bool = False) -> None:
         self.settings, self.cuts, self.voted, self.how = settings, cuts, voted, settings.vote
         self.requested, self.started = requested, not requested
         self.ran: list[int] = []
         self.layouts: tuple[Layout, ...] | None = None
         self.leaked = False
 
-    @property
-    def n_views(self) -> int:
-        """How many rows each sample has in the output."""
-        return n_kept(self.cuts[-1])
 
-    def may_hide_a_path(self, samples: int) -> bool:
-        """Return whether rows from in front of a site could be joined with rows behind it without an error."""
-        return samples == 1 or any(n_kept(cut) == cut.n_maps for cut in self.cuts)
-
-
+#: The network without a split or a vote.
+PLAIN = Cuts()
 #: The calls that are running in this thread, the innermost last.
 _STACK: ContextVar[tuple[Call, ...]] = ContextVar("cropvote_calls", default=())
 
@@ -64,14 +57,14 @@ _STACK: ContextVar[tuple[Call, ...]] = ContextVar("cropvote_calls", default=())
 def call_by(settings: Settings, training: bool) -> Call:
     """Return the call that the settings ask for in a mode."""
     if not settings.enabled:
-        return Call(settings, (), voted=False)
+        return Call(settings, PLAIN, voted=False)
     if training:
         return Call(settings, settings._trained, settings.train_output == "vote")
     return Call(settings, settings._evaluated, settings.eval_output == "vote")
 
 
 @contextmanager
-def requested(settings: Settings, cuts: tuple[Cut, ...]) -> Iterator[None]:
+def requested(settings: Settings, cuts: Cuts) -> Iterator[None]:
     """Let the next call with these settings, in this thread, give the rows of these cuts."""
     token = _STACK.set((*_STACK.get(), Call(settings, cuts, voted=False, requested=True)))
     try:
@@ -162,22 +155,24 @@ def vote_output(call: Call, output: Any, images: Tensor) -> Any:
         RowsError: the predictions are not one row for each view.
         SurgeryError: a prediction without data, which an earlier check left behind.
     """
-    paths, samples, count = prediction_paths(output), images.shape[0], call.n_views
+    samples, count = images.shape[0], call.cuts.n_views
+    paths: list[KeyPath] = [()] if isinstance(output, Tensor) else prediction_paths(output)
 
     def replace(path: KeyPath, rows: Tensor) -> Tensor:
         if path not in paths or (path != paths[0] and rows.shape[0] == samples and count > 1):
             return plain(rows)
         check_rows(rows, samples, count)
-        if type(rows) is not Tensor and is_fake(rows) and not is_fake(images):
+        if type(rows) is Tracked:
+            call.leaked |= rows.passed < len(call.cuts.at)
+            rows = plain(rows)
+        elif type(rows) is not Tensor and is_fake(rows) and not is_fake(images):
             raise SurgeryError(
                 "the network returned a tensor without data, which a check left in a cache or an attribute outside the "
                 "model: empty that store, and call the model again."
             )
-        call.leaked |= came_around(rows, len(call.cuts))
-        rows = plain(rows)
         return vote(rows, count, call.how) if call.voted else rows
 
-    return map_tensors(replace, output)
+    return replace((), output) if isinstance(output, Tensor) else map_tensors(replace, output)
 
 
 def check_rows(rows: Tensor, samples: int, count: int) -> None:
@@ -204,9 +199,9 @@ def check_splits_ran(call: Call, may_be_compiled: bool) -> None:
         call: the call, at its end.
         may_be_compiled: whether a part of the model is compiled by itself, whose splits are not noted.
     """
-    if call.ran == list(range(len(call.cuts))) or (may_be_compiled and call.ran == sorted(set(call.ran))):
+    if call.ran == list(range(len(call.cuts.at))) or (may_be_compiled and call.ran == sorted(set(call.ran))):
         return
-    times = ", ".join(f"{call.ran.count(i)} times" for i in range(len(call.cuts)))
+    times = ", ".join(f"{call.ran.count(i)} times" for i in range(len(call.cuts.at)))
     raise RowsError(
         f"the split did not run exactly once in this call, but {times}: was the site replaced (by a copy, by a "
         f"converter), skipped, compiled by itself or called again since the model was checked?"

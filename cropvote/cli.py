@@ -20,9 +20,9 @@ from .costs.suggesting import suggest_site
 from .costs.tables import Profile, profile, row_of
 from .cuts import NAMES, After
 from .errors import CropVoteError, MissingExtraError, OptionError, SiteError
+from .images import example_of
 from .layouts import Tokens
 from .plots import check_path
-from .probe.fakes import example_of
 from .probe.sites import sites
 from .probe.verdicts import Site
 

@@ -97,6 +97,21 @@ class Cut(NamedTuple):
         return Cut(self.views, self.n_maps, tuple(indices), by_map[:1] if len(set(by_map)) == 1 else by_map)
 
 
+class Cuts(NamedTuple):
+    """What a call cuts at all its sites, and what follows from it.
+
+    Fields:
+        at: the cut at each site; none if the network runs as the plain one.
+        n_views: how many rows each sample has in the output.
+        keep_number: whether some site gives out as many maps as come in, so that rows from in front of it could be
+            joined with rows behind it without an error.
+    """
+
+    at: tuple[Cut, ...] = ()
+    n_views: int = 1
+    keep_number: bool = False
+
+
 def n_total(cut: Cut) -> int:
     """Return how many views of a sample there are. Not a property, which a compiler of PyTorch 2.6 does not know."""
     return cut.n_maps * len(cut.views)
@@ -107,7 +122,11 @@ def n_kept(cut: Cut) -> int:
     return cut.n_random or (n_total(cut) if cut.indices is None else len(cut.indices))
 
 
-def make_cuts(views: AnyViews, indices: Iterable[int] | None = None) -> tuple[Cut, ...]:
+def _together(cuts: list[Cut]) -> Cuts:
+    return Cuts(tuple(cuts), n_kept(cuts[-1]), any(n_kept(cut) == cut.n_maps for cut in cuts))
+
+
+def make_cuts(views: AnyViews, indices: Iterable[int] | None = None) -> Cuts:
     """Return what to cut at each site so that the views of these ascending indices come out, by default all."""
     parts = parts_of(views)
     every = list(itertools.product(*(range(len(part)) for part in parts)))
@@ -120,10 +139,10 @@ def make_cuts(views: AnyViews, indices: Iterable[int] | None = None) -> tuple[Cu
         cut = Cut(part, len(before))
         cuts.append(cut if len(kept) == n_total(cut) else cut.keeping(kept))
         before = after
-    return tuple(cuts)
+    return _together(cuts)
 
 
-def make_random_cuts(views: AnyViews, count: int) -> tuple[Cut, ...]:
+def make_random_cuts(views: AnyViews, count: int) -> Cuts:
     """Return what to cut at each site so that ``count`` random views come out, spread evenly over the first sites'."""
     cuts: list[Cut] = []
     n_maps = 1
@@ -131,4 +150,4 @@ def make_random_cuts(views: AnyViews, count: int) -> tuple[Cut, ...]:
         kept = min(count, n_maps * len(part))
         cuts.append(Cut(part, n_maps, n_random=None if kept == n_maps * len(part) else kept))
         n_maps = kept
-    return tuple(cuts)
+    return _together(cuts)

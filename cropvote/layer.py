@@ -102,9 +102,9 @@ class CropVote(nn.Module):
             return self._run(call, x)
 
     def _run(self, call: Call, x: Tensor) -> Any:
-        if not call.cuts:
+        if not call.cuts.at:
             return self.tail(x)
-        return vote_output(call, self.tail(cut_views(call.cuts[0], x, self.layout)), x)
+        return vote_output(call, self.tail(cut_views(call.cuts.at[0], x, self.layout)), x)
 
     def extra_repr(self) -> str:
         return repr(self.settings)

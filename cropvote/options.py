@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from .cuts import AnyViews, Cut, ViewProduct, make_cuts, make_random_cuts, n_kept, parts_of
+from .cuts import AnyViews, Cuts, ViewProduct, make_cuts, make_random_cuts, parts_of
 from .errors import InputTypeError, OptionError, SurgeryError
 from .views import CENTRE, Views, ten_crop
 from .voting import How, check_rule
@@ -54,8 +54,8 @@ class Settings:
     train_views: int | None
     eval_views: EvalViews
     enabled: bool
-    _trained: tuple[Cut, ...]  # what is cut at each site in training mode
-    _evaluated: tuple[Cut, ...]  # and in eval mode
+    _trained: Cuts  # what is cut in training mode
+    _evaluated: Cuts  # and in eval mode
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Settings:
 
     def n_views(self, training: bool) -> int:
         """Return how many views of a sample a call computes."""
-        return n_kept((self._trained if training else self._evaluated)[-1])
+        return (self._trained if training else self._evaluated).n_views
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fields = {name: value for name, value in state.items() if not name.startswith("_")}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ._torch import call_eagerly
 from .call import requested
-from .cuts import Cut, make_cuts
+from .cuts import Cuts, make_cuts
 from .errors import OptionError, RowsError, SurgeryError
 from .layer import CropVote
 from .options import Settings
@@ -66,7 +66,7 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return unflatten_views(rows, len(options.views))
 
 
-def run_with_cuts(model: nn.Module, options: Settings, cuts: tuple[Cut, ...], *args: Any, **kwargs: Any) -> Any:
+def run_with_cuts(model: nn.Module, options: Settings, cuts: Cuts, *args: Any, **kwargs: Any) -> Any:
     """Return the rows of the views that are cut; a layer inside a network must have the last word.
 
     Raises:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._torch import is_recorded
 from .errors import InputTypeError, RowsError, ViewsError
-from .layouts import Layout, Tokens, check_layout, token_count
+from .layouts import LAYOUTS, Layout, Tokens, check_layout, token_count
 from .views import Views
 
 __all__ = ["split_views"]
@@ -65,7 +65,8 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
         raise InputTypeError(f"split_views takes a tensor (N, C, H, W), got {type(x).__name__}.")
     if not isinstance(views, Views):
         raise InputTypeError(f"views must be a Views, such as ten_crop(), got {views!r}.")
-    check_layout(layout)
+    if layout not in LAYOUTS:
+        check_layout(layout)
     if isinstance(layout, Tokens):
         return _split_tokens(x, views, layout)
     if x.dim() != 4:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from types import MethodType, new_class
 from typing import Any, cast
@@ -170,3 +171,26 @@ def own_forward(module: nn.Module) -> str | None:
         return None
     found = inspect.unwrap(forward)
     return f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', type(found).__name__)}"
+
+
+def split_module(model: nn.Module, name: str) -> nn.Module:
+    """The module that carries the split of a site.
+
+    It is the site itself, or in an ``nn.Sequential`` its last child: gradient checkpointing may run the children and
+    never the Sequential. A child that also stands elsewhere in the model cannot carry it.
+    """
+    return carrier_of(model.get_submodule(name), use_counts(model))
+
+
+def use_counts(model: nn.Module) -> Counter[nn.Module]:
+    """In how many places of the model each module stands."""
+    return Counter(module for _, module in model.named_modules(remove_duplicate=False))
+
+
+def carrier_of(module: nn.Module, standings: Counter[nn.Module]) -> nn.Module:
+    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
+        last = module[-1]
+        if standings[last] != standings[module]:
+            break
+        module = last
+    return module

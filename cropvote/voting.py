@@ -79,7 +79,8 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
             f"vote={how!r} weighs the classes of an image against each other, and there is one output: use "
             f'"soft" for a logit, "mean" or "median" for a regression.'
         )
-    ballots = unflatten_views(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), count)
+    numbers = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    ballots = unflatten_views(numbers, count)
     if not callable(how):
         return _RULES[how](ballots)
     with torch.autocast(ballots.device.type, enabled=False):  # a matrix product would go back to half precision

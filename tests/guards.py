@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cropvote import call, layouts, options, splitting
-from cropvote.probe import fakes, taint, trace, trial, verdicts
+from cropvote import call, images, layouts, options, splitting, swapping
+from cropvote.probe import taint, trace, trial, verdicts
 from cropvote.surgery import inject, injection
 
 
@@ -26,7 +26,7 @@ def no_paths(patch: pytest.MonkeyPatch) -> None:
 
 
 def batch_of_one(patch: pytest.MonkeyPatch) -> None:
-    for module in (fakes, trace, trial):
+    for module in (images, trace, trial):
         patch.setattr(module, "BATCH", 1)
 
 
@@ -41,11 +41,12 @@ def no_watch(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_tracking(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(call.Call, "may_hide_a_path", lambda *_: False)
+    patch.setattr(injection, "track_all", lambda tree: tree)
 
 
 def no_carrier(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trace, "_carrier", lambda module, standings: module)
+    for module in (swapping, trace):
+        patch.setattr(module, "carrier_of", lambda module, counts: module)
 
 
 def views_outermost(patch: pytest.MonkeyPatch) -> None:

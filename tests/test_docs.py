@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import skimage
 
+import at_test_time
 import cropvote
 import faces
 import fer2013_page
 import until_sure
+import worth_page
 from cropvote import errors, profile
 from model import fer_resnet18
 
@@ -71,9 +73,16 @@ def test_the_tables_of_stopping_votes_are_those_of_the_stored_figures(name):
     assert not any(str(value).startswith("/") for run in runs for value in run["config"].values())
 
 
+def test_the_table_of_views_at_test_time_is_that_of_the_stored_figures():
+    assert at_test_time.table() in (DOCS / "guides" / "test-time-only.md").read_text()
+
+
 def test_readmes_table_is_that_of_the_stored_figures():
     stored = json.loads(fer2013_page.STORED.read_text())
-    assert fer2013_page.short_table(stored["full"]) in (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
+    assert fer2013_page.short_table(stored["full"]) in text
+    assert worth_page.short_table() in text
+    assert worth_page.facts() in text
 
 
 def test_the_home_page_is_readmes_first_screen():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import os
 import pkgutil
 import subprocess
@@ -13,9 +14,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import cropvote
+import networks
 from cropvote import errors
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +127,47 @@ def test_imports_run_one_way():
             elif isinstance(node, ast.Import):
                 roots = {name.name.split(".")[0] for name in node.names}
                 assert roots <= known, (module, roots)
+
+
+def journey(run) -> list[tuple[str, str]]:
+    """Each call inside the package: its file, and the file of the nearest caller inside the package."""
+    root, calls = str(ROOT / "cropvote") + os.sep, []
+
+    def inside(frame):
+        while frame is not None and not frame.f_code.co_filename.startswith(root):
+            frame = frame.f_back
+        return frame.f_code.co_filename.removeprefix(root) if frame is not None else ""
+
+    def note(frame, event, arg):
+        name = frame.f_code.co_filename
+        if event == "call" and name.startswith(root) and not frame.f_code.co_name.startswith("<"):
+            calls.append((name.removeprefix(root), inside(frame.f_back)))
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_the_way_through_a_call_is_short():
+    """A reader follows ``model(x)`` through at most eight files, in at most 16 changes of file."""
+    model = cropvote.inject_crop_vote(networks.fer(), after="layer1", input_size=48)
+    images = torch.zeros(2, 3, 48, 48)
+    with torch.no_grad():
+        model(images)
+        files = [file for file, _ in journey(lambda: model(images))]
+    assert len(set(files)) <= 8
+    assert sum(one != other for one, other in itertools.pairwise(files)) <= 16
+
+
+def test_an_injection_enters_the_probe_once():
+    model = networks.fer()
+    calls = journey(lambda: cropvote.inject_crop_vote(model, after="layer1", input_size=48))
+    probe = "probe" + os.sep
+    assert sum(file.startswith(probe) and not caller.startswith(probe) for file, caller in calls
+               if caller.startswith("surgery")) == 1  # fmt: skip
 
 
 def test_the_version_is_written_once():

@@ -89,7 +89,7 @@ def test_images_as_the_first_site():
 def test_the_order_is_that_of_ten_crop():
     """Mirrored early, cropped late: each row shows the same part of the map as ten_crop's."""
     maps = x = torch.randn(2, 3, 6, 12)
-    for cut in make_cuts(ViewProduct([hflip(), five_crop()])):
+    for cut in make_cuts(ViewProduct([hflip(), five_crop()])).at:
         maps = cut_views(cut, maps, "NCHW")
     assert torch.equal(maps, split_views(x, ten_crop()))
 
@@ -101,7 +101,7 @@ def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
     every = list(itertools.product(*map(range, sizes)))
     wanted = sorted(data.draw(st.sets(st.integers(0, len(every) - 1), min_size=1)))
     maps: list[tuple[int, ...]] = [()]
-    for cut, size in zip(make_cuts(views, wanted), sizes, strict=True):
+    for cut, size in zip(make_cuts(views, wanted).at, sizes, strict=True):
         assert cut.n_maps == len(maps)
         made = [(*one, i) for one in maps for i in range(size)]
         assert n_total(cut) == len(made)
@@ -155,7 +155,7 @@ def test_every_combination_is_drawn_as_often(count):
     seen = Counter()
     for _ in range(3000):
         maps: list[tuple[int, ...]] = [()]
-        for cut in make_random_cuts(ViewProduct([hflip(), grid(1, 3, scale=(1, 0.5))]), count):
+        for cut in make_random_cuts(ViewProduct([hflip(), grid(1, 3, scale=(1, 0.5))]), count).at:
             made = [(*one, i) for one in maps for i in range(len(cut.views))]
             total = len(cut.views)
             chosen = draw(total, cut.n_random, CPU, cut.n_maps).tolist() if cut.n_random else range(n_total(cut))

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import FlopCounterMode, StorageWeakRef, TorchDispatchMode, storage_key, uncounted_attention
-from ..call import cut_views
+from ..call import PLAIN, cut_views
 from ..cuts import After, format_sites, join_parts, make_cuts
 from ..errors import OptionError
-from ..images import INPUT, map_first_tensor
+from ..images import INPUT, Example, Spec, map_first_tensor
 from ..layouts import Layout, sides
 from ..options import NAMED, eval_indices
-from ..probe.fakes import Example, Spec, first_line
+from ..probe.fakes import first_line
 from ..probe.taint import tensors_in
 from ..probe.trial import Split
 from ..probe.verdicts import Probe, Site
@@ -154,7 +154,7 @@ class Meter:
 
     def _run(self, splits: list[Split], batch: int, grad: bool = False, indices: Sequence[int] | None = None) -> _Run:
         """One call, split as the plan says, of whose views only those of ``indices`` are cut."""
-        cuts = make_cuts(join_parts([split.views for split in splits]), indices) if splits else ()
+        cuts = make_cuts(join_parts([split.views for split in splits]), indices) if splits else PLAIN
         maps: list[tuple[int, ...]] = []
         kept: dict[int, Any] = {}
         fixed = self.fixed
@@ -171,7 +171,7 @@ class Meter:
             nonlocal front
             front = counter.get_total_flops() if place == 0 else front
             maps.append(tuple(x.shape[1:]))
-            return cut_views(cuts[place], x, splits[place].layout)
+            return cut_views(cuts.at[place], x, splits[place].layout)
 
         def at(place: int) -> Any:
             return lambda module, base, *a, **k: cut(place, base.forward(module, *a, **k))

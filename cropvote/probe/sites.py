@@ -8,10 +8,10 @@ from fractions import Fraction
 from torch import nn
 
 from ..errors import InputTypeError, OptionError, SiteError, ViewsError
-from ..images import INPUT
+from ..images import INPUT, Example, example_of
 from ..layouts import Layout
 from ..views import Views, hflip, ten_crop
-from .fakes import Example, example_of, on_fake_copy
+from .fakes import on_fake_copy
 from .trial import Split
 from .verdicts import Probe, Site
 

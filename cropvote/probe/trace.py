@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 
 from .._torch import storage_key, tree_leaves, tree_map
 from ..errors import CheckUnavailableError, PlainModelError, RowsError, SurgeryError
-from ..images import INPUT, map_first_tensor
+from ..images import BATCH, INPUT, Example, Spec, map_first_tensor
 from ..layouts import AXES, LAYOUTS, Layout
 from ..outputs import format_path, prediction_paths, tensors_of
-from ..swapping import is_swapped, restore_forward, swap_forward
-from .fakes import BATCH, Example, RandomState, Spec, first_line
+from ..swapping import carrier_of, is_swapped, restore_forward, swap_forward, use_counts
+from .fakes import RandomState, first_line
 from .taint import TaintMode, ours, tensors_in
 
 __all__: list[str] = []
@@ -31,29 +30,6 @@ __all__: list[str] = []
 
 def _inert(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     return base.forward(module, *args, **kwargs)
-
-
-def split_module(model: nn.Module, name: str) -> nn.Module:
-    """The module that carries the split of a site.
-
-    It is the site itself, or in an ``nn.Sequential`` its last child: gradient checkpointing may run the children and
-    never the Sequential. A child that also stands elsewhere in the model cannot carry it.
-    """
-    return _carrier(model.get_submodule(name), use_counts(model))
-
-
-def use_counts(model: nn.Module) -> Counter[nn.Module]:
-    """In how many places of the model each module stands."""
-    return Counter(module for _, module in model.named_modules(remove_duplicate=False))
-
-
-def _carrier(module: nn.Module, standings: Counter[nn.Module]) -> nn.Module:
-    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
-        last = module[-1]
-        if standings[last] != standings[module]:
-            break
-        module = last
-    return module
 
 
 def _is_batch(leaf: Any) -> bool:
@@ -89,7 +65,7 @@ class Walk:
         named = model.named_modules(remove_duplicate=False)
         self.modules = {name: m for name, m in named if name and not isinstance(m, torch.jit.ScriptModule)}
         standings = use_counts(model)
-        self.holders = {name: _carrier(module, standings) for name, module in self.modules.items()}
+        self.holders = {name: carrier_of(module, standings) for name, module in self.modules.items()}
         self.calls: dict[nn.Module, int] = {}
         self.seen: dict[nn.Module, _Seen] = {}
         self._grown: tuple[dict[nn.Module, tuple[int, ...]], ...] | None = None

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..errors import CheckUnavailableError, RowsError, ViewsError
-from ..images import INPUT, map_first_tensor
+from ..images import BATCH, INPUT, map_first_tensor
 from ..layouts import Layout, Tokens, resized, sides
 from ..outputs import describe, format_path, map_tensors, tensors_of
 from ..splitting import split_views
 from ..swapping import restore_forward, swap_forward
 from ..views import Views
-from .fakes import BATCH, first_line
+from .fakes import first_line
 from .taint import TaintMode
 from .trace import Walk
 

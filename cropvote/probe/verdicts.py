@@ -8,10 +8,9 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import ViewsError
-from ..images import INPUT
+from ..images import INPUT, Example
 from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, stated_tokens, token_count
 from ..views import Views
-from .fakes import Example
 from .trial import Split, Trials, pad_to_prime
 
 __all__ = ["Site"]

@@ -14,8 +14,7 @@ from ..errors import InputTypeError, OptionError, SiteError, SurgeryError, Unkno
 from ..images import INPUT
 from ..layouts import Layout, check_layout
 from ..options import Settings
-from ..probe.trace import split_module
-from ..swapping import own_forward
+from ..swapping import own_forward, split_module
 from ..views import Views
 from .injection import Injection
 

@@ -10,14 +10,12 @@ from torch import nn
 
 from ..cuts import After, join_parts
 from ..errors import InputTypeError, PlainModelError, SurgeryError
-from ..images import INPUT
+from ..images import INPUT, example_of
 from ..layer import CropVote
 from ..layouts import Layout
 from ..options import EvalViews, Output, Settings
-from ..probe.fakes import example_of
 from ..probe.sites import check_sites
-from ..probe.trace import split_module
-from ..swapping import check_restorable, restore_forward, swap_forward
+from ..swapping import check_restorable, restore_forward, split_module, swap_forward
 from ..views import Views
 from ..voting import How
 from .arguments import MARKS, check_model, injected_inside, injection_of, sites_after, unwrap, user_layouts_of

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from .._torch import is_compiled, is_in_backward, is_jit_tracing, is_recorded, is_under_compiler, is_vmapped
 from ..call import Call, call_by, check_splits_ran, current, cut_views, running, vote_output
-from ..cuts import Cut, parts_of
+from ..cuts import Cuts, parts_of
 from ..errors import CropVoteError, RowsError, SiteError, SurgeryError, ViewsError
-from ..images import INPUT, first_tensor, map_first_tensor
+from ..images import INPUT, example_from_call, first_tensor, map_first_tensor
 from ..layouts import Layout, Tokens, token_count
 from ..options import Settings
-from ..probe.fakes import example_from_call
 from ..probe.sites import check_sites
-from ..probe.trace import split_module
 from ..probe.trial import Split
-from ..tracking import came_around, plain, track, track_all
+from ..swapping import split_module
+from ..tracking import Tracked, plain, track, track_all
 
 __all__: list[str] = []
 
@@ -71,7 +70,7 @@ class Injection:
         self.check = self.tracking = check
         self.checked: dict[CallKey, None] = {}
         self.site_error = ""
-        self.used_cuts: tuple[tuple[Cut, ...], ...] = ()
+        self.used_cuts: tuple[Cuts, ...] = ()
         self.root: weakref.ref[nn.Module] | None = None
         if not check:
             self.layouts = tuple(known or ("NCHW",) for known in self.layouts)
@@ -246,12 +245,12 @@ class Injection:
     def vote(self, model: nn.Module, base: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the model, check what it did, and vote."""
         self.ensure_checked(model, call, args, kwargs)
-        images = first_tensor(args, kwargs)
+        images = args[0] if args and type(args[0]) is Tensor and args[0].dim() else first_tensor(args, kwargs)
         given = args, kwargs
         if torch.is_grad_enabled():
             self.check_recomputation(call.cuts)
-        hides = self.tracking and not is_traced() and call.may_hide_a_path(images.shape[0])
-        if hides and not has_compiled_parts(model):
+        one_row = call.cuts.keep_number or (type(images.shape[0]) is int and images.shape[0] == 1)  # traced: a tensor
+        if one_row and self.tracking and not is_traced() and not has_compiled_parts(model):
             args, kwargs = track_all(args), track_all(kwargs)
         if self.sites[0] == INPUT:
             args, kwargs = map_first_tensor(lambda x: self.split(0, x, call), args, kwargs)
@@ -262,7 +261,7 @@ class Injection:
         except RuntimeError as error:
             self._explain(model, *given, error)
             raise
-        if call.ran != list(range(len(call.cuts))):
+        if call.ran != list(range(len(call.cuts.at))):
             check_splits_ran(call, not call.requested and has_compiled_parts(model))
         output = vote_output(call, output, images)
         if call.leaked:
@@ -281,7 +280,7 @@ class Injection:
         except CropVoteError:
             return
 
-    def check_recomputation(self, cuts: tuple[Cut, ...]) -> None:
+    def check_recomputation(self, cuts: Cuts) -> None:
         """Remember the cuts of a call with gradients; checkpointing must run it again with the same.
 
         Raises:
@@ -300,14 +299,16 @@ class Injection:
     def split(self, index: int, x: Tensor, call: Call) -> Tensor:
         """Cut the views of a call at one site."""
         call.ran.append(index)
-        call.leaked |= came_around(x, index)
-        tracked, x = x, plain(x)
+        is_tracked = type(x) is Tracked
+        if is_tracked:
+            call.leaked |= x.passed < index  # type: ignore[attr-defined]
+            x = plain(x)
         layout = call.layouts[index] if call.layouts else self.layout_of(index, x)
         try:
-            views = cut_views(call.cuts[index], x, layout)
+            views = cut_views(call.cuts.at[index], x, layout)
         except ViewsError as error:
             raise ViewsError(f"at the site {self.sites[index]!r}, on a map {tuple(x.shape)}: {error}") from error
-        return views if tracked is x or index == len(call.cuts) - 1 else track(views, index + 1)
+        return track(views, index + 1) if is_tracked and index < len(call.cuts.at) - 1 else views
 
     def layout_of(self, index: int, x: Tensor) -> Layout:
         """Return the layout at a site; if several grids of tokens are known, the one with this number of tokens.
@@ -357,7 +358,7 @@ def vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any
     if torch.compiler.is_compiling():
         return _recorded_forward(module, base, injection, args, kwargs)
     with running(injection.settings, injection.training(module)) as call:
-        if not call.cuts:
+        if not call.cuts.at:
             return base.forward(module, *args, **kwargs)
         return injection.vote(module, base, call, args, kwargs)
 
@@ -367,7 +368,7 @@ def _recorded_forward(
 ) -> Any:
     """Run the injected model's forward under a compiler, which knows no stack of calls."""
     call = call_by(injection.settings, injection.training(module))
-    if not call.cuts:
+    if not call.cuts.at:
         return base.forward(module, *args, **kwargs)
     images = first_tensor(args, kwargs)
     injection.ensure_checked(module, None, args, kwargs)
@@ -388,7 +389,7 @@ def split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
         call = call_by(injection.settings, injection.training(module))
         if not torch.compiler.is_compiling() and is_in_backward():
             injection.check_recomputation(call.cuts)
-    return injection.split(module.__dict__["_cropvote_index"], output, call) if call.cuts else output
+    return injection.split(module.__dict__["_cropvote_index"], output, call) if call.cuts.at else output
 
 
 def has_compiled_parts(model: nn.Module) -> bool:

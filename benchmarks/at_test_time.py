@@ -1,7 +1,7 @@
 """Views at test time alone: networks that somebody else trained, without any training of ours.
 
-    python benchmarks/test_time.py run --data cifar10_jpeg.npz     benchmarks/results/test_time.json
-    python benchmarks/test_time.py table                           its figures, as a table
+    python benchmarks/at_test_time.py run --data cifar10_jpeg.npz     benchmarks/results/test_time.json
+    python benchmarks/at_test_time.py table                           its figures, as a table
 
 ResNet-20 and ResNet-56 of CIFAR-10, on all 10,000 test pictures as JPEGs: plain, with the mirrored input, ten crops of
 the input, and views of the map behind every stage: five crops of several sizes, with and without mirror images, the
@@ -97,21 +97,28 @@ def run(data: str) -> None:
             STORED.write_text(json.dumps(stored, indent=1) + "\n")
 
 
-def table() -> str:
+#: The rows of the guide's table.
+SHOWN = [
+    "plain", "mirrored input", "ten crops of the input", "layer1: five crops of 28", "layer1: ten crops of 28",
+    "layer2: five crops of 12", "layer2: five crops of 13", "layer2: five crops of 14", "layer2: five crops of 15",
+    "layer2: ten crops of 14", "mirrored input, layer1: five crops of 28", "mirrored input, layer2: five crops of 14",
+    "layer3: five crops of 6", "mirrored input, layer3: five crops of 6",
+]  # fmt: skip
+
+
+def table(network: str = "resnet20") -> str:
+    """The guide's table: accuracy, work over the plain network's, and McNemar's test."""
     lines = [
-        "| network | way | accuracy, % | work | aligned | against plain | against mirrored input |",
-        "|---|---|---|---|---|---|---|",
+        "| views | accuracy, % | work | won : lost (p) against plain | against mirrored input |",
+        "|---|---:|---:|---|---|",
     ]
-    rows = json.loads(STORED.read_text())["rows"]
-    plain = {row["network"]: row["work"] for row in rows if row["way"] == "plain"}
-    for row in rows:
+    rows = {row["way"]: row for row in json.loads(STORED.read_text())["rows"] if row["network"] == network}
+    for way in SHOWN:
+        row = rows[way]
         against = [row.get(f"against {other}") for other in ("plain", "mirrored input")]
-        told = [
-            f"{won} : {lost} ({p:.2g})" if won + lost else "–" for won, lost, p in (a or (0, 0, 1) for a in against)
-        ]
-        work, on_grid = row["work"] / plain[row["network"]], "yes" if row["aligned"] else "no"
-        cells = (row["network"], row["way"], f"{100 * row['accuracy']:.2f}", f"{work:.2f}", on_grid, *told)
-        lines.append(f"| {' | '.join(cells)} |")
+        told = ["–" if found is None else f"{found[0]} : {found[1]} ({found[2]:.2g})" for found in against]
+        work = row["work"] / rows["plain"]["work"]
+        lines.append(f"| {way} | {100 * row['accuracy']:.2f} | {work:.2f} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
