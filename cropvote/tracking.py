@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._torch import without_subclasses
@@ -16,7 +17,7 @@ from ._torch import without_subclasses
 __all__: list[str] = []
 
 _NO_DATA = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
-_NO_DATA |= {"rand_like", "randn_like", "new_tensor", "__get__", "dim", "size"}
+_NO_DATA |= {"rand_like", "randn_like", "new_tensor"}
 
 
 class Tracked(Tensor):
@@ -36,7 +37,7 @@ class Tracked(Tensor):
                 if tracked.passed != passed:
                     tracked.passed = passed
                 return tracked
-            if not isinstance(output, (tuple, list)) or func.__name__ in _NO_DATA:
+            if not isinstance(output, (tuple, list)) or type(output) is torch.Size:
                 return output
             passed = _least(args, kwargs)
             # a tuple, a list, or one of torch.return_types

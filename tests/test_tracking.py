@@ -22,8 +22,11 @@ IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 def test_what_is_computed_from_a_tracked_tensor_is_tracked():
     x, y = track(torch.randn(2, 3), 0), torch.randn(2, 3)
-    for made in (x + y, y + x, torch.cat([y, x]), x.sum(), x.max(1).values, x.chunk(2)[1], y * x.mean(), x[0]):
+    joined = [x + y, y + x, torch.cat([y, x]), x.sum(), x.max(1).values, x.chunk(2)[1], y * x.mean(), x[0], x.T, x.mT]
+    joined += [x.data, x.detach(), x.view(-1), torch.einsum("ij,kj->ik", y, x), x.double(), torch.where(y > 0, y, x)]
+    for made in joined:
         assert came_around(made, 1)
+    assert type(x.shape) is torch.Size
     for made in (torch.zeros_like(x), x.new_ones(2), y.clone(), plain(x), plain(x + y)):
         assert type(made) is torch.Tensor
     behind = track(torch.randn(2, 3), 1)

@@ -107,8 +107,9 @@ def check_sites(
         found = checked_plan(probe, plan, stated)
         modes = [model.training]
         with suppress(Exception):  # whatever it is, the other mode is not checked, and will be when it is used
+            known = {split.name: (split.layout, probe.shape(split.name)) for split in found}
             fake.train(not model.training)
-            again, _, reason = Probe(fake, example, first, None).verdict_of(plan, stated)
+            again, _, reason = Probe(fake, example, first, None).verdict_of(plan, stated, known)
             if not reason and again == found:
                 modes.append(not model.training)
         return modes, found

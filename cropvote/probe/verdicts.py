@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -70,15 +70,25 @@ class Probe(Trials):
         layout, reason = self._alone(name)
         return layout, reason or self._trial([Split(name, pad_to_prime(self.views), layout)])
 
-    def verdict_of(self, plan: dict[str, Views], stated: dict[str, Layout | None]) -> tuple[list[Split], str, str]:
-        """The splits of a plan in forward order, the site that is at fault or nothing, and why.
+    def verdict_of(
+        self,
+        plan: dict[str, Views],
+        stated: dict[str, Layout | None],
+        known: dict[str, tuple[Layout, Any]] | None = None,
+    ) -> tuple[list[Split], str, str]:
+        """Return the splits in forward order, the site that is at fault or nothing, and why.
+
+        ``known`` holds the layout and the shape of each map in the other mode: of the same shape, it is the same.
 
         Raises:
             ViewsError: only the size of a map is at fault.
         """
         splits: list[Split] = []
         for name in sorted(plan, key=self._turn):
-            layout, reason = self._found(name, plan[name], stated[name])
+            if known is not None and known[name][1] == self.shape(name):
+                layout, reason = known[name][0], self._why_not_here(name)
+            else:
+                layout, reason = self._found(name, plan[name], stated[name])
             if not reason and splits and self._turn(splits[-1].name) == self._turn(name):
                 reason = f"it returns what {splits[-1].name!r} returns: that is one place."
             if not reason and isinstance(layout, Tokens):
@@ -99,9 +109,12 @@ class Probe(Trials):
             self.views, self.layout = usual
 
     def _alone(self, name: str) -> tuple[Layout, str]:
-        """The layout of a site's map, and what forbids a site there whatever comes behind it."""
-        reason = self.why_not_votable() or (self.why_not_images() if name == INPUT else self.why_not_cut(name))
+        """Return the site's layout, and the reason it is invalid regardless of the tail ("" if none)."""
+        reason = self._why_not_here(name)
         return (self.layout or "NCHW", reason) if reason else self._find_layout(name)
+
+    def _why_not_here(self, name: str) -> str:
+        return self.why_not_votable() or (self.why_not_images() if name == INPUT else self.why_not_cut(name))
 
     def _turn(self, name: str) -> int:
         """When the forward reaches a site; the same for modules that return the same tensor."""
@@ -124,8 +137,7 @@ class Probe(Trials):
 
     def why_not_swapped(self, names: list[str]) -> str:
         """Why the model cannot do with subclasses of its classes, which the split and the vote need, or nothing."""
-        self.operations()  # what the model caches for a size of map is made before
-        plain = self.operations()
+        plain = self.operations()  # what the model caches for a size of map was made in the trace
         if self.operations([name for name in names if name != INPUT]) == plain:
             return ""
         return (

@@ -1,0 +1,138 @@
+"""Make examples/fer48/weights from a run of benchmarks/worth.py: the network in float16, and its card.
+
+    python benchmarks/weights.py RUN --weights FILE.safetensors --data fer2013.npz
+
+RUN is the run's name in benchmarks/results/worth.jsonl, chosen by its accuracy on PublicTest. PrivateTest is scored here
+by the stored network as it is loaded, on the CPU; minutes. --logits FILE keeps every view's logits, or takes them from
+there.
+"""
+
+# ruff: noqa: E501  # the card's sentences
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+import worth
+from cropvote import inject_crop_vote, per_view
+from data.sources import ORDERS
+from keeping import save_model
+from model import fer_resnet18
+from scoring import interval
+
+OUT = worth.ROOT / "examples" / "fer48" / "weights"
+VIEWS = {"centre": [4], "centre + mirror": [4, 9], "ten views": list(range(10))}
+
+
+@torch.no_grad()
+def read(task: worth.Task, weights: Path, width: int) -> dict[str, np.ndarray]:
+    """Every view's logits of PublicTest and PrivateTest, (n, 10, 7)."""
+    model = inject_crop_vote(fer_resnet18(num_classes=7, width=width), after="layer1", input_size=48).eval()
+    model.load_state_dict(load_file(weights))
+    found = {}
+    for split in ("val", "test"):
+        images, labels = task.splits[split]
+        found[split] = torch.cat([per_view(model, task.plainly(some)) for some in images.split(64)]).numpy()
+        found[f"{split}_labels"] = labels.numpy()
+    return found
+
+
+def temperature(logits: Tensor, labels: Tensor) -> float:
+    """The number that the vote's logits are divided by, so that PublicTest is least surprising."""
+    candidates = torch.arange(0.5, 2.01, 0.01)
+    losses = [torch.nn.functional.cross_entropy(logits / t, labels) for t in candidates]
+    return round(float(candidates[int(torch.stack(losses).argmin())]), 2)
+
+
+def percent(right: np.ndarray) -> str:
+    low, high = interval(int(right.sum()), len(right))
+    return f"{100 * right.mean():.1f} ({100 * low:.1f} – {100 * high:.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("run")
+    parser.add_argument("--weights", required=True, metavar="FILE")
+    parser.add_argument("--data", required=True, metavar="FILE")
+    parser.add_argument("--logits", metavar="FILE")
+    options = parser.parse_args()
+    line: dict[str, Any] = next(line for line in worth.stored() if line["run"] == options.run)
+    task = worth.fer2013(options.data, line["width"], None)
+    kept = Path(options.logits) if options.logits else None
+    if kept and kept.exists():
+        with np.load(kept, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    else:
+        found = read(task, Path(options.weights), line["width"])
+        if kept:
+            np.savez(kept, **found)
+    names, labels = ORDERS["FER2013"], found["test_labels"]
+    known = {image.numpy().tobytes() for split in ("train", "val") for image in task.splits[split][0]}
+    copies = np.array([image.numpy().tobytes() in known for image in task.splits["test"][0]])
+    right = {way: found["test"][:, views].mean(1).argmax(1) == labels for way, views in VIEWS.items()}
+    votes = {split: torch.from_numpy(found[split]).mean(1) for split in ("val", "test")}
+    heat = temperature(votes["val"], torch.from_numpy(found["val_labels"]))
+    errors = [
+        100
+        * float(multiclass_calibration_error((votes["test"] / t).softmax(1), torch.from_numpy(labels), 7, n_bins=10))
+        for t in (1.0, heat)
+    ]
+    card = {
+        "architecture": "fer_resnet18", "width": line["width"], "after": "layer1", "vote": "soft",
+        "outputs": list(names), "target": "expression", "data": "FER2013", "run": line["run"],
+        "commit": line["commit"], "temperature": heat, "split": "PrivateTest", "versions": line["versions"],
+        "preprocessing": {"size": 48, "channels": "RGB", "scale": "x / 127.5 - 1"},
+        "summary": f"{100 * right['ten views'].mean():.1f} % of PrivateTest",
+        "accuracy": {way: round(float(hits.mean()), 4) for way, hits in right.items()},
+    }  # fmt: skip
+    OUT.mkdir(parents=True, exist_ok=True)
+    model = fer_resnet18(num_classes=7, width=line["width"])
+    model.load_state_dict(load_file(options.weights))
+    for module in model.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.half()
+    save_model(OUT, model, card)
+    lines = [
+        "# A face-expression network, trained on FER2013 by this project", "",
+        f"`fer_resnet18` of width {line['width']} ({sum(p.numel() for p in model.parameters()):,} parameters, float16), "
+        "voting over ten views after `layer1`. Seven classes: " + ", ".join(names) + ".", "",
+        "**Data.** FER2013's Training faces, 28,709 grey pictures of 48×48 that a search engine found in 2013, labelled "
+        "by people. The set came with a public challenge and states no clear grant: use the network for research and for "
+        "trying the library, and ask a lawyer before anything else. No picture of it is in this repository.", "",
+        f"**Training.** `python benchmarks/worth.py`, run `{line['run']}`: the work of {line['budget']:g} plain epochs, "
+        f"the last quarter through two of ten views a step; AdamW; {line['device']}, torch {line['versions']['torch']}, "
+        f"commit {line['commit']}. Chosen by PublicTest ({100 * line['accuracy']['val']['ten views']:.1f} %) among the "
+        "voting runs of that table.", "",
+        "**Accuracy** on the 3,589 faces of PrivateTest, in % with Wilson's 95 % interval:", "",
+        "| views | all faces | without copies | recall: " + " | ".join(names) + " |",
+        "|---|---|---|" + "---:|" * len(names),
+        *(f"| {way} | {percent(hits)} | {percent(hits[~copies])} | "
+          + " | ".join(f"{100 * hits[labels == i].mean():.0f}" for i in range(7)) + " |" for way, hits in right.items()),
+        "",
+        "Without copies: without the faces that are, pixel for pixel, in Training or PublicTest. The set's labels are "
+        "noisy: people agree on about 65 %.", "",
+        f"**Calibration.** The vote's expected calibration error is {errors[0]:.1f} points (ten bins); with its logits "
+        f"divided by the temperature {heat:g} (chosen on PublicTest; in model.json) it is {errors[1]:.1f}.", "",
+        "**Not for** deciding about people. A label is what annotators thought a face shows, not what the person felt; "
+        "the set leans to some ages, skins and cultures, and so does the network; coloured, large or turned faces were "
+        "not in it.", "",
+        f"Scored with torch {torch.__version__}, Python {platform.python_version()}, on a CPU, by "
+        "`python benchmarks/weights.py`.",
+    ]  # fmt: skip
+    (OUT / "MODEL_CARD.md").write_text("\n".join(lines) + "\n")
+    print(json.dumps(card, indent=1), "\n".join(lines), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
