@@ -16,7 +16,8 @@ from torch import nn
 import zoo_models
 import zoo_page
 from cropvote import CropVoteError, Site, inject_crop_vote, sites, ten_crop
-from cropvote.probe.fakes import example_of, on_fake_copy
+from cropvote.images import example_of
+from cropvote.probe.fakes import on_fake_copy
 from cropvote.probe.verdicts import Probe
 from zoo_witnesses import against_noise, against_oracle
 
