@@ -111,8 +111,9 @@ def noise() -> float:
 def facts() -> str:
     one = runs()[0]
     seeds = sorted({line["seed"] for line in runs()})
+    size = sum(parameter.numel() for parameter in fer_resnet18(num_classes=7, width=WIDTH).parameters())
     return (
-        f"FER2013 at 48×48, width {WIDTH} (2,801,659 parameters), from scratch, seeds {', '.join(map(str, seeds))}; "
+        f"FER2013 at 48×48, width {WIDTH} ({size:,} parameters), from scratch, seeds {', '.join(map(str, seeds))}; "
         f"torch {one['versions']['torch']}, one {one['device']}"
     )
 

@@ -1,0 +1,45 @@
+"""The network that lies in examples/fer48/weights: it loads, votes, and its card says what its json says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import skimage.data
+import torch
+from safetensors.torch import load_file
+
+from cropvote import agreement, per_view, settings
+from keeping import load_model
+
+WEIGHTS = Path(__file__).parent.parent / "examples" / "fer48" / "weights"
+
+
+def test_it_is_small_and_votes():
+    model, card = load_model(WEIGHTS)
+    assert (WEIGHTS / "model.safetensors").stat().st_size < 6e6
+    assert {x.dtype for x in load_file(WEIGHTS / "model.safetensors").values()} == {torch.float16, torch.int64}
+    assert sum(p.numel() for p in model.parameters()) == 2_796_839
+    assert len(settings(model).views) == 10
+    assert card["outputs"] == ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]
+
+
+def test_the_astronaut_is_happy():
+    """NASA's portrait, which is in the public domain; the face's place is stated, so that no detector is needed."""
+    model, card = load_model(WEIGHTS)
+    face = torch.from_numpy(skimage.data.astronaut()[65:161, 176:272].copy()).permute(2, 0, 1)[None].float()
+    grey = (face * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    x = torch.nn.functional.interpolate(grey, (48, 48), mode="area").expand(-1, 3, -1, -1) / 127.5 - 1
+    with torch.no_grad():
+        logits = per_view(model, x)
+    assert card["outputs"][int(logits.mean(1).argmax())] == "happy"
+    assert float(agreement(logits)) >= 0.8
+
+
+def test_the_card_holds_the_stored_figures():
+    card, text = json.loads((WEIGHTS / "model.json").read_text()), (WEIGHTS / "MODEL_CARD.md").read_text()
+    for way, accuracy in card["accuracy"].items():
+        assert f"| {way} | {100 * accuracy:.1f} (" in text
+    assert card["accuracy"]["ten views"] == pytest.approx(0.709, abs=0.001)
+    assert "no clear grant" in text
