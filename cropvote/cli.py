@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
-import importlib
-import json
 import sys
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
-
-from .costs.suggesting import suggest_site
-from .costs.tables import Profile, profile, row_of
-from .cuts import NAMES, After
-from .errors import CropVoteError, MissingExtraError, OptionError, SiteError
-from .images import example_of
-from .layouts import Tokens
-from .plots import check_path
-from .probe.sites import sites
-from .probe.verdicts import Site
 
 __all__: list[str] = []
 
+#: The names of :data:`cropvote.cuts.NAMES`; that module, and PyTorch, are loaded once a command runs.
+VIEWS = ("ten", "five", "hflip", "d4")
 EXAMPLES = """MODEL is timm:NAME, torchvision:NAME, or package.module:function, which is called without arguments.
 Nothing is downloaded: the weights are random.
 
@@ -42,23 +24,9 @@ Nothing is downloaded: the weights are random.
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, or 2 after a one-line error."""
     arguments = _parser().parse_args(argv)
-    try:
-        size = _size(arguments.size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the models' own code
-            model = build(arguments.model, real=getattr(arguments, "measure", False))
-            if size is None and example_of(model, None) is None:
-                raise OptionError(f"{arguments.model} does not say its input size: add --size, such as --size 224.")
-            text = arguments.run(model, size, arguments)
-    except CropVoteError as error:
-        print(f"cropvote: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"cropvote: {error}", file=sys.stderr)
-        return 2
-    with contextlib.suppress(BrokenPipeError):
-        print(text)
-    return 0
+    from .commands import run  # which loads PyTorch: not needed for --help
+
+    return run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,10 +36,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, summary, description in (
-        ("sites", _sites, "the places where a split is sound", "List the places where a split is sound."),
-        ("profile", _profile, "work and memory of a split at each of them", "Count what a split costs at each site."),
-        ("suggest", _suggest, "the earliest of them within a budget", "Name the earliest sound site within a budget."),
+    for name, summary, description in (
+        ("sites", "the places where a split is sound", "List the places where a split is sound."),
+        ("profile", "work and memory of a split at each of them", "Count what a split costs at each site."),
+        ("suggest", "the earliest of them within a budget", "Name the earliest sound site within a budget."),
     ):
         command = commands.add_parser(
             name,
@@ -80,18 +48,18 @@ def _parser() -> argparse.ArgumentParser:
             epilog=EXAMPLES.partition("\n\n")[0],
             formatter_class=formatter,
         )
-        command.set_defaults(run=run)
+        command.set_defaults(command=name)
         add = command.add_argument
         add("model", metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:function")
         add("--size", help="the image: 48, 48x64 or 3x48x48; needless for timm models")
-        add("--views", choices=NAMES, default="ten", help="ten (default), five, hflip or d4")
+        add("--views", choices=VIEWS, default="ten", help="ten (default), five, hflip or d4")
         form = command.add_mutually_exclusive_group()
         form.add_argument("--json", action="store_true", help="print JSON")
-        if run is not _suggest:
+        if name != "suggest":
             form.add_argument("--markdown", action="store_true", help="print a Markdown table")
-        if run is _sites:
+        if name == "sites":
             add("--all", action="store_true", help="also the modules that are no valid sites, and why")
-        elif run is _suggest:
+        elif name == "suggest":
             add("--max-macs-ratio", type=float, metavar="X", help="at most X times the plain network's multiply-adds")
             add("--max-memory-mib", type=float, metavar="X", help="at most X MiB per image in training")
         else:
@@ -101,176 +69,6 @@ def _parser() -> argparse.ArgumentParser:
             add("--device", help="where to measure: cpu, cuda ...")
             add("--plot", metavar="FILE", type=Path, help="also draw cost against memory (.png, .svg, .pdf)")
     return parser
-
-
-def _sites(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argparse.Namespace) -> str:
-    found = sites(model, size, views=NAMES[arguments.views](), all=arguments.all)
-    if arguments.json:
-        return json.dumps([{**site._asdict(), "layout": _layout(site)} for site in found], indent=1)
-    if not found:
-        raise SiteError(f"no site of this {type(model).__name__} is valid: --all says why, of each module.")
-    head = ["site", "shape", "layout", "distinct", *["why not"] * arguments.all]
-    cells = [head]
-    for site in found:
-        shape = "×".join(map(str, site.shape))
-        cells.append([site.name, shape, _layout(site), str(site.distinct), *[site.reason] * arguments.all])
-    if arguments.markdown:
-        lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in cells]
-        return "\n".join([lines[0], f"|{' --- |' * len(head)}", *lines[1:]])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-def _layout(site: Site) -> str:
-    if isinstance(site.layout, Tokens):
-        height, width, prefix = site.layout
-        return f"tokens {height}×{width}" + (f", {prefix} in front" if prefix else "")
-    return site.layout
-
-
-def _profile(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argparse.Namespace) -> str:
-    if arguments.plot:
-        check_path(arguments.plot)
-    table: Profile = profile(
-        model,
-        size,
-        _asked(arguments),
-        NAMES[arguments.views](),
-        measure=arguments.measure,
-        device=_device(arguments.device),
-    )
-    if arguments.plot:
-        table.plot(arguments.plot)
-    if arguments.json:
-        return json.dumps(table.to_dict(), indent=1)
-    return table.to_markdown() if arguments.markdown else str(table)
-
-
-def _suggest(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argparse.Namespace) -> str:
-    if arguments.max_macs_ratio is arguments.max_memory_mib is None:
-        raise OptionError("suggest needs a budget: --max-macs-ratio, --max-memory-mib, or both.")
-    views = NAMES[arguments.views]()
-    found = suggest_site(
-        model,
-        size,
-        max_macs_ratio=arguments.max_macs_ratio,
-        max_memory_mib=arguments.max_memory_mib,
-        views=views,
-    )
-    if arguments.json:
-        return json.dumps({"reason": found.reason, **row_of(found.cost)}, indent=1)
-    return f"{found.cost.site}\n\n{found.reason}"
-
-
-def _asked(arguments: argparse.Namespace) -> list[After] | None:
-    """The sites of --sites, and the plan of --after."""
-    if not arguments.after:
-        return arguments.sites
-    plan = {}
-    for text in arguments.after:
-        site, equals, views = text.rpartition("=")
-        if not equals or not site or views not in NAMES:
-            raise OptionError(f"--after must be like layer1=hflip, with views of {', '.join(NAMES)}, got {text!r}.")
-        if site in plan:
-            raise OptionError(f"--after names the site {site!r} twice.")
-        plan[site] = NAMES[views]()
-    return [*(arguments.sites or []), plan]
-
-
-def _size(text: str | None) -> int | tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) > 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise OptionError(f"--size must be like 48, 48x64 or 3x48x48, got {text!r}.")
-    return int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
-
-
-def _device(name: str | None) -> torch.device | None:
-    try:
-        return None if name is None else torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"--device {name!r} is no device of PyTorch's, such as cpu or cuda.") from error
-
-
-def build(name: str, real: bool = False) -> nn.Module:
-    """The model that a name on the command line stands for, with random weights or (not ``real``) none, in eval mode.
-
-    Raises:
-        OptionError: a malformed name, one that is not there, or a function that makes no model.
-        MissingExtraError: timm or torchvision is asked for and not installed.
-    """
-    kind, colon, rest = name.partition(":")
-    if not colon or not kind or not rest:
-        raise OptionError(f"MODEL must be timm:NAME, torchvision:NAME or package.module:function, got {name!r}.")
-    model = _from_library(kind, rest, real) if kind in ("timm", "torchvision") else _own(kind, rest)()
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"{name} gives a {type(model).__name__}, not an nn.Module.")
-    return model.eval()
-
-
-def _from_library(library: str, name: str, real: bool) -> Any:
-    try:
-        package = importlib.import_module("timm" if library == "timm" else "torchvision.models")
-    except ImportError as error:
-        raise MissingExtraError(f'{library}:{name} needs {library}: pip install "cropvote[timm]".') from error
-    known = package.list_models(package) if library == "torchvision" else package.list_models()
-    if name.partition(".")[0] not in known:
-        near = difflib.get_close_matches(name, known, n=4)
-        raise OptionError(f"{library} has no model {name!r}{'; nearest: ' + ', '.join(near) if near else ''}.")
-
-    def make() -> Any:
-        if library == "timm":
-            return package.create_model(name, pretrained=False)
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        return package.get_model(name, weights=None, **options)
-
-    if not real:  # no memory for weights that nobody looks at, where the constructor computes no numbers
-        with contextlib.suppress(Exception), torch.device("meta"):
-            model = make()
-            held = [value for module in model.modules() for value in vars(module).values()]
-            if not any(isinstance(value, torch.Tensor) for value in held):
-                return model.to_empty(device="cpu")  # where attention is PyTorch's for the CPU; no page is ever touched
-    return _guarded(f"{library}:{name}", make)()
-
-
-def _own(module: str, attribute: str) -> Callable[[], Any]:
-    with _current_folder():
-        try:
-            found: Any = importlib.import_module(module)
-        except Exception as error:
-            raise OptionError(f"the module {module!r} cannot be imported: {type(error).__name__}: {error}.") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [name for name in dir(found) if not name.startswith("_")]
-            near = difflib.get_close_matches(part, names, n=3, cutoff=0.4)
-            raise OptionError(f"{module} has no {attribute!r}{'; nearest: ' + ', '.join(near) if near else ''}.")
-        found = getattr(found, part)
-    if isinstance(found, nn.Module):
-        return lambda: found
-    if not callable(found):
-        raise OptionError(f"{module}:{attribute} is a {type(found).__name__}, not a function that makes a model.")
-    return _guarded(f"{module}:{attribute}", found)
-
-
-def _guarded(name: str, make: Callable[[], Any]) -> Callable[[], Any]:
-    def made() -> Any:
-        try:
-            return make()
-        except Exception as error:
-            raise OptionError(f"{name} failed: {type(error).__name__}: {error}.") from error
-
-    return made
-
-
-@contextlib.contextmanager
-def _current_folder() -> Iterator[None]:
-    """Let modules be imported from where the command was typed, as ``python -m`` does."""
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(Path.cwd()))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ ORDER = [
     "plots",
     "costs.tables",
     "costs.suggesting",
+    "commands",
     "cli",
 ]
 
@@ -168,6 +169,16 @@ def test_an_injection_enters_the_probe_once():
     probe = "probe" + os.sep
     assert sum(file.startswith(probe) and not caller.startswith(probe) for file, caller in calls
                if caller.startswith("surgery")) == 1  # fmt: skip
+
+
+def test_the_package_and_its_help_load_no_pytorch():
+    code = "import sys, cropvote, cropvote.cli\ntry:\n cropvote.cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    from cropvote.cli import VIEWS
+    from cropvote.cuts import NAMES
+
+    assert tuple(NAMES) == VIEWS
 
 
 def test_the_version_is_written_once():
