@@ -10,6 +10,7 @@ from ._torch import call_eagerly
 from .call import requested
 from .cuts import Cuts, make_cuts
 from .errors import OptionError, RowsError, SurgeryError
+from .images import first_tensor
 from .layer import CropVote
 from .options import Settings
 from .outputs import describe, prediction_paths, tensors_of
@@ -61,7 +62,8 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         raise OptionError("per_view reads a model that votes; this one's settings say enabled=False.")
     output = run_with_cuts(model, options, make_cuts(options.views), *args, **kwargs)
     rows = dict(tensors_of(output)).get(prediction_paths(output)[0])
-    if rows is None or rows.dim() != 2 or rows.shape[0] % len(options.views):
+    samples = first_tensor(args, kwargs).shape[0]
+    if rows is None or rows.dim() != 2 or rows.shape[0] != samples * len(options.views):
         raise RowsError(f"the model returned {describe(output)}, not one row of logits for each view, (N*V, K).")
     return unflatten_views(rows, len(options.views))
 

@@ -7,17 +7,23 @@ everything that is computed from them; the split returns plain tensors. A predic
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._torch import without_subclasses
 
 __all__: list[str] = []
 
 _NO_DATA = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
-_NO_DATA |= {"rand_like", "randn_like", "new_tensor"}
+_NO_DATA |= {"rand_like", "randn_like", "randint_like", "new_tensor"}
+
+#: Whether the running call of this thread wrote tracked data into an ordinary tensor, which does not remember it.
+_WROTE: ContextVar[list[bool] | None] = ContextVar("cropvote_wrote", default=None)
 
 
 class Tracked(Tensor):
@@ -27,21 +33,31 @@ class Tracked(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with without_subclasses():
-            output = func(*args, **kwargs) if kwargs else func(*args)
-            if isinstance(output, Tensor):
-                if func.__name__ in _NO_DATA or type(output) not in (Tensor, Tracked):
-                    return output
-                tracked = output if type(output) is Tracked else output.as_subclass(Tracked)
-                passed = _least(args, kwargs)
-                if tracked.passed != passed:
-                    tracked.passed = passed
-                return tracked
-            if not isinstance(output, (tuple, list)) or type(output) is torch.Size:
+        kwargs = kwargs or {}
+        if len(types) > 1 and any(kind not in (cls, Tensor, nn.Parameter) for kind in types):  # it has an override, too
+            output = func(*map(_plain_inside, args), **{name: _plain_inside(value) for name, value in kwargs.items()})
+        else:
+            with without_subclasses():
+                output = func(*args, **kwargs)
+        if isinstance(output, Tensor):
+            if type(output) not in (Tensor, Tracked) or getattr(func, "__name__", "") in _NO_DATA:
                 return output
             passed = _least(args, kwargs)
-            # a tuple, a list, or one of torch.return_types
-            return type(output)([track(x, passed) if isinstance(x, Tensor) else x for x in output])
+            if type(output) is Tensor:
+                if any(output is x for x in (*args[:1], kwargs.get("out"))):
+                    _note_write()
+                return track(output, passed)
+            cast(Tracked, output).passed = passed
+            return output
+        if output is None:
+            if args and type(args[0]) is Tensor:  # an item was set
+                _note_write()
+            return None
+        if not isinstance(output, (tuple, list)) or type(output) is torch.Size:
+            return output
+        passed = _least(args, kwargs)
+        # a tuple, a list, or one of torch.return_types
+        return type(output)([track(x, passed) if isinstance(x, Tensor) else x for x in output])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
@@ -50,17 +66,43 @@ class Tracked(Tensor):
         return plain(self).__deepcopy__(memo)
 
 
-def _least(values: Any, more: Any = None) -> int:
-    """Return the fewest sites that any tracked tensor among the arguments has passed."""
-    least = 1 << 30
-    for value in values if not more else (*values, *more.values()):
+def _note_write() -> None:
+    wrote = _WROTE.get()
+    if wrote is not None:
+        wrote.append(True)
+
+
+def _plain_inside(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(map(_plain_inside, value))
+    return plain(value)
+
+
+def _least(args: Any, kwargs: Any) -> int:
+    """Return the fewest sites that any tracked tensor among the arguments has passed; 0 if none is found."""
+    found = [x.passed for x in _tracked_in((*args, *kwargs.values()))]
+    return min(found, default=0)
+
+
+def _tracked_in(values: Any) -> list[Any]:
+    found = []
+    for value in values:
         if type(value) is Tracked:
-            if not value.passed:
-                return 0
-            least = min(least, value.passed)
-        elif type(value) in (tuple, list):
-            least = min(least, _least(value))
-    return least
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tracked_in(value)
+    return found
+
+
+@contextmanager
+def noting_writes() -> Iterator[list[bool]]:
+    """Note whether tracked data is written into ordinary tensors."""
+    wrote: list[bool] = []
+    token = _WROTE.set(wrote)
+    try:
+        yield wrote
+    finally:
+        _WROTE.reset(token)
 
 
 def track(x: Tensor, passed: int) -> Tensor:
@@ -98,3 +140,11 @@ def track_all(tree: Any) -> Any:
     if type(tree) is dict:
         return {name: track_all(value) for name, value in tree.items()}
     return tree
+
+
+def clear_buffers(model: nn.Module) -> None:
+    """Make buffers that a forward replaced by tracked tensors ordinary again."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if type(buffer) is Tracked:
+                module._buffers[name] = plain(buffer)

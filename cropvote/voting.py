@@ -246,7 +246,7 @@ class CropVoteLoss(nn.Module):
                 f"{rows} rows of outputs for {samples} targets: expected {expected} rows, one per sample or one per "
                 f"view. Give one target per sample; CropVoteLoss repeats them."
             )
-        targets = _with_axes_of(outputs, targets)
+        targets = _with_axes_of(outputs, targets, isinstance(self.criterion, ELEMENTWISE))
         per_target = 1 if rows == samples else rows // samples
         loss = self.criterion(outputs, targets if per_target == 1 else repeat_targets(targets, per_target))
         return loss if weights is None else _weighted_mean(loss, weights, samples, per_target)
@@ -255,7 +255,14 @@ class CropVoteLoss(nn.Module):
         return "" if self.views is None else f"views={self.views}"
 
 
-def _with_axes_of(outputs: Tensor, targets: Tensor) -> Tensor:
+#: Losses that compare outputs and targets one by one; class indices are nothing to them.
+ELEMENTWISE = (
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss),
+    *(nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss),
+)
+
+
+def _with_axes_of(outputs: Tensor, targets: Tensor, elementwise: bool) -> Tensor:
     """Return the targets with the outputs' axes after the first, or class indices as they are.
 
     Raises:
@@ -264,7 +271,9 @@ def _with_axes_of(outputs: Tensor, targets: Tensor) -> Tensor:
     theirs, ours = outputs.shape[1:], targets.shape[1:]
     if theirs == ours:
         return targets
-    is_index = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    is_index = not elementwise and not (
+        targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    )
     if is_index and outputs.dim() > 1 and outputs.shape[1] > 1 and outputs.shape[2:] == ours:
         return targets
     if theirs == (1,) and ours == ():

@@ -108,28 +108,128 @@ def test_what_is_remembered_is_bounded():
     assert len(model._cropvote.checked) <= injection.MOST_CALLS
 
 
-def test_a_false_alarm_is_checked_once(monkeypatch):
-    """Zeros that a function makes from the images hold nothing of them, which only the check can tell."""
+class Opening(networks.Net):
+    """Opens a path around the site in one call, by a way of its own."""
 
-    class Zeros(networks.Net):
-        def forward(self, x):
-            zeros = torch.empty_like(x.mean((2, 3)) * 0).zero_() if False else (x.new_tensor([0.0]) + 0)
-            front = self.front(x)
-            made = front.new_zeros(1).add_(front.shape[0] * 0)
-            return self.head(self.site(front)) + zeros + made + Opaque.apply(front)
+    way = None
 
-    class Opaque(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return torch.zeros(1)
+    def forward(self, x):
+        front = self.front(x)
+        y = self.head(self.site(front))
+        if self.way is not None:
+            mean = front.mean((2, 3))[:, :7]
+            y = self.way(y, mean, front)
+        return y
 
-    model = inject_crop_vote(Zeros().eval(), after="site", input_size=48)
+
+def added(y, mean, front):
+    y.add_(mean)
+    return y
+
+
+def set_item(y, mean, front):
+    y[:, :3] += mean[:, :3]
+    return y
+
+
+def into_zeros(y, mean, front):
+    z = mean.new_zeros(mean.shape)
+    z[:] = mean
+    return y + z
+
+
+def by_out(y, mean, front):
+    return torch.add(y, mean, out=torch.empty_like(y))
+
+
+def by_a_named_tuple(y, mean, front):
+    return y + torch.stack(tuple(front.flatten(1).aminmax(dim=1)), 1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("way", [added, set_item, into_zeros, by_out, by_a_named_tuple])
+def test_ways_around_the_site_with_one_image(way):
+    model = inject_crop_vote(Opening().eval(), after="site", input_size=48)
     with torch.no_grad():
-        first = model(IMAGES[:1])
-        calls = []
-        monkeypatch.setattr(injection, "check_sites", lambda *args: calls.append(1))
-        assert torch.equal(model(IMAGES[:1]), first)
-    assert not calls
+        model(IMAGES[:1])
+        model.way = way
+        with pytest.raises(SiteError):
+            model(IMAGES[:1])
+
+
+def test_a_path_that_is_there_once_is_not_returned():
+    """A check afterwards runs a copy whose count has gone on."""
+
+    class Counting(networks.Net):
+        count = 0
+
+        def forward(self, x):
+            self.count += 1
+            front = self.front(x)
+            y = self.site(front)
+            return self.head(y * front.mean((2, 3), keepdim=True) if self.count == 3 else y)
+
+    model = inject_crop_vote(Counting().eval(), after="site", input_size=48)
+    first = model(IMAGES[:1])
+    assert torch.equal(model(IMAGES[:1]), first)
+    with pytest.raises(SiteError):
+        model(IMAGES[:1])
+    assert torch.equal(model(IMAGES[:1]), first)
+
+
+class Scaled(torch.Tensor):
+    """A weight that has an override of its own, as a quantised one."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args = [x.as_subclass(torch.Tensor) * 2 if type(x) is cls else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_with_an_override_of_their_own_are_asked():
+    class Quantised(networks.Net):
+        def __init__(self):
+            super().__init__()
+            self.kernel = torch.randn(8, 8, 1, 1, generator=torch.Generator().manual_seed(2)).as_subclass(Scaled)
+
+        def forward(self, x):
+            return self.head(self.site(nn.functional.conv2d(self.front(x), self.kernel)))
+
+    model = inject_crop_vote(Quantised().eval(), after="site", check=False)
+    wanted = model(IMAGES)[:1]
+    model._cropvote.check = model._cropvote.tracking = True
+    model._cropvote.checked = {(False, model._cropvote.images_only): None}
+    assert torch.allclose(model(IMAGES[:1]), wanted, atol=1e-5)
+
+
+def test_a_model_that_takes_no_other_class_of_tensor_runs_as_it_is():
+    class Strict(networks.Net):
+        def forward(self, x):
+            if type(x) is Tracked:
+                raise TypeError("only tensors of the usual classes")
+            return super().forward(x)
+
+    model = inject_crop_vote(Strict().eval(), after="site", input_size=48)
+    plain = inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
+    plain.load_state_dict(model.state_dict())
+    for images in (IMAGES[:1], IMAGES[:1, :, :40]):
+        assert torch.allclose(model(images), plain(images), atol=1e-6)
+
+
+def test_a_buffer_that_a_call_replaces_stays_a_plain_tensor():
+    class Averaging(networks.Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("ema", torch.zeros(8))
+
+        def forward(self, x):
+            front = self.front(x)
+            self.ema = 0.9 * self.ema + 0.1 * front.detach().mean((0, 2, 3))
+            return self.head(self.site(front))
+
+    model = inject_crop_vote(Averaging(), after="site", input_size=48, train_views=1)
+    model(IMAGES)
+    assert type(model.ema) is torch.Tensor
+    assert model.ema.abs().sum() > 0
 
 
 def test_several_rows_that_do_not_fit_say_why():

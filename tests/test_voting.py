@@ -284,6 +284,13 @@ def test_shapes_that_would_be_broadcast_are_refused(outputs, targets):
             CropVoteLoss(criterion)(outputs, targets)
 
 
+def test_class_indices_are_nothing_to_a_loss_that_compares_one_by_one():
+    """With as many classes as rows they would be broadcast."""
+    for criterion in (nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()):
+        with pytest.raises(RowsError):
+            CropVoteLoss(criterion)(torch.zeros(20, 20), torch.zeros(2, dtype=torch.long))
+
+
 def test_a_number_of_rows_that_is_not_the_views_is_refused():
     loss = CropVoteLoss(nn.CrossEntropyLoss(), views=10)
     loss(torch.zeros(40, 7), torch.zeros(4, dtype=torch.long))

@@ -141,12 +141,16 @@ def _empty_stores(made: list[weakref.ref[Tensor]], kind: type) -> None:
 
 
 def _forget(value: Any, depth: int) -> None:
-    """Clear the function caches, and delete the entries of dicts that hold a value: a cache is filled again."""
+    """Clear the function caches, and delete the entries of caches that hold a value: they are filled again.
+
+    A dict is taken for a cache if the key is a size or another value; under a name it may hold a state, whose earlier
+    value nobody knows any more.
+    """
     for holder in gc.get_referrers(value):
         if isinstance(holder, functools._lru_cache_wrapper):
             holder.cache_clear()
         elif type(holder) in (dict, OrderedDict, defaultdict) and not _is_namespace(holder):
-            for key in [key for key, held in list(holder.items()) if held is value]:
+            for key in [key for key, held in list(holder.items()) if held is value and not isinstance(key, str)]:
                 del holder[key]
         elif type(holder) is tuple and depth:
             _forget(holder, depth - 1)

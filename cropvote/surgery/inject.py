@@ -149,6 +149,8 @@ def _swap(model: nn.Module, injection: Injection) -> None:
         vars(carrier).update(_cropvote_split=injection, _cropvote_index=i)
     vars(model)["_cropvote"] = injection
     injection.set_root(model)
+    if any(isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) for module in model.modules()):
+        injection.tracking = False  # they take another path for tensors of another class, with other padded positions
 
 
 def remove_crop_vote(model: Model) -> Model:

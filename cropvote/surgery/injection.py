@@ -22,7 +22,7 @@ from ..options import Settings
 from ..probe.sites import check_sites
 from ..probe.trial import Split
 from ..swapping import split_module
-from ..tracking import Tracked, plain, track, track_all
+from ..tracking import Tracked, clear_buffers, noting_writes, plain, track, track_all
 
 __all__: list[str] = []
 
@@ -51,7 +51,8 @@ class Injection:
         parameters: the names of the forward's arguments, with the defaults of flags.
         check: False if the user said so: nothing is checked on a fake copy.
         checked: the kinds of call for which the sites are known to be valid.
-        tracking: whether calls that could hide a path are tracked; not once that was a false alarm.
+        tracking: whether calls that could hide a path are tracked; if not, they are checked once for each size.
+        checked_sizes: the mode and the shape of an image of such calls that were checked.
         site_error: why the site is invalid, if it is.
         used_cuts: the last few cuts of calls with gradients.
         root: the model that votes, whose mode decides.
@@ -69,6 +70,7 @@ class Injection:
         self.images_only: ArgumentKey = ((next(iter(parameters), "*0"), TENSOR),)
         self.check = self.tracking = check
         self.checked: dict[CallKey, None] = {}
+        self.checked_sizes: dict[tuple[bool, tuple[int, ...]], None] = {}
         self.site_error = ""
         self.used_cuts: tuple[Cuts, ...] = ()
         self.root: weakref.ref[nn.Module] | None = None
@@ -246,12 +248,17 @@ class Injection:
         """Run one call of the model, check what it did, and vote."""
         self.ensure_checked(model, call, args, kwargs)
         images = args[0] if args and type(args[0]) is Tensor and args[0].dim() else first_tensor(args, kwargs)
-        given = args, kwargs
         if torch.is_grad_enabled():
             self.check_recomputation(call.cuts)
         one_row = call.cuts.keep_number or (type(images.shape[0]) is int and images.shape[0] == 1)  # traced: a tensor
-        if one_row and self.tracking and not is_traced() and not has_compiled_parts(model):
-            args, kwargs = track_all(args), track_all(kwargs)
+        if one_row and self.check and not is_traced():
+            return self._vote_on_one_row(model, base, call, args, kwargs, images)
+        return self._vote(model, base, call, args, kwargs, images)
+
+    def _vote(
+        self, model: nn.Module, base: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], images: Tensor
+    ) -> Any:
+        given = args, kwargs
         if self.sites[0] == INPUT:
             args, kwargs = map_first_tensor(lambda x: self.split(0, x, call), args, kwargs)
         try:
@@ -263,11 +270,42 @@ class Injection:
             raise
         if call.ran != list(range(len(call.cuts.at))):
             check_splits_ran(call, not call.requested and has_compiled_parts(model))
-        output = vote_output(call, output, images)
-        if call.leaked:
-            self.check_call(model, *given)  # which says where the path is; values that no data reaches are no path
-            self.tracking = False
-        return output
+        return vote_output(call, output, images)
+
+    def _vote_on_one_row(
+        self, model: nn.Module, base: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], images: Tensor
+    ) -> Any:
+        """Run a call in which a path around a site would not fail: with tracked data, or checked at this size.
+
+        Raises:
+            SiteError: data of the images reached the prediction by a path around a site.
+        """
+        if self.tracking and type(images) is Tensor and not has_compiled_parts(model):
+            try:
+                with noting_writes() as wrote:
+                    output = self._vote(model, base, call, track_all(args), track_all(kwargs), images)
+            except CropVoteError:
+                raise
+            except Exception:
+                self.tracking = False  # the model may not take tensors of another class: below it runs as it is
+                call.ran, call.leaked = [], False
+            else:
+                clear_buffers(model)
+                if not call.leaked and not wrote:
+                    return output
+                self.check_call(model, args, kwargs)  # which says where the path is
+                if call.leaked:
+                    raise SiteError(
+                        f"after={self.site}: in this call the prediction also depends on the images by a path around "
+                        f"it, which is not there every time (it depends on a count, a random number or the time)."
+                    )
+                self.tracking = False  # ordinary tensors do not remember what was written into them
+                return output
+        size = (model.training, tuple(images.shape[1:]))
+        if size not in self.checked_sizes:
+            self.check_call(model, args, kwargs)
+            self.checked_sizes = _last({**self.checked_sizes, size: None}, MOST_SIZES)
+        return self._vote(model, base, call, args, kwargs, images)
 
     def _explain(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: RuntimeError) -> None:
         """Raise RowsError if the call failed because a site is no longer valid."""
