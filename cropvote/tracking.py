@@ -129,16 +129,15 @@ def came_around(x: Any, sites: int) -> bool:
     return type(x) is Tracked and x.passed < sites
 
 
-def track_all(tree: Any) -> Any:
-    """Return the arguments of a call with every tensor in them tracked."""
-    if isinstance(tree, Tensor):
-        return track(tree, 0)
-    if type(tree) is tuple and len(tree) == 1:
-        return (track_all(tree[0]),)
+def track_all(tree: Any, samples: int) -> Any:
+    """Return the arguments of a call with every tensor that has a row for each sample tracked."""
+    if isinstance(tree, Tensor):  # a single number, or a row of them, is no batch of one
+        is_batch = tree.dim() > 0 and tree.shape[0] == samples and (samples > 1 or tree.dim() > 1)
+        return track(tree, 0) if is_batch else tree
     if type(tree) in (tuple, list):
-        return type(tree)(track_all(value) for value in tree)
+        return type(tree)([track_all(value, samples) for value in tree])
     if type(tree) is dict:
-        return {name: track_all(value) for name, value in tree.items()}
+        return {name: track_all(value, samples) for name, value in tree.items()}
     return tree
 
 

@@ -41,7 +41,7 @@ def no_watch(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_tracking(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(injection, "track_all", lambda tree: tree)
+    patch.setattr(injection, "track_all", lambda tree, samples: tree)
 
 
 def no_carrier(patch: pytest.MonkeyPatch) -> None:

@@ -283,7 +283,8 @@ class Injection:
         if self.tracking and type(images) is Tensor and not has_compiled_parts(model):
             try:
                 with noting_writes() as wrote:
-                    output = self._vote(model, base, call, track_all(args), track_all(kwargs), images)
+                    given = track_all(args, images.shape[0]), track_all(kwargs, images.shape[0])
+                    output = self._vote(model, base, call, *given, images)
             except CropVoteError:
                 raise
             except Exception:
