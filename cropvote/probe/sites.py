@@ -104,6 +104,7 @@ def check_sites(
 
     def check(fake: nn.Module) -> tuple[list[bool], list[Split]]:
         probe = Probe(fake, example, first, None)
+        probe.explains = True
         found = checked_plan(probe, plan, stated)
         modes = [model.training]
         with suppress(Exception):  # whatever it is, the other mode is not checked, and will be when it is used

@@ -48,6 +48,8 @@ def pad_to_prime(views: Views) -> Views:
 class Trials(Walk):
     """A walk, and splits of the same model by its side."""
 
+    explains = False  # whether a failure is looked into by one more trial: for an error, not for a list of all modules
+
     def _trial(self, splits: list[Split]) -> str:
         """Split for real, with the mechanism that the live model gets, and look at what comes out."""
         taint = TaintMode()
@@ -132,7 +134,7 @@ class Trials(Walk):
             place = f"the network behind it, or between it and {before[-1].name!r},"
             return f"{place} cannot take the views: {failure}.{tokens}"
         whole = Views([(0, 0)] * len(views), scale=1)
-        if views.scale != whole.scale and self._trial([Split(name, whole, layout)]):
+        if self.explains and views.scale != whole.scale and self._trial([Split(name, whole, layout)]):
             return (
                 f"the network behind it cannot take more rows than there are images: {failure}. It probably "
                 f"reads the batch size from the images, as in `b = x.size(0)` and later `.view(b, -1)`: write "
