@@ -135,7 +135,7 @@ def section(figures: Path) -> list[str]:
         faces, 64 or 32 with ten views. *won : lost (p)*: for each seed, the faces that only this network, or
         only the plain one with its mirrored input, gets right, and McNemar's exact test. The plain network has
         not stopped gaining at the largest budget. A GPU's sums are not repeatable: the same seed twice differs
-        by up to {noise():.1f} points. Two seeds (one with ten views a step): the machine's time was up. Made by
+        by up to {noise():.1f} points. Two seeds (one with ten views a step): more were not run. Made by
         `python benchmarks/worth.py next`."""
     lines = [
         "## Equal work",
