@@ -217,7 +217,7 @@ def rows_of(stages: dict[str, Callable[[Tensor], Tensor]], x: Tensor, sites: dic
 
 
 def costs_of(task: Task) -> Callable[[Network], float]:
-    """A network -> the multiply-adds of its training on a picture, over those of the plain network."""
+    """Return a function: the training work of a network on a picture, relative to the plain network."""
     model = task.make()
     known: dict[str, Any] = {}
 
@@ -425,7 +425,7 @@ def family(task: Task, arms: list[Arm], seed: int, options: argparse.Namespace, 
 
 
 def pictures(generator: torch.Generator, total: int, count: int) -> Tensor:
-    """Rows of pictures, shuffled anew for every time through them, (count,)."""
+    """Return the indices of ``count`` pictures, reshuffled every epoch, (count,)."""
     turns = [torch.randperm(total, generator=generator) for _ in range(math.ceil(count / total))]
     return torch.cat(turns)[:count] if turns else torch.zeros(0, dtype=torch.long)
 

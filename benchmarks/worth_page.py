@@ -53,7 +53,7 @@ def runs() -> list[Line]:
 
 @cache
 def inference(after: str) -> dict[int, float]:
-    """The multiply-adds of one, two, five and ten views, over those of the plain network."""
+    """Return the multiply-adds of 1, 2, 5 and 10 views, relative to the plain network."""
     site = {"layer1=ten": "layer1"}.get(after, after)
     table = profile(fer_resnet18(width=WIDTH), 48, sites=[sites_of(site)])
     plain = table["baseline"].gmacs

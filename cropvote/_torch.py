@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CheckUnavailableError
-
-if TYPE_CHECKING:
-    pass
 
 __all__: list[str] = []
 
@@ -127,7 +124,7 @@ def without_subclasses() -> AbstractContextManager[Any]:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor has a shape and no data, as those of a check."""
+    """Return whether a tensor has a shape but no data, like those that a check makes."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)

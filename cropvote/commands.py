@@ -137,7 +137,7 @@ def _device(name: str | None) -> torch.device | None:
     try:
         return None if name is None else torch.device(name)
     except RuntimeError as error:
-        raise OptionError(f"--device {name!r} is no device of PyTorch's, such as cpu or cuda.") from error
+        raise OptionError(f"--device {name!r} is not a PyTorch device such as cpu or cuda.") from error
 
 
 def build(name: str, real: bool = False) -> nn.Module:

@@ -79,7 +79,7 @@ def test_the_command_profiles(capsys, tmp_path, monkeypatch):
         ("profile timm:resnet18 --sites layer9", "no module named 'layer9'"),
         ("profile timm:resnet18 --plot nowhere/cost.png", "the folder of 'nowhere/cost.png' does not exist"),
         ("profile timm:resnet18 --plot cost.gif", "ends in .png, .svg, .pdf"),
-        ("profile timm:resnet18 --measure --device tpu9", "no device of PyTorch's"),
+        ("profile timm:resnet18 --measure --device tpu9", "is not a PyTorch device"),
     ],
 )
 def test_a_wrong_command_gets_one_line(line, message, capsys):

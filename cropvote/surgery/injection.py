@@ -287,9 +287,11 @@ class Injection:
                     output = self._vote(model, base, call, *given, images)
             except CropVoteError:
                 raise
-            except Exception:
-                self.tracking = False  # the model may not take tensors of another class: below it runs as it is
+            except Exception:  # the model may not take tensors of another class: run it as it is
                 call.ran, call.leaked = [], False
+                output = self._vote_checked(model, base, call, args, kwargs, images)
+                self.tracking = False
+                return output
             else:
                 clear_buffers(model)
                 if not call.leaked and not wrote:
@@ -302,6 +304,12 @@ class Injection:
                     )
                 self.tracking = False  # ordinary tensors do not remember what was written into them
                 return output
+        return self._vote_checked(model, base, call, args, kwargs, images)
+
+    def _vote_checked(
+        self, model: nn.Module, base: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], images: Tensor
+    ) -> Any:
+        """Run a call whose sites are checked once for each size of image."""
         size = (model.training, tuple(images.shape[1:]))
         if size not in self.checked_sizes:
             self.check_call(model, args, kwargs)
