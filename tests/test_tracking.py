@@ -232,15 +232,16 @@ def test_a_buffer_that_a_call_replaces_stays_a_plain_tensor():
     assert model.ema.abs().sum() > 0
 
 
+class Gated(networks.Net):
+    gate = False
+
+    def forward(self, x):
+        x = self.front(x)
+        y = self.site(x)
+        return self.head(y * x.mean((2, 3), keepdim=True) if self.gate else y)
+
+
 def test_several_rows_that_do_not_fit_say_why():
-    class Gated(networks.Net):
-        gate = False
-
-        def forward(self, x):
-            x = self.front(x)
-            y = self.site(x)
-            return self.head(y * x.mean((2, 3), keepdim=True) if self.gate else y)
-
     model = inject_crop_vote(Gated().eval(), after="site", input_size=48)
     model(IMAGES)
     model.gate = True
@@ -269,14 +270,6 @@ def test_an_adapter_put_around_the_site_is_found():
 
 @pytest.mark.parametrize("read", [per_view, lambda model, x: vote_until_sure(model, x, first="centre")])
 def test_reading_the_views_is_tracked_too(read):
-    class Gated(networks.Net):
-        gate = False
-
-        def forward(self, x):
-            x = self.front(x)
-            y = self.site(x)
-            return self.head(y * x.mean((2, 3), keepdim=True) if self.gate else y)
-
     model = inject_crop_vote(Gated().eval(), after="site", input_size=48)
     read(model, IMAGES[:1])
     model.gate = True
