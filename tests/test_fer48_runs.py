@@ -331,24 +331,38 @@ def test_two_processes(tmp_path):
     assert "--batch 15 is shared by 2 processes: give a multiple of 2" in odd.stderr
 
 
+#: In a function: a learner that outlived its process group would leave threads of gloo behind, which abort the exit.
+LEARN_ONCE = f"""
+import sys
+import torch
+sys.path.insert(0, {str(EXAMPLE)!r})
+import cropvote
+from config import recipe
+from learner import Learner
+from machines import machine
+
+def learn(here):
+    torch.manual_seed(0)
+    learner = Learner(recipe("toy", width=2, after="layer3", optimizer="sgd"), ("a", "b"), 2, here)
+    x, y = torch.randn(8, 3, 48, 48), torch.arange(8) % 2
+    learner.model.eval()
+    learner.model.train = lambda mode=True: learner.model
+    cropvote.settings(learner.model).eval_output = "views"
+    rows = here.mine(torch.arange(8))
+    learner.learn(x[rows], y[rows])
+    if here.first:
+        torch.save(learner.model.state_dict(), sys.argv[1])
+
+with machine("cpu") as here:
+    learn(here)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     """Without BatchNorm's differences, the mean of the processes' gradients is the gradient of the whole batch."""
     script = tmp_path / "same.py"
-    script.write_text(
-        "import sys, torch\n"
-        f"sys.path.insert(0, {str(EXAMPLE)!r})\n"
-        "from config import recipe\nfrom learner import Learner\nfrom machines import machine\n"
-        "with machine('cpu') as here:\n"
-        "    torch.manual_seed(0)\n"
-        "    learner = Learner(recipe('toy', width=2, after='layer3', optimizer='sgd'), ('a', 'b'), 2, here)\n"
-        "    x, y = torch.randn(8, 3, 48, 48), torch.arange(8) % 2\n"
-        "    learner.model.eval(); learner.model.train = lambda mode=True: learner.model\n"
-        "    import cropvote; cropvote.settings(learner.model).eval_output = 'views'\n"
-        "    rows = here.mine(torch.arange(8))\n"
-        "    learner.learn(x[rows], y[rows])\n"
-        "    if here.first: torch.save(learner.model.state_dict(), sys.argv[1])\n"
-    )
+    script.write_text(LEARN_ONCE)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, script, tmp_path / "one.pt"], check=True, env=env)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

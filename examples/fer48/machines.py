@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 from collections.abc import Iterator
@@ -111,4 +112,5 @@ def machine(device: str, precision: str = "", fast: bool = False) -> Iterator[Ma
     try:
         yield Machine(place, kind, fast, dist.get_rank(), dist.get_world_size())
     finally:
+        gc.collect()  # a model that still held the group would leave its threads behind, which may abort the exit
         dist.destroy_process_group()
