@@ -5,6 +5,7 @@ A name that a later PyTorch drops breaks one function here, when it is called, a
 
 from __future__ import annotations
 
+import functools
 import importlib
 from contextlib import AbstractContextManager
 from typing import Any
@@ -141,13 +142,25 @@ def storage_key(tensor: Tensor) -> tuple[Any, int]:
 
 def written_arguments(operation: Any, args: Any, kwargs: Any) -> list[Any]:
     """Return the arguments that an operation writes, the running statistics of a norm among them."""
-    schema = operation._schema.arguments
-    written = [a for a, s in zip(args, schema, strict=False) if s.alias_info and s.alias_info.is_write]
-    written += [kwargs[s.name] for s in schema if s.name in kwargs and s.alias_info]
-    values = {**{s.name: a for s, a in zip(schema, args, strict=False)}, **kwargs}
-    if values.get("training") or values.get("train"):  # a batch norm, whose schema does not say so
-        written += [value for name, value in values.items() if name.startswith("running_")]
-    return written
+    names, written, running = _schema(operation)
+    if not written and not running:
+        return []
+    values = {**dict(zip(names, args, strict=False)), **kwargs}
+    if running and (values.get("training") or values.get("train")):
+        written = (*written, *running)
+    return [values[name] for name in written if name in values]
+
+
+@functools.cache
+def _schema(operation: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the names of an operation's arguments, of those it writes, and of running statistics.
+
+    A batch norm writes these in training mode, which its schema does not say.
+    """
+    arguments = operation._schema.arguments
+    names = tuple(argument.name for argument in arguments)
+    written = tuple(argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write)
+    return names, written, tuple(name for name in names if name.startswith("running_"))
 
 
 def name_of(operation: Any) -> str:

@@ -16,7 +16,7 @@ from .outputs import describe, prediction_paths, tensors_of
 from .reading import run_with_cuts, settings_in
 from .splitting import unflatten_views
 from .surgery.arguments import unwrap
-from .surgery.injection import is_traced
+from .surgery.checking import is_traced
 from .voting import How, vote
 
 __all__ = ["SureVotes", "choose_confidence", "vote_until_sure"]

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from cropvote import call, images, layouts, options, splitting, swapping
-from cropvote.probe import taint, trace, trial, verdicts
+from cropvote.probe import layout, reasons, sites, taint, trace, trial, verdicts
 from cropvote.surgery import inject, injection
 
 
 def no_probe(patch: pytest.MonkeyPatch) -> None:
-    def trusted(probe: verdicts.Probe, plan: dict, stated: dict) -> tuple[list[trial.Split], str, str]:
-        splits = [trial.Split(name, views, stated[name] or "NCHW") for name, views in plan.items()]
-        return splits, splits[-1].name, ""
+    def trust(trace: object, sites: dict, stated: dict, *_: object, **__: object) -> verdicts.Verdict:
+        splits = [trial.Split(name, views, stated[name] or "NCHW") for name, views in sites.items()]
+        return verdicts.Verdict(splits, "")
 
-    patch.setattr(verdicts.Probe, "verdict_of", trusted)
+    patch.setattr(sites, "judge", trust)
 
 
 def no_paths(patch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,7 @@ def no_paths(patch: pytest.MonkeyPatch) -> None:
 
 
 def batch_of_one(patch: pytest.MonkeyPatch) -> None:
-    for module in (images, trace, trial):
+    for module in (images, reasons, trace, trial):
         patch.setattr(module, "BATCH", 1)
 
 
@@ -59,17 +59,17 @@ def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def channels_first(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(verdicts.Probe, "_find_layout", lambda probe, name: ("NCHW", ""))
+    patch.setattr(verdicts, "find_layout", lambda *_: ("NCHW", ""))
 
 
 def guessed_grid(patch: pytest.MonkeyPatch) -> None:
     """Square, with whatever is left over in front."""
 
-    def guess(probe: verdicts.Probe, name: str, length: int) -> layouts.Tokens:
+    def guess(trace: object, name: str, length: int) -> layouts.Tokens:
         side = int(length**0.5)
         return layouts.Tokens(side, side, length - side * side)
 
-    patch.setattr(verdicts.Probe, "_stated_tokens", guess)
+    patch.setattr(layout, "_known_tokens", guess)
 
 
 def no_check_of_calls(patch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,9 @@ def messages() -> Iterator[tuple[str, str]]:
     for path in sorted((ROOT / "cropvote").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             found = [node.exc.args[0]] if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else []
-            if path.name in ("trial.py", "verdicts.py", "trace.py") and isinstance(node, ast.Return):
+            if path.name in ("trial.py", "verdicts.py", "reasons.py", "layout.py", "subclasses.py") and isinstance(
+                node, ast.Return
+            ):
                 found = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             for one in found:
                 longest = max(re.split(r"\0|\"", _text(one)), key=len).strip(" :,;.")

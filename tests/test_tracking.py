@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import networks
 from cropvote import hflip, inject_crop_vote, per_view, settings, vote_until_sure
 from cropvote.errors import RowsError, SiteError
-from cropvote.surgery import injection
+from cropvote.surgery import checking, injection
 from cropvote.tracking import Tracked, came_around, plain, track
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
@@ -88,8 +88,8 @@ def test_a_new_size_and_a_counting_argument_need_no_check(monkeypatch):
     model = inject_crop_vote(Counting().eval(), after="site", input_size=48)
     model(IMAGES, 1, name="a")
     checked = []
-    check = injection.check_sites
-    monkeypatch.setattr(injection, "check_sites", lambda *args: checked.append(1) or check(*args))
+    check = checking.check_sites
+    monkeypatch.setattr(checking, "check_sites", lambda *args: checked.append(1) or check(*args))
     for i in range(100):
         model(torch.randn(1 + i % 2, 3, 40 + i, 48), i + 2, name=f"picture {i}")
     assert not checked

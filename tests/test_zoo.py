@@ -18,7 +18,8 @@ import zoo_page
 from cropvote import CropVoteError, Site, inject_crop_vote, sites, ten_crop
 from cropvote.images import example_of
 from cropvote.probe.fakes import on_fake_copy
-from cropvote.probe.verdicts import Probe
+from cropvote.probe.trace import record_trace
+from cropvote.probe.verdicts import judge_site
 from zoo_witnesses import against_noise, against_oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the models' own code
@@ -80,8 +81,8 @@ def look(model: nn.Module, family: str) -> dict[str, Site]:
     known = FAMILIES[family]
 
     def judge(fake: nn.Module) -> dict[str, Site]:
-        probe = Probe(fake, example_of(model, tuple(known["size"])), ten_crop(), None)
-        return {name: probe.site(name) for name in tried(family) if name in probe.modules}
+        trace = record_trace(fake, example_of(model, tuple(known["size"])))
+        return {name: judge_site(trace, name, ten_crop()) for name in tried(family) if name in trace.modules}
 
     return on_fake_copy(model, judge)
 

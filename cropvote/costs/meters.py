@@ -1,13 +1,10 @@
-"""Meters: the work and the memory of a fake model's call, plain or split at a site; and the time of real ones."""
+"""Meters: the work and the memory of a fake model's call, plain or split."""
 
 from __future__ import annotations
 
-import copy
 import math
-import statistics
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +12,15 @@ from torch import Tensor, nn
 
 from .._torch import FlopCounterMode, StorageWeakRef, TorchDispatchMode, storage_key, uncounted_attention
 from ..call import PLAIN, cut_views
-from ..cuts import After, format_sites, join_parts, make_cuts
+from ..cuts import format_sites, join_parts, make_cuts
 from ..errors import OptionError
-from ..images import INPUT, Example, Spec, map_first_tensor
-from ..layouts import Layout, sides
+from ..images import Example, Spec
+from ..layouts import sides
 from ..options import NAMED, eval_indices
-from ..probe.fakes import first_line
 from ..probe.taint import tensors_in
-from ..probe.trial import Split
-from ..probe.verdicts import Probe, Site
-from ..surgery import inject_crop_vote
-from ..swapping import restore_forward, swap_forward
+from ..probe.trace import Trace
+from ..probe.trial import Split, run_split
+from ..probe.verdicts import Site
 from ..views import Views
 
 __all__ = ["SiteCost"]
@@ -67,8 +62,8 @@ class SiteCost(NamedTuple):
     milliseconds: float | None = None
 
 
-def size_of(example: Example) -> tuple[int, ...]:
-    """The image's (C, H, W)."""
+def image_size(example: Example) -> tuple[int, ...]:
+    """Return the image's (C, H, W)."""
     return next(spec.shape[1:] for spec in example.args if isinstance(spec, Spec))
 
 
@@ -85,8 +80,8 @@ class _Run(NamedTuple):
 class Meter:
     """Counts calls of a fake model, plain and split at any site."""
 
-    def __init__(self, probe: Probe) -> None:
-        self.probe, self.model, self.views = probe, probe.model, probe.views
+    def __init__(self, trace: Trace, views: Views) -> None:
+        self.trace, self.model, self.views = trace, trace.model, views
         tensors = [*self.model.parameters(), *self.model.buffers()]
         self.fixed = {storage_key(tensor)[1] for tensor in tensors}
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -125,13 +120,13 @@ class Meter:
             with suppress(OptionError):
                 indices = eval_indices(views, named)  # type: ignore[arg-type]  # one of its names
                 fewer[len(indices)] = self._run(splits, 1, indices=indices).macs / 1e9
-        return self._row(format_sites({split.name: split.views for split in splits}), splits, run, distinct, fewer)
+        return self._row(format_sites({split.site: split.views for split in splits}), splits, run, distinct, fewer)
 
     def _row(self, name: str, splits: list[Split], run: _Run, distinct: int, fewer: dict[int, float]) -> SiteCost:
         plain = self.plain.macs
         return SiteCost(
             name,
-            self.probe.shape(splits[0].name),
+            self.trace.shape(splits[0].site),
             run.macs / 1e9,
             run.macs / plain if plain else float("nan"),
             self._memory(splits),
@@ -153,7 +148,7 @@ class Meter:
         return (large - small) / (BATCHES[1] - BATCHES[0]) / MIB
 
     def _run(self, splits: list[Split], batch: int, grad: bool = False, indices: Sequence[int] | None = None) -> _Run:
-        """One call, split as the plan says, of whose views only those of ``indices`` are cut."""
+        """Count one call, split at these sites, of whose views only those of ``indices`` are cut."""
         cuts = make_cuts(join_parts([split.views for split in splits]), indices) if splits else PLAIN
         maps: list[tuple[int, ...]] = []
         kept: dict[int, Any] = {}
@@ -167,47 +162,42 @@ class Meter:
 
         front = 0
 
-        def cut(place: int, x: Tensor) -> Tensor:
+        def cut(i: int, x: Tensor) -> Tensor:
             nonlocal front
-            front = counter.get_total_flops() if place == 0 else front
+            front = counter.get_total_flops() if i == 0 else front
             maps.append(tuple(x.shape[1:]))
-            return cut_views(cuts.at[place], x, splits[place].layout)
+            return cut_views(cuts.at[i], x, splits[i].layout)
 
-        def at(place: int) -> Any:
-            return lambda module, base, *a, **k: cut(place, base.forward(module, *a, **k))
-
-        modes = {module: module.training for module in self.model.modules()}
-        graded = [p for p in self.model.parameters() if p.requires_grad and not grad]
-        if not grad:
-            self.model.eval()
-        for parameter in graded:  # FlopCounterMode fails on modules that take one, where no graph is made
-            parameter.requires_grad_(False)
-        args, kwargs = self.probe.example[:2]
-        args = tuple(_images(leaf, batch) for leaf in args)
-        inside = {place: self.probe.holders[s.name] for place, s in enumerate(splits) if s.name != INPUT}
+        args = tuple(_images(leaf, batch) for leaf in self.trace.example.args)
         live, counter = _Live(self.fixed, args), FlopCounterMode(display=False, custom_mapping=uncounted_attention())
         saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         meters = (saving,) if grad else (live, counter)  # FlopCounterMode would keep the graph of a call with gradients
-        for place, holder in inside.items():
-            swap_forward(holder, at(place))
-        try:
-            with torch.set_grad_enabled(grad), ExitStack() as stack:
-                for meter in meters:
-                    stack.enter_context(meter)
-                if splits and 0 not in inside:
-                    args, kwargs = map_first_tensor(lambda x: cut(0, x), args, kwargs)
-                output = self.model(*args, **kwargs)
-            del output
-        finally:
-            for holder in inside.values():
-                restore_forward(holder)
-            for parameter in graded:
-                parameter.requires_grad_(True)
-            for module, mode in modes.items():
-                module.training = mode
+        with torch.set_grad_enabled(grad), ExitStack() as stack:
+            if not grad:
+                stack.enter_context(_without_gradients(self.model))
+            for meter in meters:
+                stack.enter_context(meter)
+            run_split(self.trace, [split.site for split in splits], cut, args, self.trace.example.kwargs)
         size = sum(storage.nbytes() for storage in kept.values())
         kept.clear()
         return _Run(counter.get_total_flops() / 2, front / 2, size, live.peak, maps)
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, its parameters without gradients, which FlopCounterMode does not take."""
+    modes = {module: module.training for module in model.modules()}
+    graded = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in graded:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in graded:
+            parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _images(leaf: Any, batch: int) -> Any:
@@ -237,49 +227,3 @@ class _Live(TorchDispatchMode):
             if key not in self.fixed:
                 self.alive[key] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-
-
-def measured(
-    model: nn.Module,
-    example: Example,
-    views: Views,
-    networks_at: list[tuple[After, Layout | None]],
-    device: str | torch.device | None,
-    batch: int,
-    rounds: int,
-) -> list[float]:
-    """Milliseconds per image, plain and then of every split: the median of rounds in which the networks take turns."""
-    for name, value in (("batch", batch), ("rounds", rounds)):
-        if type(value) is not int or value < 1:
-            raise OptionError(f"{name} must be a whole number above 0, got {value!r}.")
-    twin = copy.deepcopy(model).eval()
-    if device is not None:
-        try:
-            twin = twin.to(device)
-        except (RuntimeError, AssertionError) as error:  # PyTorch's, where there is no such device
-            raise OptionError(f"device={str(device)!r} cannot be used: {first_line(error)}") from error
-    tensors = [*twin.parameters(), *twin.buffers()]
-    where = tensors[0].device if tensors else torch.device(device or "cpu")
-    if where.type == "meta":
-        raise OptionError("a model on the meta device cannot be measured: it has no weights.")
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-    images = torch.randn(batch, *size_of(example), generator=torch.Generator().manual_seed(0)).to(where, dtype)
-    networks = [twin]
-    for after, layout in networks_at:  # the same weights, in models of their own
-        copied = copy.deepcopy(twin, {id(tensor): tensor for tensor in tensors})
-        alone = views if isinstance(after, str) else None
-        networks.append(inject_crop_vote(copied, after, views=alone, input_size=size_of(example), layout=layout))
-    with torch.no_grad():
-        for network in networks:
-            network(images)
-        taken = [[_seconds(network, images) for network in networks] for _ in range(rounds)]
-    return [1e3 * statistics.median(times) / batch for times in zip(*taken, strict=True)]
-
-
-def _seconds(network: nn.Module, images: Tensor) -> float:
-    synchronise = getattr(getattr(torch, images.device.type, None), "synchronize", None)
-    start = time.perf_counter()
-    network(images)
-    if synchronise is not None:
-        synchronise()
-    return time.perf_counter() - start

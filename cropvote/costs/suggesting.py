@@ -10,8 +10,10 @@ from ..errors import OptionError, SiteError
 from ..images import INPUT
 from ..layouts import sides
 from ..probe.fakes import on_fake_copy
-from ..probe.sites import asked_of, candidates
-from ..probe.verdicts import Probe, Site
+from ..probe.sites import candidates, views_and_example
+from ..probe.subclasses import why_not_swapped
+from ..probe.trace import record_trace
+from ..probe.verdicts import Site, judge_site
 from ..views import Views
 from .meters import Meter, SiteCost
 
@@ -72,8 +74,8 @@ def suggest_site(
         'layer3.0'
     """
     budget = _budget(max_macs_ratio, max_memory_mib)
-    views, example = asked_of(model, input_size, views)
-    found, dearer = on_fake_copy(model, lambda fake: _search(Meter(Probe(fake, example, views, None)), budget))
+    views, example = views_and_example(model, input_size, views)
+    found, dearer = on_fake_copy(model, lambda fake: _search(Meter(record_trace(fake, example), views), budget))
     asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
     if found is None:
         raise SiteError(_none_fits(type(model).__name__, asked, budget, dearer, len(views)))
@@ -102,17 +104,17 @@ def _budget(max_macs_ratio: float | None, max_memory_mib: float | None) -> dict[
 
 def _search(meter: Meter, budget: dict[str, float]) -> tuple[tuple[str, SiteCost] | None, list[SiteCost]]:
     """Return the first site within the budget, and the costs of the dearer sites before it."""
-    names = [name for name in candidates(meter.probe) if name != INPUT]
+    names = [name for name in candidates(meter.trace) if name != INPUT]
     dearer: list[SiteCost] = []
     for i, name in enumerate(names):
-        site = meter.probe.site(name)
+        site = judge_site(meter.trace, name, meter.views)
         if site.reason or meter.cost(site).tail_share < LEAST_TAIL:
             continue
         cost = meter.cost(site)
         if _fits(cost, budget):
             for equal in reversed(_of_equal_work(meter, names[i:])):
-                cost = meter.cost(meter.probe.site(equal))
-                if _fits(cost, budget) and not meter.probe.why_not_swapped([equal]):
+                cost = meter.cost(judge_site(meter.trace, equal, meter.views))
+                if _fits(cost, budget) and not why_not_swapped(meter.trace, [equal]):
                     return (equal, cost), dearer
             continue
         dearer.append(cost)
@@ -141,10 +143,10 @@ def _of_equal_work(meter: Meter, names: list[str]) -> list[str]:
     Crops commute with what works element by element, so the views are the same there, and less memory is kept. A map's
     tokens are of its shape: behind their positions every view has those of its place, before them of a whole image.
     """
-    start = meter.probe.site(names[0])
+    start = judge_site(meter.trace, names[0], meter.views)
     first, found = meter.cost(start), list[str]()
     for name in names:
-        site = meter.probe.site(name)
+        site = judge_site(meter.trace, name, meter.views)
         if site.reason:
             continue
         cost = meter.cost(site)

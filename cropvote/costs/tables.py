@@ -14,11 +14,13 @@ from ..errors import InputTypeError, OptionError, SiteError
 from ..images import INPUT
 from ..layouts import Layout
 from ..probe.fakes import on_fake_copy
-from ..probe.sites import asked_of, candidates, checked_plan, judged, refusal
-from ..probe.verdicts import Probe
+from ..probe.reasons import why_not_votable
+from ..probe.sites import candidates, checked_splits, judge_sites, refusal, views_and_example
+from ..probe.trace import record_trace
 from ..surgery.arguments import check_name, sites_after
 from ..views import Views
-from .meters import BASELINE, Meter, SiteCost, measured, size_of
+from .meters import BASELINE, Meter, SiteCost, image_size
+from .timing import measure_times
 
 __all__ = ["Profile", "profile"]
 
@@ -191,7 +193,7 @@ def profile(
         Table 2 of Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, whose "forward pass" and "GFLOPs" are
         ``train_memory_mib`` and ``gmacs``.
     """
-    views, example = asked_of(model, input_size, views)
+    views, example = views_and_example(model, input_size, views)
     if sites is not None and not isinstance(sites, (str, Mapping, Sequence)):
         raise InputTypeError(f"sites must be names or plans, in a list, got {sites!r}.")
     asked: list[After] = [] if sites is None else [sites] if isinstance(sites, (str, Mapping)) else list(sites)
@@ -201,24 +203,25 @@ def profile(
         check_name(model, name)
 
     def count(fake: nn.Module) -> list[tuple[SiteCost, After, Layout | None]]:
-        meter = Meter(Probe(fake, example, views, None))
-        wanted = candidates(meter.probe) if sites is None else [*dict.fromkeys([INPUT, *names])]
+        trace = record_trace(fake, example)
+        meter = Meter(trace, views)
+        wanted = candidates(trace) if sites is None else [*dict.fromkeys([INPUT, *names])]
         rows: list[tuple[SiteCost, After, Layout | None]] = []
-        for site in judged(meter.probe, wanted):
+        for site in judge_sites(trace, wanted, views):
             if not site.reason:
                 rows.append((meter.cost(site), site.name, site.layout))
             elif site.name in names:
-                raise SiteError(refusal(meter.probe, site.name, site.reason))
+                raise SiteError(refusal(trace, site.name, site.reason, views))
         if sites is None and not rows:
-            why = meter.probe.why_not_votable() or "see cropvote.sites(model, all=True)."
+            why = why_not_votable(trace) or "see cropvote.sites(model, all=True)."
             raise SiteError(f"no site of this {type(model).__name__} is valid: {why}")
-        rows += [(meter.cost_of(checked_plan(meter.probe, plan)), plan, None) for plan in plans]
+        rows += [(meter.cost_of(checked_splits(trace, plan)), plan, None) for plan in plans]
         return [(meter.baseline, "", None), *rows]
 
     rows = on_fake_copy(model, count)
     costs = [cost for cost, _, _ in rows]
     if measure:
         places = [(after, layout) for _, after, layout in rows[1:]]
-        times = measured(model, example, views, places, device, batch, rounds)
+        times = measure_times(model, example, views, places, device, batch, rounds)
         costs = [cost._replace(milliseconds=time) for cost, time in zip(costs, times, strict=True)]
-    return Profile(type(model).__name__, size_of(example), views, costs)
+    return Profile(type(model).__name__, image_size(example), views, costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from fractions import Fraction
 
@@ -12,8 +13,11 @@ from ..images import INPUT, Example, example_of
 from ..layouts import Layout
 from ..views import Views, hflip, ten_crop
 from .fakes import on_fake_copy
+from .reasons import why_not_cut, why_not_votable
+from .subclasses import why_not_swapped
+from .trace import Trace, record_trace
 from .trial import Split
-from .verdicts import Probe, Site
+from .verdicts import Site, judge, judge_site
 
 __all__ = ["sites"]
 
@@ -50,17 +54,24 @@ def sites(
         >>> [(site.name, site.shape) for site in sites(net, 32)]
         [('input', (3, 32, 32)), ('0', (8, 30, 30)), ('1', (8, 30, 30))]
     """
-    views, example = asked_of(model, input_size, views)
+    views, example = views_and_example(model, input_size, views)
 
     def look(fake: nn.Module) -> list[Site]:
-        probe = Probe(fake, example, views, None)
-        return judged(probe, candidates(probe, every=all))
+        trace = record_trace(fake, example)
+        return judge_sites(trace, candidates(trace, every=all), views)
 
-    return [row for row in on_fake_copy(model, look) if all or not row.reason]
+    return [site for site in on_fake_copy(model, look) if all or not site.reason]
 
 
-def asked_of(model: nn.Module, input_size: int | tuple[int, ...] | None, views: Views | None) -> tuple[Views, Example]:
-    """The views and the images meant by what a user asks of a model that need not be injected."""
+def views_and_example(
+    model: nn.Module, input_size: int | tuple[int, ...] | None, views: Views | None
+) -> tuple[Views, Example]:
+    """Return the views and the call meant by what a user asks about a model.
+
+    Raises:
+        InputTypeError: not a model, or not views.
+        OptionError: no input size is known.
+    """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
     views = ten_crop() if views is None else views
@@ -72,24 +83,24 @@ def asked_of(model: nn.Module, input_size: int | tuple[int, ...] | None, views: 
     return views, example
 
 
-def judged(probe: Probe, names: list[str]) -> list[Site]:
-    """The sites of these names, each with its reason where it is no valid one."""
-    rows = [probe.site(name) for name in names]
-    if not probe.why_not_swapped([row.name for row in rows if not row.reason]):
+def judge_sites(trace: Trace, names: list[str], views: Views) -> list[Site]:
+    """Return the sites of these names, each with the reason if it is invalid."""
+    rows = [judge_site(trace, name, views) for name in names]
+    if not why_not_swapped(trace, [row.name for row in rows if not row.reason]):
         return rows
-    return [row if row.reason else row._replace(reason=probe.why_not_swapped([row.name])) for row in rows]
+    return [row if row.reason else row._replace(reason=why_not_swapped(trace, [row.name])) for row in rows]
 
 
-def refusal(probe: Probe, name: str, reason: str) -> str:
-    """The message that a module is no valid site."""
-    advice = "" if probe.why_not_votable() else f" {_advice(probe)}"
+def refusal(trace: Trace, name: str, reason: str, views: Views) -> str:
+    """Return the message that a module is not a valid site, with valid ones."""
+    advice = "" if why_not_votable(trace) else f" {_advice(trace, views)}"
     return f"after={name!r} cannot be a site: {reason}{advice}"
 
 
 def check_sites(
-    model: nn.Module, plan: dict[str, Views], stated: dict[str, Layout | None], example: Example
+    model: nn.Module, sites: Mapping[str, Views], stated: Mapping[str, Layout | None], example: Example
 ) -> tuple[frozenset[bool], list[Split]]:
-    """Raise SiteError unless the names of ``plan`` are valid sites together in the model's present mode.
+    """Raise SiteError unless the sites are valid together in the model's present mode.
 
     Returns:
         The modes (``training``) in which they are, and the splits in forward order with the layouts of their maps. The
@@ -100,77 +111,74 @@ def check_sites(
         ViewsError: the map at the site is too small for the views.
         PlainModelError: the model does not run on such an input.
     """
-    first = next(iter(plan.values()))
 
     def check(fake: nn.Module) -> tuple[list[bool], list[Split]]:
-        probe = Probe(fake, example, first, None)
-        probe.explains = True
-        found = checked_plan(probe, plan, stated)
+        trace = record_trace(fake, example)
+        splits = checked_splits(trace, sites, stated, explain=True)
         modes = [model.training]
         with suppress(Exception):  # whatever it is, the other mode is not checked, and will be when it is used
-            known = {split.name: (split.layout, probe.shape(split.name)) for split in found}
+            known = {split.site: (split.layout, trace.shape(split.site)) for split in splits}
             fake.train(not model.training)
-            again, _, reason = Probe(fake, example, first, None).verdict_of(plan, stated, known)
-            if not reason and again == found:
+            other = judge(record_trace(fake, example), sites, stated, known)
+            if not other.reason and other.splits == splits:
                 modes.append(not model.training)
-        return modes, found
+        return modes, splits
 
-    modes, found = on_fake_copy(model, check)
-    return frozenset(modes), found
+    modes, splits = on_fake_copy(model, check)
+    return frozenset(modes), splits
 
 
-def checked_plan(probe: Probe, plan: dict[str, Views], stated: dict[str, Layout | None] | None = None) -> list[Split]:
-    """The splits of a plan in forward order.
+def checked_splits(
+    trace: Trace, sites: Mapping[str, Views], stated: Mapping[str, Layout | None] | None = None, explain: bool = False
+) -> list[Split]:
+    """Return the splits at these sites in forward order.
 
     Raises:
         SiteError: with the reason, and the names of valid sites.
         ViewsError: the map at a site is too small for its views.
     """
     try:
-        found, name, reason = probe.verdict_of(plan, stated or dict.fromkeys(plan))
+        splits, reason = judge(trace, sites, stated, explain=explain)
     except ViewsError as error:
-        raise ViewsError(f"after={' and '.join(map(repr, plan))} on {probe.asked()}: {error}") from error
-    reason = reason or probe.why_not_swapped(list(plan))
+        raise ViewsError(f"after={' and '.join(map(repr, sites))} on {trace.describe_call()}: {error}") from error
+    reason = reason or why_not_swapped(trace, list(sites))
     if reason:
-        raise SiteError(refusal(probe, name, reason))
-    return found
+        raise SiteError(refusal(trace, splits[-1].site, reason, splits[-1].views))
+    return splits
 
 
-def candidates(probe: Probe, every: bool = False) -> list[str]:
-    """The names worth a trial, in forward order: the input, and cut points, each tensor under its outermost name."""
-    order = {module: i for i, module in enumerate(probe.seen)}
+def candidates(trace: Trace, every: bool = False) -> list[str]:
+    """Return the names worth a trial, in forward order: the input, and each tensor under its outermost name."""
+    order = {module: i for i, module in enumerate(trace.returns)}
     names: dict[object, str] = {}
-    for name in sorted(probe.modules, key=lambda n: (n.count("."), order.get(probe.modules[n], 0))):
-        holder = probe.holders[name]
+    for name in sorted(trace.modules, key=lambda n: (n.count("."), order.get(trace.modules[n], 0))):
+        carrier = trace.carriers[name]
         if every:
             names[name] = name
-        elif holder in probe.seen and not probe.why_not_cut(name):
-            names.setdefault(probe.seen[holder].group, name)
+        elif carrier in trace.returns and not why_not_cut(trace, name):
+            names.setdefault(trace.returns[carrier].group, name)
     last = len(order)
-    first = [] if INPUT in probe.modules else [INPUT]
-    return first + sorted(names.values(), key=lambda n: order.get(probe.holders[n], last))
+    first = [] if INPUT in trace.modules else [INPUT]
+    return first + sorted(names.values(), key=lambda n: order.get(trace.carriers[n], last))
 
 
-def _advice(probe: Probe, most: int = 8, tried: int = 40) -> str:
-    """The outermost valid sites, for an error's end; a look at every module would take its time."""
-    names = candidates(probe)
+def _advice(trace: Trace, views: Views, most: int = 8, tried: int = 40) -> str:
+    """Return the outermost valid sites as text, for an error's end; a look at every module would take its time."""
+    kind = type(trace.model).__name__
+    names = candidates(trace)
     outermost = sorted(names, key=lambda n: n.count("."))
     valid: list[str] = []
     for name in outermost[:tried]:
-        if len(valid) <= most and not probe.site(name).reason:
+        if len(valid) <= most and not judge_site(trace, name, views).reason:
             valid.append(name)
-    if not valid:
-        kind = type(probe.model).__name__
-        if len(outermost) > tried:
-            return (
-                f"None of the {tried} outermost modules of this {kind} is valid: see cropvote.sites(model, all=True)."
-            )
-        for other, text in ((hflip(), "views=hflip()"), (ten_crop(scale=Fraction(1, 2)), "views=ten_crop(scale=1/2)")):
-            probe = Probe(probe.model, probe.example, other, None)
-            fitting = [name for name in outermost if not probe.site(name).reason][:most]
-            if fitting:
-                return f"No site of this {kind} is valid for these views; {text} are valid at {', '.join(fitting)}."
-        return f"No site of this {kind} is valid for these views, nor for views=hflip()."
-    more = ", ..." if len(valid) > most or len(outermost) > tried else ""
-    shown = sorted(valid[:most], key=names.index)
-    return f"Valid sites: {', '.join(shown)}{more} (all of them: cropvote.sites(model, input_size))."
+    if valid:
+        more = ", ..." if len(valid) > most or len(outermost) > tried else ""
+        shown = sorted(valid[:most], key=names.index)
+        return f"Valid sites: {', '.join(shown)}{more} (all of them: cropvote.sites(model, input_size))."
+    if len(outermost) > tried:
+        return f"None of the {tried} outermost modules of this {kind} is valid: see cropvote.sites(model, all=True)."
+    for other, text in ((hflip(), "views=hflip()"), (ten_crop(scale=Fraction(1, 2)), "views=ten_crop(scale=1/2)")):
+        fitting = [name for name in outermost if not judge_site(trace, name, other).reason][:most]
+        if fitting:
+            return f"No site of this {kind} is valid for these views; {text} are valid at {', '.join(fitting)}."
+    return f"No site of this {kind} is valid for these views, nor for views=hflip()."

@@ -14,7 +14,6 @@ from .._torch import (
     TorchDispatchMode,
     name_of,
     storage_key,
-    tree_leaves,
     unavailable,
     written_arguments,
 )
@@ -86,8 +85,14 @@ def ours(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return all tensors in a tree of containers."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Return all tensors in a tree of tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, (tuple, list)):
+        return [tensor for branch in tree for tensor in tensors_in(branch)]
+    return []
 
 
 @functools.cache

@@ -123,7 +123,7 @@ def inject_crop_vote(
     if example is not None:
         try:
             modes, splits = check_sites(model, sites, stated, example)
-            injection = make_injection([split.name for split in splits])
+            injection = make_injection([split.site for split in splits])
             key = injection.argument_key((torch.empty(0),), {})
             injection.add_checked(modes, key, example.args[0].shape[1:], splits)
         except PlainModelError:

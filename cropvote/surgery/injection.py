@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Mapping
 from enum import Enum
@@ -12,21 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_compiled, is_in_backward, is_jit_tracing, is_recorded, is_under_compiler, is_vmapped
+from .._torch import is_in_backward, is_jit_tracing
 from ..call import Call, call_by, check_splits_ran, current, cut_views, running, vote_output
-from ..cuts import Cuts, parts_of
+from ..cuts import Cuts
 from ..errors import CropVoteError, RowsError, SiteError, SurgeryError, ViewsError
-from ..images import INPUT, example_from_call, first_tensor, map_first_tensor
+from ..images import INPUT, first_tensor, map_first_tensor
 from ..layouts import Layout, Tokens, token_count
 from ..options import Settings
-from ..probe.sites import check_sites
 from ..probe.trial import Split
-from ..swapping import split_module
 from ..tracking import Tracked, clear_buffers, noting_writes, plain, track, track_all
+from .checking import TENSOR, check_call, check_recorded, explain_failure, has_compiled_parts, is_traced
 
 __all__: list[str] = []
 
-TENSOR = "a tensor"
 #: What of a call's arguments can change the model's control flow.
 ArgumentKey = tuple[tuple[str, Any], ...]
 #: The memo key of a checked call: training or not, and its arguments.
@@ -166,13 +163,13 @@ class Injection:
             return
         key = (model.training, self.argument_key(args, kwargs))
         if key not in self.checked or self.site_error:
-            self.check_call(model, args, kwargs)
+            check_call(self, model, args, kwargs)
         if not self.on_tokens:
             return
         image = first_tensor(args, kwargs).shape[1:]
         layouts = self._layouts_for(image)
         if layouts is None:
-            self.check_call(model, args, kwargs)
+            check_call(self, model, args, kwargs)
             layouts = self._layouts_for(image)
         if call is not None:
             call.layouts = layouts
@@ -185,62 +182,6 @@ class Injection:
             if len(known) == len(image) and all(m == n for m, n in zip(known, image, strict=True)):
                 return layouts
         return None
-
-    def check_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check the sites with the shapes of a real call; copies keep the result.
-
-        Raises:
-            SiteError: a site is invalid for such a call.
-            SurgeryError: the call runs under a compiler, or the map is another than the one checked before.
-        """
-        if self.site_error:
-            raise SiteError(self.site_error)
-        if is_traced():
-            mode = "training" if model.training else "eval"
-            raise SurgeryError(
-                f"the site {self.site} was not yet checked in {mode} mode with such arguments, and cannot be while "
-                f"the model is compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it "
-                f"once as it is."
-            )
-        key = self.argument_key(args, kwargs)
-        samples, *image = first_tensor(args, kwargs).shape
-        tokens = [layout for layout in self.user_layouts.values() if isinstance(layout, Tokens)]
-        if tokens and self.layouts_by_size and tuple(image) not in self.layouts_by_size:
-            raise SurgeryError(
-                f"{tokens[0]} was stated for images of another shape than {tuple(image)}: remove_crop_vote, and "
-                f"inject again with the tokens of these."
-            )
-        try:
-            example = example_from_call(args, kwargs, samples)
-            maps = [next((x for x in layouts if not isinstance(x, Tokens)), None) for layouts in self.layouts]
-            layouts = [self.user_layouts[name] or found for name, found in zip(self.sites, maps, strict=True)]
-            names = self._names_in(model)
-            sites = dict(zip(names, parts_of(self.settings.views), strict=True))
-            modes, splits = check_sites(model, sites, dict(zip(names, layouts, strict=True)), example)
-        except SiteError as error:
-            # of several arguments, another's first axis may have the batch's length by chance
-            if len(key) == 1 and not self.checked:
-                self.site_error = str(error)
-            raise
-        order = tuple(split.name for split in splits)
-        if order != names:
-            raise SurgeryError(
-                f"the forward reaches {' before '.join(map(repr, order))}, which the model defines in another order: "
-                f"remove_crop_vote, and inject again with input_size=, which tells it before."
-            )
-        tensors = sum(kind == TENSOR for _, kind in key)
-        # with one sample, an argument of length 1 may belong to the sample or to the model
-        self.add_checked(modes, key, tuple(image), splits, counted=tensors == 1 or samples > 1)
-
-    def _names_in(self, model: nn.Module) -> tuple[str, ...]:
-        """Return the names of the sites; of one that was wrapped since, the name that its split has now."""
-        modules, names = dict(model.named_modules()), list(self.sites)
-        for name, module in modules.items():
-            if module.__dict__.get("_cropvote_split") is self:
-                i = module.__dict__["_cropvote_index"]
-                if names[i] not in modules or split_module(model, names[i]) is not module:
-                    names[i] = name
-        return tuple(names)
 
     # --- one forward
 
@@ -266,7 +207,7 @@ class Injection:
         except CropVoteError:
             raise
         except RuntimeError as error:
-            self._explain(model, *given, error)
+            explain_failure(self, model, *given, error)
             raise
         if call.ran != list(range(len(call.cuts.at))):
             check_splits_ran(call, not call.requested and has_compiled_parts(model))
@@ -296,7 +237,7 @@ class Injection:
                 clear_buffers(model)
                 if not call.leaked and not wrote:
                     return output
-                self.check_call(model, args, kwargs)  # which says where the path is
+                check_call(self, model, args, kwargs)  # which says where the path is
                 if call.leaked:
                     raise SiteError(
                         f"after={self.site}: in this call the prediction also depends on the images by a path around "
@@ -312,20 +253,9 @@ class Injection:
         """Run a call whose sites are checked once for each size of image."""
         size = (model.training, tuple(images.shape[1:]))
         if size not in self.checked_sizes:
-            self.check_call(model, args, kwargs)
+            check_call(self, model, args, kwargs)
             self.checked_sizes = _last({**self.checked_sizes, size: None}, MOST_SIZES)
         return self._vote(model, base, call, args, kwargs, images)
-
-    def _explain(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: RuntimeError) -> None:
-        """Raise RowsError if the call failed because a site is no longer valid."""
-        if not self.check or is_traced() or isinstance(error, torch.OutOfMemoryError):
-            return
-        try:
-            self.check_call(model, args, kwargs)
-        except SiteError as reason:
-            raise RowsError(f"the call failed ({error}), because the model has changed: {reason}") from error
-        except CropVoteError:
-            return
 
     def check_recomputation(self, cuts: Cuts) -> None:
         """Remember the cuts of a call with gradients; checkpointing must run it again with the same.
@@ -374,26 +304,6 @@ class Injection:
             )
         return layouts[0]  # which the split refuses
 
-    def check_recorded(self, model: nn.Module) -> None:
-        """Check, while a compiler records and splits cannot be counted, that the modules that carry them are there.
-
-        Raises:
-            RowsError: one was replaced since.
-            SurgeryError: two grids have equally many tokens.
-        """
-        there = [m for m in model.modules() if getattr(m, "_cropvote_split", None) is self]
-        if len(there) < len(self.sites) - (self.sites[0] == INPUT):
-            raise RowsError(
-                f"of the modules that carry the splits after {self.site}, {len(there)} are left: one was replaced "
-                f"since the model was checked. remove_crop_vote, and inject again."
-            )
-        for layouts in self.layouts:
-            if len({token_count(x) for x in layouts if isinstance(x, Tokens)}) < len(layouts) > 1:
-                raise SurgeryError(
-                    f"the model was checked with images whose tokens are {layouts}, which a compiled model cannot tell "
-                    f"by their number: inject a model of its own for each shape of image."
-                )
-
 
 def vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the injected model's forward."""
@@ -419,7 +329,7 @@ def _recorded_forward(
         return base.forward(module, *args, **kwargs)
     images = first_tensor(args, kwargs)
     injection.ensure_checked(module, None, args, kwargs)
-    injection.check_recorded(module)
+    check_recorded(injection, module)
     if injection.sites[0] == INPUT:
         args, kwargs = map_first_tensor(lambda x: injection.split(0, x, call), args, kwargs)
     return vote_output(call, base.forward(module, *args, **kwargs), images)
@@ -437,13 +347,6 @@ def split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
         if not torch.compiler.is_compiling() and is_in_backward():
             injection.check_recomputation(call.cuts)
     return injection.split(module.__dict__["_cropvote_index"], output, call) if call.cuts.at else output
-
-
-def has_compiled_parts(model: nn.Module) -> bool:
-    """Return whether a part of the model may be compiled by itself."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    return is_under_compiler() or any(is_compiled(module) for module in model.modules())
 
 
 def _last(memo: dict[Any, Any], most: int) -> dict[Any, Any]:
@@ -472,8 +375,3 @@ def parameters_of(model: nn.Module) -> dict[str, Any]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
     return {p.name: p.default if isinstance(p.default, FLAGS) else TENSOR for p in parameters}
-
-
-def is_traced() -> bool:
-    """Return whether the call is compiled, exported, traced or vmapped, so that no check can run."""
-    return is_recorded() or is_vmapped()

@@ -13,7 +13,8 @@ import guards
 import networks
 import oracle
 from cropvote import CropVoteError, Views, hflip, inject_crop_vote, layouts
-from cropvote.probe import trace, verdicts
+from cropvote.probe import layout
+from cropvote.probe.trace import Trace
 from hazards.table import IMAGES, hazard, refused, right
 from toolchain import table as tools
 
@@ -89,11 +90,11 @@ class Resizing(nn.Module):
 
 
 def grid_of_the_images(patch: pytest.MonkeyPatch) -> None:
-    def guess(probe: verdicts.Probe, name: str, length: int) -> layouts.Tokens:
-        height, width = (side // 8 for side in probe.shape("input")[1:])
+    def guess(trace: Trace, name: str, length: int) -> layouts.Tokens:
+        height, width = (side // 8 for side in trace.shape("input")[1:])
         return layouts.Tokens(height, width, length - height * width)
 
-    patch.setattr(verdicts.Probe, "_stated_tokens", guess)
+    patch.setattr(layout, "_known_tokens", guess)
 
 
 @hazard("a grid of tokens that is not that of the images", "the grid of patches is seen", grid_of_the_images)
@@ -124,7 +125,7 @@ class ClassTokenLast(nn.Module):
 
 
 def any_library(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(verdicts, "stated_tokens", lambda part: (1, "conv_proj"))
+    patch.setattr(layout, "stated_tokens", lambda part: (1, "conv_proj"))
 
 
 @hazard("a class token taken for the first of the grid", "only known libraries are believed", any_library)
@@ -180,7 +181,7 @@ class ChannelsLast(nn.Module):
 
 
 def images_channels_first(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trace.Walk, "image_layout", lambda _: "NCHW")
+    patch.setattr(layout, "_seen_image_layout", lambda _: "NCHW")
 
 
 @hazard("images whose channels are mirrored", "where they are is seen", images_channels_first)
@@ -246,7 +247,7 @@ class TokenLast(nn.Module):
 
 
 def tokens_stay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(verdicts.Probe, "_moved", lambda *_: False)
+    patch.setattr(layout, "_were_moved", lambda *_: False)
 
 
 @hazard("tokens in another order than their patches", "what moves tokens is seen", tokens_stay)

@@ -13,7 +13,8 @@ import guards
 import networks
 from cropvote import CropVoteError, call, five_crop, hflip, inject_crop_vote, outputs, sites
 from cropvote.errors import PlainModelError, RowsError, SiteError
-from cropvote.probe import fakes, taint, trace, verdicts
+from cropvote.probe import fakes, taint, trace
+from cropvote.probe import sites as probe_sites
 from cropvote.surgery import injection
 from hazards.table import IMAGES, hazard, refused, right
 from toolchain import table as tools
@@ -134,7 +135,7 @@ class ExactClass(networks.Net):
 
 
 @hazard("a forward that asks for the very class of the site", "run with swapped classes too", lambda patch:
-    patch.setattr(verdicts.Probe, "why_not_swapped", lambda *_: ""))  # fmt: skip
+    patch.setattr(probe_sites, "why_not_swapped", lambda *_: ""))  # fmt: skip
 def _() -> None:
     refused(ExactClass().eval(), "site")
     assert [site.name for site in sites(ExactClass().eval(), 48)] == ["input", "front"]

@@ -1,0 +1,54 @@
+"""Whether a model still does the same when the classes of its modules are subclasses, as an injection makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import SurgeryError
+from ..images import INPUT
+from ..swapping import is_swapped, restore_forward, swap_forward
+from .fakes import first_line
+from .taint import TaintMode
+from .trace import Trace, fake_arguments
+
+__all__: list[str] = []
+
+
+def why_not_swapped(trace: Trace, sites: list[str]) -> str:
+    """Return why the model cannot do with subclasses of its classes, which carry the splits and the vote, or ""."""
+    carriers = [trace.carriers[site] for site in sites if site != INPUT]
+    plain = _operations(trace, [])  # what the model caches for a size of map was made in the trace
+    if _operations(trace, [trace.model, *dict.fromkeys(carriers)]) == plain:
+        return ""
+    return (
+        "the model does not run the same operations once a module's class is a subclass of its own, which carries "
+        "the split or the vote: somewhere it asks for the very class, as in `type(module) is Conv2d`, where "
+        "isinstance would do."
+    )
+
+
+def _forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+    return base.forward(module, *args, **kwargs)
+
+
+def _operations(trace: Trace, swapped: list[nn.Module]) -> list[str]:
+    """Return the names of the operations of a plain call, some of whose modules are of a subclass."""
+    operations: list[str] = []
+    try:
+        for module in swapped:
+            swap_forward(module, _forward)
+        trace.numbers.put_back()  # a model may draw in Python which operations it runs
+        with TaintMode(lambda operation, args, taint: operations.append(operation)):
+            args, kwargs = fake_arguments(trace.example, TaintMode())
+            trace.model(*args, **kwargs)
+    except SurgeryError:
+        raise
+    except Exception as error:
+        return [*operations, first_line(error)]
+    finally:
+        for module in swapped:
+            if is_swapped(module):
+                restore_forward(module)
+    return operations
