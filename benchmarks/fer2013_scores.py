@@ -12,7 +12,8 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from compare import mcnemar
-from cropvote import agreement, choose_confidence
+from cropvote.stopping import choose_confidence
+from cropvote.uncertainty import agreement
 from results import RESULT
 from scoring import HOWS, predictions, score
 

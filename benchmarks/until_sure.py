@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cropvote import choose_confidence, per_view, profile, settings, vote_until_sure
+from cropvote import per_view, profile, settings, vote_until_sure
+from cropvote.stopping import choose_confidence
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "until_sure.json"

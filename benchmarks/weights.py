@@ -20,22 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-import worth
 from cropvote import inject_crop_vote, per_view
-from data.sources import ORDERS
-from keeping import save_model
-from model import fer_resnet18
-from scoring import interval
+from worth import ROOT, stored
+from worth_tasks import Task, fer2013
 
-OUT = worth.ROOT / "examples" / "fer48" / "weights"
+from data.sources import ORDERS  # isort: skip  # of examples/fer48, which worth_tasks puts on the path
+from keeping import save_model  # isort: skip
+from model import fer_resnet18  # isort: skip
+from scoring import interval  # isort: skip
+
+OUT = ROOT / "examples" / "fer48" / "weights"
 VIEWS = {"centre": [4], "centre + mirror": [4, 9], "ten views": list(range(10))}
 
 
 @torch.no_grad()
-def read(task: worth.Task, weights: Path, width: int) -> dict[str, np.ndarray]:
+def read(task: Task, weights: Path, width: int) -> dict[str, np.ndarray]:
     """Every view's logits of PublicTest and PrivateTest, (n, 10, 7)."""
     model = inject_crop_vote(fer_resnet18(num_classes=7, width=width), after="layer1", input_size=48).eval()
     model.load_state_dict(load_file(weights))
@@ -59,6 +61,35 @@ def percent(right: np.ndarray) -> str:
     return f"{100 * right.mean():.1f} ({100 * low:.1f} – {100 * high:.1f})"
 
 
+def read_or_load(task: Task, options: argparse.Namespace, width: int) -> dict[str, np.ndarray]:
+    """Return the logits of :func:`read`, from the file that an earlier run left, if there is one."""
+    kept = Path(options.logits) if options.logits else None
+    if kept and kept.exists():
+        with np.load(kept, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    logits = read(task, Path(options.weights), width)
+    if kept:
+        np.savez(kept, **logits)
+    return logits
+
+
+def find_copies(task: Task) -> np.ndarray:
+    """Return which faces of PrivateTest are, pixel for pixel, in Training or PublicTest."""
+    known = {image.numpy().tobytes() for split in ("train", "val") for image in task.splits[split][0]}
+    return np.array([image.numpy().tobytes() in known for image in task.splits["test"][0]])
+
+
+def half_network(weights: str, width: int) -> nn.Module:
+    """Return the network with its weights in float16."""
+    model = fer_resnet18(num_classes=7, width=width)
+    model.load_state_dict(load_file(weights))
+    for module in model.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.half()
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("run")
@@ -66,28 +97,18 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="FILE")
     parser.add_argument("--logits", metavar="FILE")
     options = parser.parse_args()
-    line: dict[str, Any] = next(line for line in worth.stored() if line["run"] == options.run)
-    task = worth.fer2013(options.data, line["width"], None)
-    kept = Path(options.logits) if options.logits else None
-    if kept and kept.exists():
-        with np.load(kept, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    else:
-        found = read(task, Path(options.weights), line["width"])
-        if kept:
-            np.savez(kept, **found)
-    names, labels = ORDERS["FER2013"], found["test_labels"]
-    known = {image.numpy().tobytes() for split in ("train", "val") for image in task.splits[split][0]}
-    copies = np.array([image.numpy().tobytes() in known for image in task.splits["test"][0]])
-    right = {way: found["test"][:, views].mean(1).argmax(1) == labels for way, views in VIEWS.items()}
-    votes = {split: torch.from_numpy(found[split]).mean(1) for split in ("val", "test")}
-    heat = temperature(votes["val"], torch.from_numpy(found["val_labels"]))
+    line: dict[str, Any] = next(line for line in stored() if line["run"] == options.run)
+    task = fer2013(options.data, line["width"], None)
+    logits = read_or_load(task, options, line["width"])
+    names, labels = ORDERS["FER2013"], logits["test_labels"]
+    right = {way: logits["test"][:, views].mean(1).argmax(1) == labels for way, views in VIEWS.items()}
+    votes = {split: torch.from_numpy(logits[split]).mean(1) for split in ("val", "test")}
+    heat = temperature(votes["val"], torch.from_numpy(logits["val_labels"]))
     errors = [
-        100
-        * float(multiclass_calibration_error((votes["test"] / t).softmax(1), torch.from_numpy(labels), 7, n_bins=10))
+        100 * float(multiclass_calibration_error((votes["test"] / t).softmax(1), torch.from_numpy(labels), 7, n_bins=10))
         for t in (1.0, heat)
-    ]
-    card = {
+    ]  # fmt: skip
+    facts = {
         "architecture": "fer_resnet18", "width": line["width"], "after": "layer1", "vote": "soft",
         "outputs": list(names), "target": "expression", "data": "FER2013", "run": line["run"],
         "commit": line["commit"], "temperature": heat, "split": "PrivateTest", "versions": line["versions"],
@@ -95,17 +116,23 @@ def main() -> None:
         "summary": f"{100 * right['ten views'].mean():.1f} % of PrivateTest",
         "accuracy": {way: round(float(hits.mean()), 4) for way, hits in right.items()},
     }  # fmt: skip
+    model = half_network(options.weights, line["width"])
     OUT.mkdir(parents=True, exist_ok=True)
-    model = fer_resnet18(num_classes=7, width=line["width"])
-    model.load_state_dict(load_file(options.weights))
-    for module in model.modules():
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and tensor.is_floating_point():
-                tensor.data = tensor.data.half()
-    save_model(OUT, model, card)
+    save_model(OUT, model, facts)
+    parameters = sum(p.numel() for p in model.parameters())
+    text = card(line, names, labels, right, find_copies(task), errors, heat, parameters)
+    (OUT / "MODEL_CARD.md").write_text(text)
+    print(json.dumps(facts, indent=1), text, sep="\n")
+
+
+def card(
+    line: dict[str, Any], names: tuple[str, ...], labels: np.ndarray, right: dict[str, np.ndarray],
+    copies: np.ndarray, errors: list[float], heat: float, parameters: int,
+) -> str:  # fmt: skip
+    """Return the model card in Markdown."""
     lines = [
         "# A face-expression network, trained on FER2013 by this project", "",
-        f"`fer_resnet18` of width {line['width']} ({sum(p.numel() for p in model.parameters()):,} parameters, float16), "
+        f"`fer_resnet18` of width {line['width']} ({parameters:,} parameters, float16), "
         "voting over ten views after `layer1`. Seven classes: " + ", ".join(names) + ".", "",
         "**Data.** FER2013's Training faces, 28,709 grey pictures of 48×48 that a search engine found in 2013, labelled "
         "by people. The set came with a public challenge and states no clear grant: use the network for research and for "
@@ -130,8 +157,7 @@ def main() -> None:
         f"Scored with torch {torch.__version__}, Python {platform.python_version()}, on a CPU, by "
         "`python benchmarks/weights.py`.",
     ]  # fmt: skip
-    (OUT / "MODEL_CARD.md").write_text("\n".join(lines) + "\n")
-    print(json.dumps(card, indent=1), "\n".join(lines), sep="\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import oracle
-from cropvote import CropVoteError, Site, Tokens, five_crop, hflip, inject_crop_vote, remove_crop_vote
+from cropvote import CropVoteError, Tokens, five_crop, hflip, inject_crop_vote, remove_crop_vote
+from cropvote.probe.verdicts import Site
 
 ORACLE_SITES = 4
 BUDGET = 10  # seconds for a model's modules against noise, and for its sites against the oracle

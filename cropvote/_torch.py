@@ -53,8 +53,9 @@ def _stand_in(name: str) -> type:
 def unavailable(why: str) -> CheckUnavailableError:
     """Return the error that a model cannot be checked, because PyTorch is another than this version knows."""
     return CheckUnavailableError(
+        "CV490",
         f"checks are not available with PyTorch {torch.__version__} ({why}): use a version that this cropvote was "
-        f"tested with, or pass check=False to inject_crop_vote. Splits, votes and layers work as ever."
+        f"tested with, or pass check=False to inject_crop_vote. Splits, votes and layers work as ever.",
     )
 
 

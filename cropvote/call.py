@@ -107,7 +107,7 @@ def cut_views(cut: Cut, x: Tensor, layout: Layout) -> Tensor:
     if cut.n_random is not None:
         if is_jit_tracing():
             raise OptionError(
-                "train_views draws views at random, which torch.jit.trace would freeze: trace in eval mode."
+                "CV501", "train_views draws views at random, which torch.jit.trace would freeze: trace in eval mode."
             )
         on_device = is_recorded() or is_captured()  # the numbers must be drawn again whenever the graph runs
         drawn = draw(len(cut.views), cut.n_random, x.device if on_device else torch.device("cpu"), cut.n_maps)
@@ -167,8 +167,9 @@ def vote_output(call: Call, output: Any, images: Tensor) -> Any:
             rows = plain(rows)
         elif type(rows) is not Tensor and is_fake(rows) and not is_fake(images):
             raise SurgeryError(
+                "CV410",
                 "the network returned a tensor without data, which a check left in a cache or an attribute outside the "
-                "model: empty that store, and call the model again."
+                "model: empty that store, and call the model again.",
             )
         return vote(rows, count, call.how) if call.voted else rows
 
@@ -179,14 +180,16 @@ def check_rows(rows: Tensor, samples: int, count: int) -> None:
     """Raise RowsError unless there is one row for each view."""
     if rows.dim() != 2:
         raise RowsError(
+            "CV301",
             f"the network returned shape {tuple(rows.shape)} for {samples} samples of {count} views; "
-            f"cropvote votes over one row of K outputs per view, ({samples * count}, K)."
+            f"cropvote votes over one row of K outputs per view, ({samples * count}, K).",
         )
     if rows.shape[0] != samples * count:
         raise RowsError(
+            "CV302",
             f"the network returned {rows.shape[0]} rows for {samples} samples of {count} views: expected "
             f"{samples * count}, a sample's views adjacent. Was a part of the network replaced, skipped or compiled "
-            f"by itself since the model was checked?"
+            f"by itself since the model was checked?",
         )
 
 
@@ -203,6 +206,7 @@ def check_splits_ran(call: Call, may_be_compiled: bool) -> None:
         return
     times = ", ".join(f"{call.ran.count(i)} times" for i in range(len(call.cuts.at)))
     raise RowsError(
+        "CV303",
         f"the split did not run exactly once in this call, but {times}: was the site replaced (by a copy, by a "
-        f"converter), skipped, compiled by itself or called again since the model was checked?"
+        f"converter), skipped, compiled by itself or called again since the model was checked?",
     )

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         if name != "suggest":
             form.add_argument("--markdown", action="store_true", help="print a Markdown table")
         if name == "sites":
-            add("--all", action="store_true", help="also the modules that are no valid sites, and why")
+            add("--all", action="store_true", help="also the modules that are not valid sites, and why")
         elif name == "suggest":
             add("--max-macs-ratio", type=float, metavar="X", help="at most X times the plain network's multiply-adds")
             add("--max-memory-mib", type=float, metavar="X", help="at most X MiB per image in training")

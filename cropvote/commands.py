@@ -37,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
             warnings.simplefilter("ignore")  # of the models' own code
             model = build(arguments.model, real=getattr(arguments, "measure", False))
             if size is None and example_of(model, None) is None:
-                raise OptionError(f"{arguments.model} does not say its input size: add --size, such as --size 224.")
+                raise OptionError(
+                    "CV802", f"{arguments.model} does not say its input size: add --size, such as --size 224."
+                )
             text = RUN[arguments.command](model, size, arguments)
     except CropVoteError as error:
         print(f"cropvote: {' '.join(str(error).split())}", file=sys.stderr)
@@ -55,7 +57,7 @@ def _sites(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argp
     if arguments.json:
         return json.dumps([{**site._asdict(), "layout": _layout(site)} for site in found], indent=1)
     if not found:
-        raise SiteError(f"no site of this {type(model).__name__} is valid: --all says why, of each module.")
+        raise SiteError("CV150", f"no site of this {type(model).__name__} is valid: --all says why, of each module.")
     head = ["site", "shape", "layout", "distinct", *["why not"] * arguments.all]
     cells = [head]
     for site in found:
@@ -95,7 +97,7 @@ def _profile(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
 
 def _suggest(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argparse.Namespace) -> str:
     if arguments.max_macs_ratio is arguments.max_memory_mib is None:
-        raise OptionError("suggest needs a budget: --max-macs-ratio, --max-memory-mib, or both.")
+        raise OptionError("CV820", "suggest needs a budget: --max-macs-ratio, --max-memory-mib, or both.")
     views = NAMES[arguments.views]()
     found = suggest_site(
         model,
@@ -110,16 +112,18 @@ def _suggest(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
 
 
 def _asked(arguments: argparse.Namespace) -> list[After] | None:
-    """The sites of --sites, and the plan of --after."""
+    """Return the sites of --sites, and the sites of --after as one more."""
     if not arguments.after:
         return arguments.sites
     plan = {}
     for text in arguments.after:
         site, equals, views = text.rpartition("=")
         if not equals or not site or views not in NAMES:
-            raise OptionError(f"--after must be like layer1=hflip, with views of {', '.join(NAMES)}, got {text!r}.")
+            raise OptionError(
+                "CV901", f"--after must be like layer1=hflip, with views of {', '.join(NAMES)}, got {text!r}."
+            )
         if site in plan:
-            raise OptionError(f"--after names the site {site!r} twice.")
+            raise OptionError("CV901", f"--after names the site {site!r} twice.")
         plan[site] = NAMES[views]()
     return [*(arguments.sites or []), plan]
 
@@ -129,7 +133,7 @@ def _size(text: str | None) -> int | tuple[int, ...] | None:
         return None
     parts = text.lower().replace("×", "x").split("x")
     if len(parts) > 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise OptionError(f"--size must be like 48, 48x64 or 3x48x48, got {text!r}.")
+        raise OptionError("CV902", f"--size must be like 48, 48x64 or 3x48x48, got {text!r}.")
     return int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
 
 
@@ -137,11 +141,11 @@ def _device(name: str | None) -> torch.device | None:
     try:
         return None if name is None else torch.device(name)
     except RuntimeError as error:
-        raise OptionError(f"--device {name!r} is not a PyTorch device such as cpu or cuda.") from error
+        raise OptionError("CV903", f"--device {name!r} is not a PyTorch device such as cpu or cuda.") from error
 
 
 def build(name: str, real: bool = False) -> nn.Module:
-    """The model that a name on the command line stands for, with random weights or (not ``real``) none, in eval mode.
+    """Return the model of a name on the command line in eval mode, with random weights or, if not ``real``, none.
 
     Raises:
         OptionError: a malformed name, one that is not there, or a function that makes no model.
@@ -149,10 +153,12 @@ def build(name: str, real: bool = False) -> nn.Module:
     """
     kind, colon, rest = name.partition(":")
     if not colon or not kind or not rest:
-        raise OptionError(f"MODEL must be timm:NAME, torchvision:NAME or package.module:function, got {name!r}.")
+        raise OptionError(
+            "CV904", f"MODEL must be timm:NAME, torchvision:NAME or package.module:function, got {name!r}."
+        )
     model = _from_library(kind, rest, real) if kind in ("timm", "torchvision") else _own(kind, rest)()
     if not isinstance(model, nn.Module):
-        raise OptionError(f"{name} gives a {type(model).__name__}, not an nn.Module.")
+        raise OptionError("CV904", f"{name} gives a {type(model).__name__}, not an nn.Module.")
     return model.eval()
 
 
@@ -160,11 +166,11 @@ def _from_library(library: str, name: str, real: bool) -> Any:
     try:
         package = importlib.import_module("timm" if library == "timm" else "torchvision.models")
     except ImportError as error:
-        raise MissingExtraError(f'{library}:{name} needs {library}: pip install "cropvote[timm]".') from error
+        raise MissingExtraError("CV701", f'{library}:{name} needs {library}: pip install "cropvote[timm]".') from error
     known = package.list_models(package) if library == "torchvision" else package.list_models()
     if name.partition(".")[0] not in known:
         near = difflib.get_close_matches(name, known, n=4)
-        raise OptionError(f"{library} has no model {name!r}{'; nearest: ' + ', '.join(near) if near else ''}.")
+        raise OptionError("CV905", f"{library} has no model {name!r}{'; nearest: ' + ', '.join(near) if near else ''}.")
 
     def make() -> Any:
         if library == "timm":
@@ -186,17 +192,23 @@ def _own(module: str, attribute: str) -> Callable[[], Any]:
         try:
             found: Any = importlib.import_module(module)
         except Exception as error:
-            raise OptionError(f"the module {module!r} cannot be imported: {type(error).__name__}: {error}.") from error
+            raise OptionError(
+                "CV906", f"the module {module!r} cannot be imported: {type(error).__name__}: {error}."
+            ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [name for name in dir(found) if not name.startswith("_")]
             near = difflib.get_close_matches(part, names, n=3, cutoff=0.4)
-            raise OptionError(f"{module} has no {attribute!r}{'; nearest: ' + ', '.join(near) if near else ''}.")
+            raise OptionError(
+                "CV905", f"{module} has no {attribute!r}{'; nearest: ' + ', '.join(near) if near else ''}."
+            )
         found = getattr(found, part)
     if isinstance(found, nn.Module):
         return lambda: found
     if not callable(found):
-        raise OptionError(f"{module}:{attribute} is a {type(found).__name__}, not a function that makes a model.")
+        raise OptionError(
+            "CV904", f"{module}:{attribute} is a {type(found).__name__}, not a function that makes a model."
+        )
     return _guarded(f"{module}:{attribute}", found)
 
 
@@ -205,7 +217,7 @@ def _guarded(name: str, make: Callable[[], Any]) -> Callable[[], Any]:
         try:
             return make()
         except Exception as error:
-            raise OptionError(f"{name} failed: {type(error).__name__}: {error}.") from error
+            raise OptionError("CV907", f"{name} failed: {type(error).__name__}: {error}.") from error
 
     return made
 

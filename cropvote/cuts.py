@@ -61,12 +61,12 @@ AnyViews = Views | ViewProduct
 
 
 def join_parts(parts: Sequence[Views]) -> AnyViews:
-    """The views of all sites together: those of the only one, or their product."""
+    """Return the views of all sites together: those of the only site, or the product."""
     return parts[0] if len(parts) == 1 else ViewProduct(parts)
 
 
 def parts_of(views: AnyViews) -> tuple[Views, ...]:
-    """The views of each site."""
+    """Return the views of each site."""
     return views.parts if isinstance(views, ViewProduct) else (views,)
 
 

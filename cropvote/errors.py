@@ -8,18 +8,20 @@ CropVoteError                     anything cropvote refuses
 ├── SurgeryError    ValueError    a model in a state that allows no injection, removal or call
 │   ├── PlainModelError           the model itself, without any split, that does not run
 │   └── CheckUnavailableError     a PyTorch that checks cannot follow
-├── SiteError       ValueError    a module that is no valid site, with the reason
+├── SiteError       ValueError    a module that is not a valid site, with the reason
 ├── UnknownSiteError LookupError  no module of that name, with the nearest names
 ├── InputTypeError  TypeError     an argument of the wrong type
 └── MissingExtraError ImportError a package that is installed only on request
 ```
 
 Each also derives from the builtin named beside it, which is what a caller who has
-never heard of cropvote would catch. Messages say what was asked, what was found,
-and what to do.
+never heard of cropvote would catch. Messages begin with a code, such as [CV101],
+under which the troubleshooting page explains them.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 __all__ = [
     "CheckUnavailableError",
@@ -39,14 +41,41 @@ __all__ = [
 class CropVoteError(Exception):
     """Base of every error that cropvote raises.
 
+    Args:
+        code: of the entry in the troubleshooting page, such as "CV101".
+        message: what was asked, what was found, and what to do.
+
     Example:
         >>> from cropvote import CropVoteError, ten_crop
         >>> try:
-        ...     ten_crop(scale=2)
+        ...     ten_crop(scale=float("nan"))
         ... except CropVoteError as error:
         ...     print(error)
-        scale must be above 0 and at most 1, got 2: it is the share of the map's side that a view keeps, 5/6 by default.
+        [CV207] scale must be finite, got nan.
     """
+
+    @property
+    def code(self) -> str:
+        """The entry in the troubleshooting page."""
+        return str(self.args[0])
+
+    @property
+    def message(self) -> str:
+        """The text without the code."""
+        return str(self.args[1])
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {self.message}"
+
+
+class Reason(NamedTuple):
+    """Why a module is not a site: what the error would say."""
+
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {self.message}"
 
 
 class ViewsError(CropVoteError, ValueError):
@@ -74,7 +103,7 @@ class CheckUnavailableError(SurgeryError):
 
 
 class SiteError(CropVoteError, ValueError):
-    """A module that exists but is no valid site; the message holds the reason."""
+    """A module that exists but is not a valid site; the message holds the reason."""
 
 
 class UnknownSiteError(CropVoteError, LookupError):

@@ -29,7 +29,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for value in (*args, *kwargs.values()):
         if is_images(value):
             return value
-    raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
+    raise InputTypeError("CV803", "the model was called without a tensor; cropvote reads the batch from the first one.")
 
 
 def map_first_tensor(
@@ -42,7 +42,7 @@ def map_first_tensor(
     for name, value in kwargs.items():
         if is_images(value):
             return args, {**kwargs, name: function(value)}
-    raise InputTypeError("the model was called without a tensor; cropvote reads the batch from the first one.")
+    raise InputTypeError("CV803", "the model was called without a tensor; cropvote reads the batch from the first one.")
 
 
 class Example(NamedTuple):
@@ -64,7 +64,7 @@ class Spec:
 
 
 def example_of(model: nn.Module, input_size: int | tuple[int, ...] | None) -> Example | None:
-    """The call that the probe makes: from ``input_size``, or from the size that timm models carry, or None."""
+    """Return the call to check with: from ``input_size``, from the size that timm models carry, or None."""
     size = _known_size(model) if input_size is None else _full_size(input_size, model)
     if size is None:
         return None
@@ -73,13 +73,13 @@ def example_of(model: nn.Module, input_size: int | tuple[int, ...] | None) -> Ex
 
 
 def example_from_call(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Example:
-    """The call that the probe makes, from a real one of ``batch`` samples."""
+    """Return the call to check with, from a real one of ``batch`` samples."""
 
     def spec(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         shape = tuple(value.shape)
-        batched = shape[:1] == (batch,) and (batch > 1 or len(shape) > 1)  # one number is no batch of one
+        batched = shape[:1] == (batch,) and (batch > 1 or len(shape) > 1)  # one number is not a batch of one
         return Spec((-1, *shape[1:]) if batched else shape, value.dtype, value.device)
 
     return Example(*tree_map(spec, (args, kwargs)))
@@ -90,12 +90,12 @@ def _full_size(size: int | tuple[int, ...], model: nn.Module) -> tuple[int, int,
     if len(whole) == 2:
         whole = (_channels(model, 3), *whole)
     if len(whole) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in whole):
-        raise OptionError(f"input_size must be a side, (H, W), or (C, H, W), in pixels, got {size!r}.")
+        raise OptionError("CV804", f"input_size must be a side, (H, W), or (C, H, W), in pixels, got {size!r}.")
     return whole
 
 
 def _known_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """The input size that a timm model carries; its channels may be others, since in_chans= does not change it."""
+    """Return the input size that a timm model carries, with the channels that in_chans= may have changed."""
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
     if not isinstance(size, (tuple, list)) or len(size) != 3:
@@ -104,6 +104,6 @@ def _known_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _channels(model: nn.Module, otherwise: int) -> int:
-    """An image's channels: those of the first convolution, unless they are too many for an image's."""
+    """Return an image's channels: those of the first convolution, unless they are too many for an image."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return first.in_channels if first is not None and 0 < first.in_channels <= 16 else otherwise

@@ -30,7 +30,7 @@ class CropVote(nn.Module):
         vote: the rule, see :func:`vote`.
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
-        train_views: so many views, drawn anew for every batch in training mode; ``None`` for all.
+        train_views: this many views, drawn again for every batch in training mode; ``None`` for all.
         eval_views: the views of eval mode: indices, ``"centre"``, ``"centre+mirror"``, or ``None`` for all.
         layout: where the map's height and width are: ``"NCHW"``, ``"NHWC"`` or :class:`Tokens`.
 
@@ -41,7 +41,7 @@ class CropVote(nn.Module):
         n c H W -> (n v) k in training, n k in eval
 
     Raises:
-        InputTypeError: ``tail`` is no module, ``views`` no :class:`Views`.
+        InputTypeError: ``tail`` is not a module, or ``views`` not a :class:`Views`.
         OptionError: an unknown vote, output or layout.
         SurgeryError: ``tail`` holds a CropVote layer.
         ViewsError: when called, a map that these views do not fit.
@@ -75,14 +75,15 @@ class CropVote(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(tail, nn.Module):
-            raise InputTypeError(f"tail must be an nn.Module, got {type(tail).__name__}.")
+            raise InputTypeError("CV801", f"tail must be an nn.Module, got {type(tail).__name__}.")
         check_layout(layout)
         inner = next((name for name, module in tail.named_modules() if isinstance(module, CropVote)), None)
         if inner is not None:
             where = f"tail.{inner}" if inner else "tail"
             raise SurgeryError(
+                "CV430",
                 f"{where} is a CropVote layer, and layers do not nest: to split a network at several sites, build it "
-                f'without layers and call inject_crop_vote(net, {{"layer1": hflip(), "layer3": five_crop()}}).'
+                f'without layers and call inject_crop_vote(net, {{"layer1": hflip(), "layer3": five_crop()}}).',
             )
         self.tail = tail
         self.layout = layout

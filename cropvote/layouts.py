@@ -45,39 +45,41 @@ def check_layout(layout: object) -> None:
     """Raise OptionError unless ``layout`` is one of the two names, or sensible Tokens."""
     if isinstance(layout, Tokens):
         if not all(type(n) is int for n in layout) or layout.height < 1 or layout.width < 1 or layout.prefix < 0:
-            raise OptionError(f"Tokens takes a height and a width above 0 and a prefix of 0 or more, got {layout!r}.")
+            raise OptionError(
+                "CV805", f"Tokens takes a height and a width above 0 and a prefix of 0 or more, got {layout!r}."
+            )
     elif layout not in LAYOUTS:
-        raise OptionError(f"layout must be one of {LAYOUTS} or Tokens(height, width, prefix), got {layout!r}.")
+        raise OptionError("CV805", f"layout must be one of {LAYOUTS} or Tokens(height, width, prefix), got {layout!r}.")
 
 
 def token_count(tokens: Tokens) -> int:
-    """How many tokens there are, those before the grid and the grid's; no property, which older compilers trip over."""
+    """Return the number of tokens, with the prefix; not a property, which older compilers trip over."""
     return tokens.prefix + tokens.height * tokens.width
 
 
 def sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    """The (height, width) of a map, from its shape without the batch."""
+    """Return the (height, width) of a map, from its shape without the batch."""
     if isinstance(layout, Tokens):
         return layout[:2]
     return tuple(shape[1:]) if layout == "NCHW" else tuple(shape[:2])
 
 
 def resized(shape: tuple[int, ...], layout: Layout, size: tuple[int, int]) -> tuple[int, ...]:
-    """The shape, without the batch, of the same map with another (height, width)."""
+    """Return the shape, without the batch, of the same map with another (height, width)."""
     if isinstance(layout, Tokens):
         return (layout.prefix + size[0] * size[1], shape[1])
     return (shape[0], *size) if layout == "NCHW" else (*size, shape[2])
 
 
 def stated_layout(model: nn.Module) -> Layout | None:
-    """Where the channels of 4-D maps are, as the model itself says it (timm's ``output_fmt``), or None."""
+    """Return the layout of 4-D maps that the model itself states (timm's ``output_fmt``), or None."""
     stated = getattr(model, "output_fmt", None)
     stated = getattr(stated, "value", stated)
     return stated if isinstance(stated, str) and stated in LAYOUTS else None
 
 
 def stated_tokens(part: nn.Module) -> tuple[int, str] | None:
-    """What a transformer of a known library says of its tokens, or None.
+    """Return what a transformer of a known library says of its tokens, or None.
 
     Returns:
         The number of prefix tokens, and the name of the module inside whose convolution makes the grid of patches. In

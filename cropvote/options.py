@@ -27,16 +27,17 @@ class Settings:
         vote: the rule of the vote, see :func:`vote`.
         train_output: ``"views"`` (a row per view) or ``"vote"`` (a row per sample) in training mode.
         eval_output: the same in eval mode.
-        train_views: so many of the views, drawn anew for every batch in training mode; ``None`` for all. They are drawn
-            from PyTorch's global random numbers and the process's rank, so that a checkpoint's second run draws
-            the same, and no two processes need to. With several sites they are spread evenly over the first one's.
+        train_views: this many of the views, drawn again for every batch in training mode; ``None`` for all. They are
+            drawn from PyTorch's global random numbers and the process's rank, so that checkpointing draws the same
+            views when it runs again, and processes draw their own. With several sites they are spread evenly over
+            the views of the first.
         eval_views: in eval mode only these views are cut, run and voted over: their indices, ``"centre"``,
             ``"centre+mirror"``, or ``None`` for all. A model trained with all its views may vote with a few.
         enabled: ``False`` runs the plain network: no split, no vote.
 
     Raises:
         OptionError: an unknown field or value, or a hard vote as the output of training, which has no useful gradient.
-        InputTypeError: ``views`` that are no :class:`Views`, or ``enabled`` that is no bool.
+        InputTypeError: ``views`` that are not a :class:`Views`, or ``enabled`` that is not a bool.
 
     Example:
         >>> import torch
@@ -93,16 +94,17 @@ class Settings:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise OptionError(f"there is no setting {name!r}; there are {', '.join(fields)}.{hint}")
+            raise OptionError("CV810", f"there is no setting {name!r}; there are {', '.join(fields)}.{hint}")
         if name == "views":
             raise OptionError(
+                "CV811",
                 "views are fixed: remove_crop_vote(model) and inject_crop_vote(model, ..., views=...) again, or make a "
-                "new CropVote(tail, views=...), so that they are checked."
+                "new CropVote(tail, views=...), so that they are checked.",
             )
         self._take({**fields, name: value})
 
     def __delattr__(self, name: str) -> None:
-        raise OptionError(f"settings cannot be deleted ({name!r}): assign another value.")
+        raise OptionError("CV812", f"settings cannot be deleted ({name!r}): assign another value.")
 
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
@@ -115,8 +117,9 @@ class Settings:
         fields = {name: value for name, value in state.items() if not name.startswith("_")}
         if set(fields) != set(Settings()._fields()):
             raise SurgeryError(
+                "CV411",
                 "this model was pickled by another version of cropvote, whose settings differ: load its state_dict "
-                "into a model that is injected anew."
+                "into a newly injected model.",
             )
         self._take(fields)
 
@@ -126,27 +129,28 @@ class Settings:
 
 def _check(fields: dict[str, Any]) -> None:
     if not isinstance(fields["views"], (Views, ViewProduct)):
-        raise InputTypeError(f"views must be a Views, such as ten_crop(), got {fields['views']!r}.")
+        raise InputTypeError("CV806", f"views must be a Views, such as ten_crop(), got {fields['views']!r}.")
     check_rule(fields["vote"])
     for name in ("train_output", "eval_output"):
         if not isinstance(fields[name], str) or fields[name] not in get_args(Output):
-            raise OptionError(f"{name} must be one of {get_args(Output)}, got {fields[name]!r}.")
+            raise OptionError("CV813", f"{name} must be one of {get_args(Output)}, got {fields[name]!r}.")
     if not isinstance(fields["enabled"], bool):
-        raise InputTypeError(f"enabled must be True or False, got {fields['enabled']!r}.")
+        raise InputTypeError("CV814", f"enabled must be True or False, got {fields['enabled']!r}.")
     count, most = fields["train_views"], len(fields["views"])
     if count is not None and type(count) is not int:
-        raise InputTypeError(f"train_views must be a whole number of views or None, got {count!r}.")
+        raise InputTypeError("CV815", f"train_views must be a whole number of views or None, got {count!r}.")
     if count is not None and not 1 <= count <= most:
-        raise OptionError(f"train_views must be at least 1 and at most {most}, got {count}.")
+        raise OptionError("CV815", f"train_views must be at least 1 and at most {most}, got {count}.")
     if fields["vote"] == "hard" and fields["train_output"] == "vote":
         raise OptionError(
+            "CV816",
             'vote="hard" with train_output="vote": a loss on a hard vote has no useful gradient. Train on every view '
-            '(train_output="views" with CropVoteLoss), or vote "soft" or "probs".'
+            '(train_output="views" with CropVoteLoss), or vote "soft" or "probs".',
         )
 
 
 def eval_indices(views: AnyViews, asked: EvalViews, name: str = "eval_views") -> tuple[int, ...]:
-    """The indices, ascending, of the views that ``eval_views``, or an option of another name, asks for.
+    """Return the ascending indices of the views that ``eval_views``, or an option of another name, selects.
 
     Raises:
         OptionError: an index outside the views, one given twice, none at all, or a name without such a view.
@@ -156,14 +160,14 @@ def eval_indices(views: AnyViews, asked: EvalViews, name: str = "eval_views") ->
         return tuple(range(len(views)))
     if isinstance(asked, str):  # str is a Sequence, too
         if asked not in NAMED:
-            raise OptionError(f"{name} must be indices, one of {tuple(NAMED)}, or None, got {asked!r}.")
+            raise OptionError("CV817", f"{name} must be indices, one of {tuple(NAMED)}, or None, got {asked!r}.")
         centred: dict[bool, int] = {}
         for i, combined in enumerate(itertools.product(*parts_of(views))):
             if all(view[:2] == CENTRE and view.turns % 4 == 0 for view in combined):
                 centred.setdefault(sum(view.mirror for view in combined) % 2 == 1, i)  # mirrored twice comes later
         missing = [what for mirror, what in NAMED[asked] if mirror not in centred]
         if missing:
-            raise OptionError(f"{name}={asked!r}, but {views!r} holds no {missing[0]}: give indices.")
+            raise OptionError("CV818", f"{name}={asked!r}, but {views!r} holds no {missing[0]}: give indices.")
         return tuple(sorted(centred[mirror] for mirror, _ in NAMED[asked]))
     return checked_indices(len(views), asked, name, f"whole numbers, one of {tuple(NAMED)}, or None")
 
@@ -172,10 +176,12 @@ def checked_indices(total: int, asked: object, name: str, kind: str = "whole num
     """Some of ``total`` views, ascending; the errors are those of :func:`eval_indices`."""
     able = isinstance(asked, Sequence) and not isinstance(asked, str)
     if not able or not all(type(i) is int for i in asked):  # type: ignore[attr-defined]
-        raise InputTypeError(f"{name} must be {kind}, got {asked!r}.")
+        raise InputTypeError("CV817", f"{name} must be {kind}, got {asked!r}.")
     indices: tuple[int, ...] = tuple(asked)  # type: ignore[arg-type]
     if not indices or len(set(indices)) < len(indices) or min(indices) < 0 or max(indices) >= total:
-        raise OptionError(f"{name} must be different indices from 0 to {total - 1}, at least one, got {list(indices)}.")
+        raise OptionError(
+            "CV817", f"{name} must be different indices from 0 to {total - 1}, at least one, got {list(indices)}."
+        )
     return tuple(sorted(indices))
 
 

@@ -28,7 +28,7 @@ def tensors_of(output: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Tenso
 
 
 def map_tensors(function: Callable[[KeyPath, Tensor], Tensor], output: Any, path: KeyPath = ()) -> Any:
-    """A copy of an output with ``function(path, tensor)`` in place of every tensor.
+    """Return a copy of an output with ``function(path, tensor)`` in place of every tensor.
 
     Raises:
         RowsError: a container that cannot be copied with other values.
@@ -52,13 +52,14 @@ def map_tensors(function: Callable[[KeyPath, Tensor], Tensor], output: Any, path
         return _replaced(output, {key: values[key] for key, value in items if values[key] is not value})
     except Exception as error:
         raise RowsError(
+            "CV310",
             f"the model returns its predictions in a {kind.__name__}, which cannot be copied with other values "
-            f"({type(error).__name__}: {error}): return a tuple, a dict or a dataclass."
+            f"({type(error).__name__}: {error}): return a tuple, a dict or a dataclass.",
         ) from error
 
 
 def _replaced(output: Any, changed: dict[Any, Any]) -> Any:
-    """A copy of a container with some of its values replaced, made without its constructor, which may compute."""
+    """Return a copy of a container with some values replaced, made without its constructor, which may compute."""
     if isinstance(output, tuple):
         return output._replace(**changed)  # type: ignore[attr-defined]
     twin = copy.copy(output)
@@ -71,7 +72,7 @@ def _replaced(output: Any, changed: dict[Any, Any]) -> Any:
 
 
 def _items(output: Any) -> list[tuple[Any, Any]]:
-    """What a container holds; nothing for all else."""
+    """Return what a container holds; nothing for anything else."""
     if isinstance(output, Mapping):
         return list(output.items())
     if isinstance(output, tuple) and hasattr(output, "_fields"):
@@ -84,7 +85,7 @@ def _items(output: Any) -> list[tuple[Any, Any]]:
 
 
 def prediction_paths(output: Any) -> list[KeyPath]:
-    """The paths of the predictions in an output, the main one first.
+    """Return the paths of the predictions in an output, the main one first.
 
     They are floating-point tensors, (N, K). Where a tensor is named "logits", it is the main one, and the others are
     those with "logits" in their names (GoogLeNet's ``aux_logits1``). Where none is, all 2-D tensors must have the same
@@ -101,17 +102,21 @@ def prediction_paths(output: Any) -> list[KeyPath]:
     for path in main:
         if path not in rows:
             raise RowsError(
+                "CV311",
                 f"the model returns {describe(output)}; cropvote votes over {PREDICTION} of one row of K outputs per "
-                f"sample, (N, K)."
+                f"sample, (N, K).",
             )
     if main:
         return main + [path for path in rows if PREDICTION in str(path[-1]) and path not in main]
     if not rows:
-        raise RowsError(f"the model returns {describe(output)}; cropvote votes over rows of K outputs, (N, K).")
+        raise RowsError(
+            "CV311", f"the model returns {describe(output)}; cropvote votes over rows of K outputs, (N, K)."
+        )
     if len({int(x.shape[1]) for x in rows.values()}) > 1:
         raise RowsError(
+            "CV312",
             f"the model returns {describe(output)}, and which of them are predictions cannot be told: return the "
-            f'predictions alone, or in a dict under "{PREDICTION}".'
+            f'predictions alone, or in a dict under "{PREDICTION}".',
         )
     return list(rows)
 
@@ -122,7 +127,7 @@ def format_path(path: KeyPath) -> str:
 
 
 def describe(output: Any) -> str:
-    """An output in words: its shape, or its type and the shapes inside."""
+    """Return an output in words: its shape, or its type and the shapes inside."""
     if isinstance(output, Tensor):
         return f"shape {tuple(output.shape)}"
     found = ", ".join(f"{format_path(path)} {tuple(tensor.shape)}" for path, tensor in tensors_of(output))

@@ -47,7 +47,8 @@ def plot_views(
 
     Example:
         >>> import torch, torchvision
-        >>> from cropvote import inject_crop_vote, plot_views
+        >>> from cropvote import inject_crop_vote
+        >>> from cropvote.plots import plot_views
         >>> model = inject_crop_vote(torchvision.models.resnet18(num_classes=7), after="layer1", input_size=64).eval()
         >>> plot_views(model, torch.rand(3, 64, 64), "views.png")
     """
@@ -55,12 +56,12 @@ def plot_views(
     figure_of = _figures()
     if not isinstance(image, Tensor) or image.dim() != 3:
         found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise InputTypeError(f"plot_views takes one image, a tensor (C, H, W), got {found}.")
+        raise InputTypeError("CV840", f"plot_views takes one image, a tensor (C, H, W), got {found}.")
     with torch.no_grad():
         logits = per_view(model, image[None])
     names = _names(classes, logits.shape[2])
     if logits.shape[2] == 1:
-        raise RowsError("plot_views shows the class that every view chose, and the model has one output.")
+        raise RowsError("CV604", "plot_views shows the class that every view chose, and the model has one output.")
     rule, views = settings_in(model).vote, settings_in(model).views
     shown = _drawable(image, denormalise)[None]
     for part in parts_of(views):
@@ -92,13 +93,13 @@ def plot_agreement(logits: Tensor, path: str | Path, *, targets: Tensor | None =
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        InputTypeError: ``targets`` are not one class per sample, or ``logits`` is no floating-point tensor.
+        InputTypeError: ``targets`` are not one class per sample, or ``logits`` is not a floating-point tensor.
         RowsError: ``logits`` is not (N, V, K).
         OptionError: a path where no picture can be written.
 
     Example:
         >>> import torch
-        >>> from cropvote import plot_agreement
+        >>> from cropvote.plots import plot_agreement
         >>> plot_agreement(torch.randn(50, 10, 7), "agreement.png", targets=torch.randint(7, (50,)))
     """
     check_path(path)
@@ -106,7 +107,7 @@ def plot_agreement(logits: Tensor, path: str | Path, *, targets: Tensor | None =
     shares = agreement(logits)
     samples, count = logits.shape[:2]
     if targets is not None and (not isinstance(targets, Tensor) or targets.shape != (samples,)):
-        raise InputTypeError(f"targets must be a tensor of {samples} classes, one per sample.")
+        raise InputTypeError("CV841", f"targets must be a tensor of {samples} classes, one per sample.")
     agreeing = (shares * count).round().long().cpu()
     figure = figure_of((5.6, 3.4))
     axes = figure.subplots()
@@ -158,17 +159,17 @@ def check_path(path: str | Path) -> None:
     """Raise OptionError unless a picture can be written there."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise OptionError(f"a picture's file ends in {', '.join(SUFFIXES)}, got {str(path)!r}.")
+        raise OptionError("CV842", f"a picture's file ends in {', '.join(SUFFIXES)}, got {str(path)!r}.")
     if not path.absolute().parent.is_dir():
-        raise OptionError(f"the folder of {str(path)!r} does not exist.")
+        raise OptionError("CV842", f"the folder of {str(path)!r} does not exist.")
 
 
 def _figures() -> Any:
-    """The maker of figures, with white behind them whatever the page's colour."""
+    """Return matplotlib's figure functions, with a white background whatever the page's colour."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError('pictures need matplotlib: pip install "cropvote[plots]".') from error
+        raise MissingExtraError("CV702", 'pictures need matplotlib: pip install "cropvote[plots]".') from error
     return lambda size: Figure(figsize=size, layout="constrained", facecolor="white")
 
 
@@ -176,12 +177,12 @@ def _names(classes: Sequence[str] | None, count: int) -> list[str]:
     if classes is None:
         return [str(i) for i in range(count)]
     if len(classes) != count:
-        raise OptionError(f"classes holds {len(classes)} names; the model has {count} classes.")
+        raise OptionError("CV843", f"classes holds {len(classes)} names; the model has {count} classes.")
     return [str(name) for name in classes]
 
 
 def _drawable(image: Tensor, denormalise: Any) -> Tensor:
-    """One image of values 0 to 1, of one channel or three."""
+    """Return an image with values from 0 to 1 and one or three channels."""
     image = image.detach().float().cpu()
     if denormalise is not None:
         image = denormalise(image)

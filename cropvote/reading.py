@@ -48,7 +48,8 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
     Example:
         >>> import torch, torchvision
-        >>> from cropvote import agreement, inject_crop_vote, per_view
+        >>> from cropvote import inject_crop_vote, per_view
+        >>> from cropvote.uncertainty import agreement
         >>> model = inject_crop_vote(torchvision.models.resnet18(num_classes=7), after="layer1", input_size=64).eval()
         >>> logits = per_view(model, torch.zeros(2, 3, 64, 64))
         >>> logits.shape, agreement(logits).shape
@@ -57,14 +58,18 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     options = settings_in(model)
     model = unwrap(model)
     if model.training:
-        raise SurgeryError("per_view reads a model in eval mode, and this one is in training mode: model.eval() first.")
+        raise SurgeryError(
+            "CV601", "per_view reads a model in eval mode, and this one is in training mode: model.eval() first."
+        )
     if not options.enabled:
-        raise OptionError("per_view reads a model that votes; this one's settings say enabled=False.")
+        raise OptionError("CV602", "per_view reads a model that votes; this one's settings say enabled=False.")
     output = run_with_cuts(model, options, make_cuts(options.views), *args, **kwargs)
     rows = dict(tensors_of(output)).get(prediction_paths(output)[0])
     samples = first_tensor(args, kwargs).shape[0]
     if rows is None or rows.dim() != 2 or rows.shape[0] != samples * len(options.views):
-        raise RowsError(f"the model returned {describe(output)}, not one row of logits for each view, (N*V, K).")
+        raise RowsError(
+            "CV603", f"the model returned {describe(output)}, not one row of logits for each view, (N*V, K)."
+        )
     return unflatten_views(rows, len(options.views))
 
 
@@ -90,8 +95,9 @@ def run_with_cuts(model: nn.Module, options: Settings, cuts: Cuts, *args: Any, *
     rows = dict(tensors_of(output)).get(prediction_paths(output)[0])
     if layers and not any(rows is x for x in returned):
         raise SurgeryError(
+            "CV431",
             f"this {type(model).__name__} makes something else of what its CropVote layer returns, so the views' rows "
-            f"would not be those of its vote: put what follows into the layer's tail, or pass the layer itself."
+            f"would not be those of its vote: put what follows into the layer's tail, or pass the layer itself.",
         )
     return output
 
@@ -102,7 +108,9 @@ def settings_in(model: nn.Module) -> Settings:
     if inner is not None and injection_of(inner) is None:
         layers = [module for module in inner.modules() if isinstance(module, CropVote)]
         if len(layers) > 1:
-            raise SurgeryError(f"this {type(inner).__name__} holds {len(layers)} CropVote layers: pass one of them.")
+            raise SurgeryError(
+                "CV432", f"this {type(inner).__name__} holds {len(layers)} CropVote layers: pass one of them."
+            )
         if layers:
             return layers[0].settings
     return settings(model)

@@ -22,8 +22,9 @@ def unflatten_views(x: Tensor, count: int) -> Tensor:
     """(N*V, ...) -> (N, V, ...), the inverse of :func:`flatten_views`."""
     if x.shape[0] % count:
         raise RowsError(
+            "CV304",
             f"{x.shape[0]} rows cannot be parted into {count} views each: the rows must be samples times views, "
-            f"a sample's views adjacent."
+            f"a sample's views adjacent.",
         )
     return x.unflatten(0, (x.shape[0] // count, count))
 
@@ -48,7 +49,7 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
         The views, n · len(views) of them.
 
     Raises:
-        InputTypeError: ``x`` is no tensor, or ``views`` no :class:`Views`.
+        InputTypeError: ``x`` is not a tensor, or ``views`` not a :class:`Views`.
         ViewsError: ``x`` has not the layout's shape, or is too small for these views.
         OptionError: an unknown layout.
 
@@ -62,15 +63,17 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
         Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, section 3.
     """
     if not isinstance(x, Tensor):
-        raise InputTypeError(f"split_views takes a tensor (N, C, H, W), got {type(x).__name__}.")
+        raise InputTypeError("CV830", f"split_views takes a tensor (N, C, H, W), got {type(x).__name__}.")
     if not isinstance(views, Views):
-        raise InputTypeError(f"views must be a Views, such as ten_crop(), got {views!r}.")
+        raise InputTypeError("CV806", f"views must be a Views, such as ten_crop(), got {views!r}.")
     if layout not in LAYOUTS:
         check_layout(layout)
     if isinstance(layout, Tokens):
         return _split_tokens(x, views, layout)
     if x.dim() != 4:
-        raise ViewsError(f"split_views takes a 4-D map, (N, C, H, W) or (N, H, W, C), got shape {tuple(x.shape)}.")
+        raise ViewsError(
+            "CV210", f"split_views takes a 4-D map, (N, C, H, W) or (N, H, W, C), got shape {tuple(x.shape)}."
+        )
     # while operations are recorded, the graph must be the same with and without gradients
     if x.requires_grad and torch.is_grad_enabled() and not is_recorded():
         return _Split.apply(x, views, layout)
@@ -80,12 +83,13 @@ def split_views(x: Tensor, views: Views, *, layout: Layout = "NCHW") -> Tensor:
 
 
 def _split_tokens(x: Tensor, views: Views, tokens: Tokens) -> Tensor:
-    """The views of the grid, each behind a copy of the prefix tokens."""
+    """Return the views of the grid, each behind a copy of the prefix tokens."""
     height, width, prefix = tokens
     if x.dim() != 3 or x.shape[1] != token_count(tokens):
         raise ViewsError(
+            "CV211",
             f"{tokens} stands for the shape (N, {token_count(tokens)}, C), got {tuple(x.shape)}: the grid of the "
-            f"tokens is another one for this size of image."
+            f"tokens is another one for this size of image.",
         )
     grid = split_views(x[:, prefix:].unflatten(1, (height, width)), views, layout="NHWC").flatten(1, 2)
     if not prefix:
@@ -95,7 +99,7 @@ def _split_tokens(x: Tensor, views: Views, tokens: Tokens) -> Tensor:
 
 
 def _in_memory_order(x: Tensor, layout: Layout) -> tuple[Tensor, int, bool]:
-    """The tensor with a channels_last map's channels last, so that it stays one; the axis of its height; permuted?"""
+    """Return a map, permuted if it is channels_last, the axis of its height, and whether it was permuted."""
     if layout == "NHWC":
         return x, 1, False
     if x.stride(1) == 1 and x.stride(3) != 1:  # vmap knows no is_contiguous(channels_last)
@@ -118,7 +122,7 @@ def _crops(x: Tensor, views: Views, first: int) -> list[Tensor]:
 
 
 def _merge(y: Tensor, views: Views, layout: Layout, height: int, width: int) -> Tensor:
-    """The adjoint of the split: every view added at its place, into one map per orientation."""
+    """Return the adjoint of the split: every view added where it was cut, into one map per orientation."""
     y, first, permuted = _in_memory_order(y, layout)
     y = unflatten_views(y, len(views))
     h, w = views.crop_size(height, width)

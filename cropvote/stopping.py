@@ -66,7 +66,7 @@ def vote_until_sure(
         SurgeryError: the model does not vote, is in training mode, or is compiled or traced around this call.
         OptionError: unknown views or rule, a confidence outside 0 to 1, or None for a rule other than "hard".
         RowsError: the model returns more than its predictions.
-        InputTypeError: ``x`` is no tensor.
+        InputTypeError: ``x`` is not a tensor.
 
     Example:
         >>> import torch, torchvision
@@ -84,7 +84,7 @@ def vote_until_sure(
     chosen, total = eval_indices(options.views, first, "first"), len(options.views)
     rows = _rows(model, options, x, chosen)
     if rows.shape[2] == 1:
-        raise RowsError("vote_until_sure compares classes, and the model has one output: vote over all views.")
+        raise RowsError("CV604", "vote_until_sure compares classes, and the model has one output: vote over all views.")
     votes = vote(rows.flatten(0, 1), len(chosen), rule)
     used = torch.full((len(x),), len(chosen), device=votes.device)
     unsure = torch.nonzero(~_sure(rows, votes, total, confidence)).flatten()
@@ -106,7 +106,7 @@ def choose_confidence(
     max_loss: float = 0.001,
     how: How = "soft",
 ) -> float:
-    """The least confidence whose stopping votes lose at most ``max_loss`` of accuracy against the votes of all views.
+    """Return the least confidence at which stopping loses at most ``max_loss`` of accuracy against all views.
 
     For validation data: what is chosen on the test data flatters.
 
@@ -129,22 +129,26 @@ def choose_confidence(
 
     Example:
         >>> import torch
-        >>> from cropvote import choose_confidence
+        >>> from cropvote.stopping import choose_confidence
         >>> logits = torch.tensor([[[4.0, 0]] * 10, [[0.2, 0]] * 4 + [[0.1, 0]] + [[0, 9.0]] * 5])
         >>> choose_confidence(logits, torch.tensor([0, 1]), first=[4]) < 0.98
         True
     """
     if not isinstance(per_view_logits, Tensor):
-        raise InputTypeError(f"per_view_logits must be a tensor (N, V, K), got {type(per_view_logits).__name__}.")
+        raise InputTypeError(
+            "CV844", f"per_view_logits must be a tensor (N, V, K), got {type(per_view_logits).__name__}."
+        )
     if per_view_logits.dim() != 3 or len(per_view_logits) == 0:
-        raise RowsError(f"per_view_logits must be (N, V, K), got {tuple(per_view_logits.shape)}.")
+        raise RowsError("CV844", f"per_view_logits must be (N, V, K), got {tuple(per_view_logits.shape)}.")
     samples, total, _ = per_view_logits.shape
     if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.is_floating_point():
-        raise InputTypeError(f"targets must be a tensor of {samples} classes, one per sample.")
+        raise InputTypeError("CV841", f"targets must be a tensor of {samples} classes, one per sample.")
     if not _is_number(max_loss) or not max_loss >= 0:
-        raise OptionError(f"max_loss must be a share of the samples, 0 or more, got {max_loss!r}.")
+        raise OptionError("CV845", f"max_loss must be a share of the samples, 0 or more, got {max_loss!r}.")
     if first is None and total != 10:
-        raise OptionError(f"first is centre and mirror of ten views; of {total}, name the indices of the first vote.")
+        raise OptionError(
+            "CV845", f"first is centre and mirror of ten views; of {total}, name the indices of the first vote."
+        )
     chosen = checked_indices(total, (4, 9) if first is None else first, "first")
     whole = vote(per_view_logits.flatten(0, 1), total, how).argmax(1) == targets
     early = vote(per_view_logits[:, chosen].flatten(0, 1), len(chosen), how)
@@ -159,21 +163,26 @@ def choose_confidence(
 def _check(model: nn.Module, options: Settings, x: Any, rule: How, confidence: float | None) -> None:
     if is_traced():
         raise SurgeryError(
+            "CV502",
             "vote_until_sure runs a model twice, the second time for as many samples as need it, which cannot be "
-            "recorded: call it outside of torch.compile, export and vmap."
+            "recorded: call it outside of torch.compile, export and vmap.",
         )
     if not isinstance(x, Tensor) or x.dim() == 0:
-        raise InputTypeError(f"vote_until_sure takes the images, one tensor, got {type(x).__name__}.")
+        raise InputTypeError("CV846", f"vote_until_sure takes the images, one tensor, got {type(x).__name__}.")
     if model.training:
-        raise SurgeryError("vote_until_sure is for eval mode, and this model is in training mode: model.eval() first.")
+        raise SurgeryError(
+            "CV601", "vote_until_sure is for eval mode, and this model is in training mode: model.eval() first."
+        )
     if not options.enabled:
-        raise OptionError("vote_until_sure needs a model that votes; this one's settings say enabled=False.")
+        raise OptionError("CV602", "vote_until_sure needs a model that votes; this one's settings say enabled=False.")
     if confidence is None and rule != "hard":
-        raise OptionError(f'confidence=None stops a hard vote exactly, how="hard"; the rule here is {rule!r}.')
+        raise OptionError("CV605", f'confidence=None stops a hard vote exactly, how="hard"; the rule here is {rule!r}.')
     if confidence is not None and rule in ("mean", "median"):
-        raise OptionError(f'vote={rule!r} is a regression rule and gives no confidence; use "soft", "probs" or "hard".')
+        raise OptionError(
+            "CV606", f'vote={rule!r} is a regression rule and gives no confidence; use "soft", "probs" or "hard".'
+        )
     if confidence is not None and not (_is_number(confidence) and 0 <= confidence <= 1):
-        raise OptionError(f"confidence must be a probability, 0 to 1, or None, got {confidence!r}.")
+        raise OptionError("CV845", f"confidence must be a probability, 0 to 1, or None, got {confidence!r}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -187,8 +196,9 @@ def _rows(model: nn.Module, options: Settings, x: Tensor, indices: tuple[int, ..
     rows = tensors.get(prediction_paths(output)[0])
     if rows is None or len(tensors) != 1 or rows.dim() != 2 or rows.shape[0] != len(x) * len(indices):
         raise RowsError(
+            "CV603",
             f"the model returned {describe(output)}; vote_until_sure needs one tensor with a row for each of "
-            f"{len(indices)} views of {len(x)} samples."
+            f"{len(indices)} views of {len(x)} samples.",
         )
     return unflatten_views(rows, len(indices))
 

@@ -40,7 +40,8 @@ def swap_forward(module: nn.Module, forward: Forward) -> None:
         object.__setattr__(module, "__class__", _subclass(type(module), forward))
     except Exception as error:
         raise SurgeryError(
-            f"{type(module).__name__} takes no subclass, which cropvote has to make: {type(error).__name__}: {error}"
+            "CV423",
+            f"{type(module).__name__} takes no subclass, which cropvote has to make: {type(error).__name__}: {error}",
         ) from error
     if bound:  # it would hide the class's
         del vars(module)["forward"]
@@ -57,24 +58,26 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether the module's forward is a swapped one, with nothing of another library on top."""
+    """Return whether the module's forward is swapped, with nothing of another library on top."""
     kind = type(module)
     return "_cropvote_base" in vars(kind) and not set(vars(kind)) - vars(kind)["_cropvote_names"]
 
 
 def check_restorable(module: nn.Module) -> None:
-    """Raise SurgeryError where another library built on the swapped class since."""
+    """Raise SurgeryError if another library has built on the swapped class since."""
     kind = type(module)
     if not is_swapped(module):
         raise SurgeryError(
+            "CV424",
             f"{kind.__name__} was changed on top of cropvote's class (by a parametrization, say): undo that first, "
-            f"then remove_crop_vote."
+            f"then remove_crop_vote.",
         )
     hidden = own_forward(module)
     if hidden is not None:
         raise SurgeryError(
+            "CV424",
             f"the forward of {kind.__name__} was wrapped on the instance (by {hidden}) after the injection: undo that "
-            f"first, then remove_crop_vote."
+            f"first, then remove_crop_vote.",
         )
 
 
@@ -89,7 +92,7 @@ def _subclass(base: type, forward: Forward) -> type:
     def swapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if isinstance(args, torch.fx.Proxy):  # torch.fx gives the whole of *args as one
             raise SurgeryError(
-                "torch.fx cannot trace an injected model, nor can a traced one be injected: use torch.export."
+                "CV506", "torch.fx cannot trace an injected model, nor can a traced one be injected: use torch.export."
             )
         return forward(self, base, *args, **kwargs)
 
@@ -98,7 +101,9 @@ def _subclass(base: type, forward: Forward) -> type:
     del swapped.__wrapped__  # torch.jit.script would compile the plain forward behind it
 
     def prepare_scriptable(self: nn.Module) -> nn.Module:  # torch.jit.script calls it first
-        raise SurgeryError("torch.jit.script cannot script an injected model: use torch.export, or torch.jit.trace.")
+        raise SurgeryError(
+            "CV507", "torch.jit.script cannot script an injected model: use torch.export, or torch.jit.trace."
+        )
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         function, args, *rest = plain.__reduce_ex__(self, protocol)
@@ -131,7 +136,7 @@ def _subclass(base: type, forward: Forward) -> type:
 
 
 def _marks(module: nn.Module) -> dict[str, Any]:
-    """The attributes that cropvote put on the instance; copies keep them, whatever else they drop."""
+    """Return the attributes that cropvote put on the instance; copies keep them, whatever else they drop."""
     return {name: value for name, value in vars(module).items() if name.startswith("_cropvote")}
 
 
@@ -174,7 +179,7 @@ def own_forward(module: nn.Module) -> str | None:
 
 
 def split_module(model: nn.Module, name: str) -> nn.Module:
-    """The module that carries the split of a site.
+    """Return the module that carries the split of a site.
 
     It is the site itself, or in an ``nn.Sequential`` its last child: gradient checkpointing may run the children and
     never the Sequential. A child that also stands elsewhere in the model cannot carry it.
@@ -183,7 +188,7 @@ def split_module(model: nn.Module, name: str) -> nn.Module:
 
 
 def use_counts(model: nn.Module) -> Counter[nn.Module]:
-    """In how many places of the model each module stands."""
+    """Return how often each module occurs in the model."""
     return Counter(module for _, module in model.named_modules(remove_duplicate=False))
 
 

@@ -125,13 +125,13 @@ def plain(x: Tensor) -> Tensor:
 
 
 def came_around(x: Any, sites: int) -> bool:
-    """Return whether a tensor holds data of the images that passed fewer than so many sites."""
+    """Return whether a tensor holds data of the images that passed fewer than ``sites`` sites."""
     return type(x) is Tracked and x.passed < sites
 
 
 def track_all(tree: Any, samples: int) -> Any:
     """Return the arguments of a call with every tensor that has a row for each sample tracked."""
-    if isinstance(tree, Tensor):  # a single number, or a row of them, is no batch of one
+    if isinstance(tree, Tensor):  # a single number, or a row of them, is not a batch of one
         is_batch = tree.dim() > 0 and tree.shape[0] == samples and (samples > 1 or tree.dim() > 1)
         return track(tree, 0) if is_batch else tree
     if type(tree) in (tuple, list):

@@ -11,7 +11,7 @@ __all__ = ["agreement", "mutual_information", "predictive_entropy"]
 
 
 def agreement(logits: Tensor) -> Tensor:
-    """The share of a sample's views that chose its most-chosen class.
+    """Return the share of a sample's views that chose its most-chosen class.
 
     Args:
         logits: every view's logits, as :func:`per_view` gives them. A view whose highest logits are equal counts for
@@ -25,11 +25,11 @@ def agreement(logits: Tensor) -> Tensor:
 
     Raises:
         RowsError: ``logits`` is not (N, V, K), or V is 0, or K is below 2.
-        InputTypeError: ``logits`` is no floating-point tensor.
+        InputTypeError: ``logits`` is not a floating-point tensor.
 
     Example:
         >>> import torch
-        >>> from cropvote import agreement
+        >>> from cropvote.uncertainty import agreement
         >>> agreement(torch.tensor([[[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]]))
         tensor([0.7500])
 
@@ -42,7 +42,7 @@ def agreement(logits: Tensor) -> Tensor:
 
 
 def predictive_entropy(logits: Tensor) -> Tensor:
-    """The entropy, in nats, of the mean of the views' probabilities: all of a sample's uncertainty.
+    """Return the entropy, in nats, of the mean of the views' probabilities: all of a sample's uncertainty.
 
     Args:
         logits: every view's logits, as :func:`per_view` gives them.
@@ -55,11 +55,11 @@ def predictive_entropy(logits: Tensor) -> Tensor:
 
     Raises:
         RowsError: ``logits`` is not (N, V, K), or V is 0, or K is below 2.
-        InputTypeError: ``logits`` is no floating-point tensor.
+        InputTypeError: ``logits`` is not a floating-point tensor.
 
     Example:
         >>> import torch
-        >>> from cropvote import predictive_entropy
+        >>> from cropvote.uncertainty import predictive_entropy
         >>> predictive_entropy(torch.zeros(1, 10, 7)).exp()
         tensor([7.0000])
 
@@ -70,7 +70,7 @@ def predictive_entropy(logits: Tensor) -> Tensor:
 
 
 def mutual_information(logits: Tensor) -> Tensor:
-    """How much of a sample's uncertainty is disagreement among its views, in nats (BALD).
+    """Return how much of a sample's uncertainty is disagreement among its views, in nats (BALD).
 
     The predictive entropy less the mean entropy of the views: 0 where every view says the same, however unsure.
 
@@ -85,11 +85,11 @@ def mutual_information(logits: Tensor) -> Tensor:
 
     Raises:
         RowsError: ``logits`` is not (N, V, K), or V is 0, or K is below 2.
-        InputTypeError: ``logits`` is no floating-point tensor.
+        InputTypeError: ``logits`` is not a floating-point tensor.
 
     Example:
         >>> import torch
-        >>> from cropvote import mutual_information
+        >>> from cropvote.uncertainty import mutual_information
         >>> opposite = torch.tensor([[[50.0, -50.0], [-50.0, 50.0]]])
         >>> mutual_information(opposite).exp()
         tensor([2.])
@@ -109,9 +109,13 @@ def _entropy(probabilities: Tensor) -> Tensor:
 def _checked(logits: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputTypeError(f"expected a floating-point tensor of logits (N, V, K), got {kind}.")
+        raise InputTypeError("CV844", f"expected a floating-point tensor of logits (N, V, K), got {kind}.")
     if logits.dim() != 3 or 0 in logits.shape[1:]:
-        raise RowsError(f"expected the logits of every view, (N, V, K), as per_view gives, got {tuple(logits.shape)}.")
+        raise RowsError(
+            "CV844", f"expected the logits of every view, (N, V, K), as per_view gives, got {tuple(logits.shape)}."
+        )
     if logits.shape[2] == 1:
-        raise RowsError("a single output has no classes that views could agree on: take its spread, logits.std(1).")
+        raise RowsError(
+            "CV604", "a single output has no classes that views could agree on: take its spread, logits.std(1)."
+        )
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, overload
 
@@ -31,7 +31,7 @@ class View(NamedTuple):
 
     Fields:
         top: the crop's vertical position, as a fraction of the free margin (0 top, 1 bottom).
-        left: its horizontal position, likewise (0 left, 1 right).
+        left: its horizontal position, in the same way (0 left, 1 right).
         mirror: whether the map is mirrored left-right first.
         turns: quarter turns counter-clockwise, as in :func:`torch.rot90`.
 
@@ -62,7 +62,7 @@ class Views(Sequence[View]):
 
     Raises:
         ViewsError: no position, or a scale or position out of its range or not finite.
-        InputTypeError: a scale or position that is no number.
+        InputTypeError: a scale or position that is not a number.
 
     Example:
         >>> from cropvote import Views
@@ -83,13 +83,17 @@ class Views(Sequence[View]):
         mirror: bool = False,
     ) -> None:
         if not isinstance(positions, Iterable):
-            raise InputTypeError(f"positions must be (vertical, horizontal) pairs or Views, got {positions!r}.")
+            raise InputTypeError(
+                "CV201", f"positions must be (vertical, horizontal) pairs or Views, got {positions!r}."
+            )
         entries = tuple(_view(position) for position in positions)
         if not entries:
-            raise ViewsError("Views needs at least one position, got none.")
+            raise ViewsError("CV202", "Views needs at least one position, got none.")
         if mirror:
             if any(view.mirror for view in entries):
-                raise ViewsError("mirror=True mirrors every view, but some are mirrored already: leave mirror out.")
+                raise ViewsError(
+                    "CV203", "mirror=True mirrors every view, but some are mirrored already: leave mirror out."
+                )
             entries += tuple(view._replace(mirror=True) for view in entries)
         pair = scale if isinstance(scale, tuple) and len(scale) == 2 else (scale, scale)
         self.entries = entries
@@ -99,11 +103,11 @@ class Views(Sequence[View]):
 
     @property
     def scale(self) -> tuple[Fraction, Fraction]:
-        """The share of the map's (height, width) that a view keeps."""
+        """Return the share of the map's (height, width) that a view keeps."""
         return self._scale
 
     def crop_size(self, height: int, width: int) -> tuple[int, int]:
-        """The (h, w) of every view of a map of ``height`` × ``width``.
+        """Return the (h, w) of every view of a map of ``height`` × ``width``.
 
         Raises:
             ViewsError: the map is too small for these views, or not square under quarter turns.
@@ -113,7 +117,7 @@ class Views(Sequence[View]):
             (40, 20)
         """
         if any(view.turns % 2 for view in self.entries) and height != width:
-            raise ViewsError(f"quarter turns need a square map, got {height} x {width} (height x width).")
+            raise ViewsError("CV204", f"quarter turns need a square map, got {height} x {width} (height x width).")
         return self._side(height, 0), self._side(width, 1)
 
     def offsets(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
@@ -144,7 +148,7 @@ class Views(Sequence[View]):
         return {**self.__dict__, "_geometries": {}}
 
     def distinct(self, height: int, width: int) -> int:
-        """How many different views a map of ``height`` × ``width`` gives: on small maps some coincide.
+        """Return how many different views a map of ``height`` × ``width`` gives: on small maps some coincide.
 
         Raises:
             ViewsError: as :meth:`crop_size`.
@@ -173,13 +177,46 @@ class Views(Sequence[View]):
         crop = (share.numerator * side + share.denominator // 2) // share.denominator
         name = ("height", "width")[axis]
         if crop < 1:
-            raise ViewsError(f"{share} of the map's {name} of {side} leaves nothing: choose a larger scale.")
+            raise ViewsError("CV205", f"{share} of the map's {name} of {side} leaves nothing: choose a larger scale.")
         if crop == side and self._several[axis]:
             raise ViewsError(
+                "CV206",
                 f"{share} of the map's {name} of {side} is {crop}, the whole side, so views at different "
-                f"positions would be the same: split a larger map (an earlier site), or choose a smaller scale."
+                f"positions would be the same: split a larger map (an earlier site), or choose a smaller scale.",
             )
         return crop
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the views as plain lists and strings, for JSON; :meth:`from_dict` reads them.
+
+        Example:
+            >>> hflip().to_dict()
+            {'scale': ['1', '1'], 'views': [['1/2', '1/2', False, 0], ['1/2', '1/2', True, 0]]}
+        """
+        views = [[str(view.top), str(view.left), view.mirror, view.turns] for view in self.entries]
+        return {"scale": [str(share) for share in self._scale], "views": views}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Views:
+        """Return the views that :meth:`to_dict` wrote.
+
+        Raises:
+            InputTypeError: something else.
+            ViewsError: a scale or a position out of its range.
+
+        Example:
+            >>> Views.from_dict(hflip().to_dict())
+            hflip()
+        """
+        message = f"stored views are a dict of scale and views, as Views.to_dict writes them, got {data!r}."
+        if not isinstance(data, Mapping) or set(data) != {"scale", "views"}:
+            raise InputTypeError("CV212", message)
+        try:
+            height, width = map(Fraction, data["scale"])
+            entries = [View(Fraction(top), Fraction(left), mirror, turns) for top, left, mirror, turns in data["views"]]
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputTypeError("CV212", message) from error
+        return cls(entries, scale=(height, width))
 
     @overload
     def __getitem__(self, index: int) -> View: ...
@@ -211,11 +248,11 @@ class Views(Sequence[View]):
 
 def _fraction(value: Number, what: str) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputTypeError(f"{what} must be a number (int, float or Fraction), got {value!r}.")
+        raise InputTypeError("CV207", f"{what} must be a number (int, float or Fraction), got {value!r}.")
     if isinstance(value, numbers.Rational):
         return Fraction(value)
     if not math.isfinite(value):
-        raise ViewsError(f"{what} must be finite, got {value}.")
+        raise ViewsError("CV207", f"{what} must be finite, got {value}.")
     return Fraction(float(value)).limit_denominator(1000)
 
 
@@ -223,21 +260,27 @@ def _scale(value: Number | tuple[Number, Number]) -> Fraction:
     share = _fraction(value, "scale")  # type: ignore[arg-type]  # a longer tuple is refused there
     if not 0 < share <= 1:
         raise ViewsError(
+            "CV208",
             f"scale must be above 0 and at most 1, got {value}: it is the share of the map's side that a view "
-            f"keeps, 5/6 by default."
+            f"keeps, 5/6 by default.",
         )
     return share
 
 
 def _view(position: tuple[Number, Number] | View) -> View:
     if not isinstance(position, tuple) or (len(position) != 2 and not isinstance(position, View)):
-        raise InputTypeError(f"a position is a (vertical, horizontal) pair of numbers or a View, got {position!r}.")
+        raise InputTypeError(
+            "CV201", f"a position is a (vertical, horizontal) pair of numbers or a View, got {position!r}."
+        )
     if isinstance(position, View) and (type(position.turns) is not int or type(position.mirror) is not bool):
-        raise InputTypeError(f"a View's turns must be a whole number and its mirror True or False, got {position!r}.")
+        raise InputTypeError(
+            "CV201", f"a View's turns must be a whole number and its mirror True or False, got {position!r}."
+        )
     top, left = (_fraction(value, "position") for value in position[:2])
     if not (0 <= top <= 1 and 0 <= left <= 1):
         raise ViewsError(
-            f"a position is a fraction of the free margin, 0 (top or left) to 1 (bottom or right), got {position[:2]}."
+            "CV201",
+            f"a position is a fraction of the free margin, 0 (top or left) to 1 (bottom or right), got {position[:2]}.",
         )
     return position._replace(top=top, left=left) if isinstance(position, View) else View(top, left)
 
@@ -253,7 +296,7 @@ def ten_crop(scale: Number | tuple[Number, Number] = FIVE_SIXTHS) -> Views:
         scale: the share of the map's sides that a view keeps.
 
     Returns:
-        Ten views: top-left, top-right, bottom-left, bottom-right, centre; then those of the mirrored map.
+        Ten views: top-left, top-right, bottom-left, bottom-right, centre; then the same of the mirrored map.
 
     Raises:
         ViewsError: a scale outside (0, 1].
@@ -291,7 +334,7 @@ def five_crop(scale: Number | tuple[Number, Number] = FIVE_SIXTHS) -> Views:
 
 
 def hflip() -> Views:
-    """The whole map and its mirror image.
+    """Return the whole map and its mirror image.
 
     Returns:
         Two views.
@@ -305,7 +348,7 @@ def hflip() -> Views:
 
 
 def d4() -> Views:
-    """The whole map in its eight orientations: four quarter turns, then those of the mirrored map.
+    """Return the whole map in its eight orientations: four quarter turns, then four of the mirrored map.
 
     For pictures without an up, such as those from microscopes and satellites. The map must be square.
 
@@ -313,7 +356,7 @@ def d4() -> Views:
         Eight views.
 
     Example:
-        >>> from cropvote import d4
+        >>> from cropvote.views import d4
         >>> [view.turns for view in d4()]
         [0, 1, 2, 3, 0, 1, 2, 3]
 
@@ -326,7 +369,7 @@ def d4() -> Views:
 def grid(
     rows: int, columns: int, *, scale: Number | tuple[Number, Number] = FIVE_SIXTHS, mirror: bool = False
 ) -> Views:
-    """Evenly spread crops, row by row from the top left.
+    """Return evenly spread crops, row by row from the top left.
 
     Args:
         rows: crops from top to bottom; a single one is centred.
@@ -339,17 +382,17 @@ def grid(
 
     Raises:
         ViewsError: fewer than one row or column, or a scale outside (0, 1].
-        InputTypeError: rows or columns that are no whole number.
+        InputTypeError: rows or columns that are not whole numbers.
 
     Example:
-        >>> from cropvote import grid
+        >>> from cropvote.views import grid
         >>> grid(1, 3, scale=(1, 0.5)).offsets(8, 8)
         ((0, 0), (0, 2), (0, 4))
     """
     for name, count in (("rows", rows), ("columns", columns)):
         if isinstance(count, bool) or not isinstance(count, int):
-            raise InputTypeError(f"{name} must be a whole number, got {count!r}.")
+            raise InputTypeError("CV209", f"{name} must be a whole number, got {count!r}.")
         if count < 1:
-            raise ViewsError(f"{name} must be at least 1, got {count}.")
+            raise ViewsError("CV209", f"{name} must be at least 1, got {count}.")
     spread = [[Fraction(i, n - 1) for i in range(n)] if n > 1 else [CENTRE[0]] for n in (rows, columns)]
     return Views([(top, left) for top in spread[0] for left in spread[1]], scale=scale, mirror=mirror)

@@ -48,9 +48,9 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
         One row per sample, float64 for float64 and float32 otherwise.
 
     Raises:
-        RowsError: ``logits`` is not 2-D, or its rows are no multiple of V, or a callable's output is not (N, K), or K
-            is 1 and the rule is one for classes.
-        InputTypeError: ``logits`` is no floating-point tensor.
+        RowsError: ``logits`` is not 2-D, its rows are not a multiple of V, a callable's output is not (N, K), or K is 1
+            and the rule compares classes.
+        InputTypeError: ``logits`` is not a floating-point tensor.
         OptionError: an unknown ``how``, or fewer than one view.
 
     Example:
@@ -68,16 +68,18 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
     count = count_views(views)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputTypeError(f"vote takes a floating-point tensor (N*V, K), got {kind}.")
+        raise InputTypeError("CV831", f"vote takes a floating-point tensor (N*V, K), got {kind}.")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise RowsError(
+            "CV306",
             f"vote takes one row of K outputs per view, (N*V, K), got shape {tuple(logits.shape)}"
-            + ("; give a single output its own axis: (N*V, 1)." if logits.dim() == 1 else ".")
+            + ("; give a single output its own axis: (N*V, 1)." if logits.dim() == 1 else "."),
         )
     if logits.shape[1] == 1 and how in ("probs", "hard"):
         raise RowsError(
+            "CV607",
             f"vote={how!r} weighs the classes of an image against each other, and there is one output: use "
-            f'"soft" for a logit, "mean" or "median" for a regression.'
+            f'"soft" for a logit, "mean" or "median" for a regression.',
         )
     numbers = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     ballots = unflatten_views(numbers, count)
@@ -89,8 +91,9 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
     if not isinstance(result, Tensor) or tuple(result.shape) != expected:
         found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise RowsError(
+            "CV307",
             f"a callable vote maps (N, V, K) = {tuple(ballots.shape)} to (N, K) = {expected}; "
-            f"{_name(how)} returned {found}."
+            f"{_name(how)} returned {found}.",
         )
     return result
 
@@ -135,16 +138,18 @@ _RULES: dict[str, Callable[[Tensor], Tensor]] = {
 def check_rule(how: object) -> None:
     """Raise OptionError unless ``how`` is a rule's name or a callable."""
     if not callable(how) and not (isinstance(how, str) and how in _RULES):
-        raise OptionError(f"vote must be one of {get_args(Rule)} or a callable (N, V, K) -> (N, K), got {how!r}.")
+        raise OptionError(
+            "CV808", f"vote must be one of {get_args(Rule)} or a callable (N, V, K) -> (N, K), got {how!r}."
+        )
 
 
 def count_views(views: int | Views) -> int:
     """V from a number or from the views themselves."""
     count = len(views) if isinstance(views, Views) else views
     if isinstance(count, bool) or not isinstance(count, int):
-        raise InputTypeError(f"views must be the number of views, or the views themselves, got {views!r}.")
+        raise InputTypeError("CV809", f"views must be the number of views, or the views themselves, got {views!r}.")
     if count < 1:
-        raise OptionError(f"the number of views must be at least 1, got {count}.")
+        raise OptionError("CV809", f"the number of views must be at least 1, got {count}.")
     return count
 
 
@@ -166,7 +171,7 @@ def repeat_targets(targets: Tensor, views: int | Views) -> Tensor:
         One target per row.
 
     Raises:
-        InputTypeError: ``targets`` is no tensor.
+        InputTypeError: ``targets`` is not a tensor.
         RowsError: ``targets`` is a scalar.
         OptionError: fewer than one view.
 
@@ -177,9 +182,9 @@ def repeat_targets(targets: Tensor, views: int | Views) -> Tensor:
         tensor([4, 4, 4, 7, 7, 7])
     """
     if not isinstance(targets, Tensor):
-        raise InputTypeError(f"targets must be a tensor, got {type(targets).__name__}.")
+        raise InputTypeError("CV832", f"targets must be a tensor, got {type(targets).__name__}.")
     if targets.dim() == 0:
-        raise RowsError("targets must hold one target per sample, got a scalar.")
+        raise RowsError("CV832", "targets must hold one target per sample, got a scalar.")
     return flatten_views(targets.unsqueeze(1).expand(-1, count_views(views), *targets.shape[1:]))
 
 
@@ -225,10 +230,10 @@ class CropVoteLoss(nn.Module):
     def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], views: int | Views | None = None) -> None:
         super().__init__()
         if not callable(criterion):
-            raise InputTypeError(f"criterion must be callable (rows, targets) -> loss, got {criterion!r}.")
+            raise InputTypeError("CV833", f"criterion must be callable (rows, targets) -> loss, got {criterion!r}.")
         if isinstance(criterion, type):
             raise InputTypeError(
-                f"criterion is the class {criterion.__name__}: give an instance, {criterion.__name__}()."
+                "CV833", f"criterion is the class {criterion.__name__}: give an instance, {criterion.__name__}()."
             )
         self.criterion = criterion
         self.views = None if views is None else count_views(views)
@@ -237,14 +242,15 @@ class CropVoteLoss(nn.Module):
         for name, value in (("outputs", outputs), ("targets", targets)):
             if not isinstance(value, Tensor) or value.dim() == 0:
                 raise InputTypeError(
-                    f"{name} must be a tensor with one row per sample or view, got {_describe(value)}."
+                    "CV834", f"{name} must be a tensor with one row per sample or view, got {_describe(value)}."
                 )
         rows, samples = outputs.shape[0], targets.shape[0]
         if rows != samples and (samples == 0 or rows % samples or self.views not in (None, rows // samples)):
             expected = f"{samples} or {samples * self.views}" if self.views else f"a multiple of {samples}"
             raise RowsError(
+                "CV308",
                 f"{rows} rows of outputs for {samples} targets: expected {expected} rows, one per sample or one per "
-                f"view. Give one target per sample; CropVoteLoss repeats them."
+                f"view. Give one target per sample; CropVoteLoss repeats them.",
             )
         targets = _with_axes_of(outputs, targets, isinstance(self.criterion, ELEMENTWISE))
         per_target = 1 if rows == samples else rows // samples
@@ -280,24 +286,26 @@ def _with_axes_of(outputs: Tensor, targets: Tensor, elementwise: bool) -> Tensor
         return targets.unsqueeze(1)
     wanted = f"({targets.shape[0]}, {', '.join(map(str, theirs))})" if theirs else f"({targets.shape[0]},)"
     raise RowsError(
+        "CV309",
         f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}, {targets.dtype}, do not "
         f"match: give targets of shape {wanted}"
         + (
             f", or class indices of shape ({targets.shape[0]},), torch.int64."
             if len(theirs) == 1 and theirs[0] > 1
             else "."
-        )
+        ),
     )
 
 
 def _weighted_mean(loss: Tensor, weights: Tensor, samples: int, per_target: int) -> Tensor:
     """Return the mean of the rows' losses, each with its sample's weight."""
     if not isinstance(weights, Tensor) or weights.shape != (samples,):
-        raise RowsError(f"weights must be one number per target, ({samples},), got {_describe(weights)}.")
+        raise RowsError("CV313", f"weights must be one number per target, ({samples},), got {_describe(weights)}.")
     if loss.dim() == 0 or loss.shape[0] != samples * per_target:
         raise RowsError(
+            "CV314",
             f"with weights the criterion must return one loss for each of {samples * per_target} rows, and it returned "
-            f'shape {tuple(loss.shape)}: give it reduction="none".'
+            f'shape {tuple(loss.shape)}: give it reduction="none".',
         )
     of_rows = repeat_targets(weights, per_target).to(loss.dtype)
     return (loss.flatten(1).mean(1) if loss.dim() > 1 else loss).mul(of_rows).sum() / of_rows.sum()

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from model import FerResNet18
 
+#: Three images, the same in every test.
+IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+
 
 def randomise_norms(model: nn.Module) -> nn.Module:
     """Give every BatchNorm statistics and weights that matter."""

@@ -15,13 +15,11 @@ import torch
 from torch import nn
 
 import networks
-from cropvote import CropVoteError, five_crop, inject_crop_vote, remove_crop_vote, settings, sites, ten_crop
+from cropvote import five_crop, inject_crop_vote, remove_crop_vote, settings, sites, ten_crop
 from cropvote.errors import CheckUnavailableError, InputTypeError, PlainModelError, RowsError, SiteError, SurgeryError
 from cropvote.probe import fakes, taint, trace
 from cropvote.surgery import inject
-
-IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-
+from networks import IMAGES
 
 # --- going without ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +113,7 @@ def test_a_batch_size_read_from_the_images_is_named_as_the_reason():
             b = x.size(0)
             return self.fc(nn.functional.adaptive_avg_pool2d(self.site(self.front(x)), 1).view(b, -1))
 
-    with pytest.raises(SiteError, match="more rows than there are images"):
+    with pytest.raises(SiteError, match="CV120"):
         inject_crop_vote(Viewing().eval(), after="site", input_size=48)
 
 
@@ -132,14 +130,14 @@ def test_a_model_that_answers_to_every_name_is_not_taken_for_a_compiled_one():
 
 def test_lazy_modules_are_to_be_called_first():
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)).eval()
-    with pytest.raises(SurgeryError, match="call it once"):
+    with pytest.raises(SurgeryError, match="CV406"):
         inject_crop_vote(model, after="0", input_size=48)
     model(IMAGES)
     assert inject_crop_vote(model, after="0", input_size=48)(IMAGES).shape == (3, 7)
 
 
 def test_views_that_would_be_valid_are_named():
-    with pytest.raises(CropVoteError, match=r"views=hflip\(\) are valid at input, front, site"):
+    with pytest.raises(SiteError, match="CV121"):
         inject_crop_vote(Fixed().eval(), after="site", input_size=48)
 
 
@@ -166,7 +164,7 @@ def test_a_module_that_hands_on_what_is_changed_later_is_no_site():
             y.mul_(0.5).add_(1)
             return self.head(self.site(z))
 
-    with pytest.raises(SiteError, match="in place afterwards"):
+    with pytest.raises(SiteError, match="CV109"):
         inject_crop_vote(Aliased().eval(), after="point", input_size=48)
     inject_crop_vote(Aliased().eval(), after="front", input_size=48)
 
@@ -204,7 +202,7 @@ def canary():
 def test_the_canary_says_that_checks_are_unavailable(canary, broken, monkeypatch):
     """And everything else works."""
     broken(monkeypatch)
-    with pytest.raises(CheckUnavailableError, match=torch.__version__.split("+")[0]):
+    with pytest.raises(CheckUnavailableError, match="CV490"):
         inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
     with pytest.raises(CheckUnavailableError):
         sites(networks.Net().eval(), 48)
@@ -288,6 +286,6 @@ def test_a_pickle_of_another_version_says_so():
         value = vars(part).pop(name)
         data = pickle.dumps(part)
         vars(part)[name] = value
-        with pytest.raises(SurgeryError, match="another version"):
+        with pytest.raises(SurgeryError, match="CV411"):
             pickle.loads(data)
     assert settings(pickle.loads(pickle.dumps(model))).views == ten_crop() != five_crop()

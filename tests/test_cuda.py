@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import networks
-from cropvote import CropVoteLoss, choose_confidence, inject_crop_vote, per_view, profile, settings, vote_until_sure
+from cropvote import CropVoteLoss, inject_crop_vote, per_view, profile, settings, vote_until_sure
+from cropvote.stopping import choose_confidence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLAN = {"layer1": "hflip", "layer3": "five"}

@@ -10,7 +10,8 @@ import skimage.data
 import torch
 from safetensors.torch import load_file
 
-from cropvote import agreement, per_view, settings
+from cropvote import per_view, settings
+from cropvote.uncertainty import agreement
 from keeping import load_model
 
 WEIGHTS = Path(__file__).parent.parent / "examples" / "fer48" / "weights"

@@ -21,12 +21,12 @@ from cropvote import (
     CropVoteLoss,
     Views,
     five_crop,
-    grid,
     hflip,
     inject_crop_vote,
     remove_crop_vote,
     settings,
 )
+from cropvote.views import grid
 from model import FerResNet18
 
 SIDES = {"torchvision": 64, "timm": 64, "fer": 48}

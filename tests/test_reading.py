@@ -9,13 +9,14 @@ from torch import nn
 
 import networks
 import oracle
+from calls import expected_rows, layered, voting
 from cropvote import (
-    CropVoteError,
     inject_crop_vote,
     per_view,
     settings,
 )
-from test_calls import IMAGES, expected_rows, layered, voting
+from cropvote.errors import InputTypeError, OptionError, SurgeryError
+from networks import IMAGES
 
 
 @pytest.mark.parametrize("wrap", ["none", "compile", "compiled in place", "DataParallel"])
@@ -45,19 +46,19 @@ def test_per_view_of_a_dataclass():
 
 def test_per_view_that_cannot_be():
     model = voting()
-    with pytest.raises(CropVoteError, match=r"in training mode: model\.eval\(\) first"):
+    with pytest.raises(SurgeryError, match="CV601"):
         per_view(model.train(), IMAGES)
     settings(model.eval()).enabled = False
-    with pytest.raises(CropVoteError, match="enabled=False"):
+    with pytest.raises(OptionError, match="CV602"):
         per_view(model, IMAGES)
-    with pytest.raises(CropVoteError, match="neither injected nor a CropVote layer"):
+    with pytest.raises(SurgeryError, match="CV418"):
         per_view(networks.fer(), IMAGES)
-    with pytest.raises(CropVoteError, match="holds 2 CropVote layers"):
+    with pytest.raises(SurgeryError, match="CV432"):
         per_view(nn.ModuleList([layered(), layered()]).eval(), IMAGES)
-    with pytest.raises(CropVoteError, match="settings takes an injected model"):
+    with pytest.raises(InputTypeError, match="CV801"):
         per_view(3, IMAGES)
     after = nn.Sequential(layered(), nn.Flatten(0)).eval()
-    with pytest.raises(CropVoteError, match="put what follows into the layer's tail"):
+    with pytest.raises(SurgeryError, match="CV431"):
         per_view(after, IMAGES)
 
 

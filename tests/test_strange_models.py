@@ -15,11 +15,11 @@ from torch import nn
 
 import networks
 from cropvote import CropVoteError, CropVoteLoss, hflip, inject_crop_vote, profile, sites
-from cropvote.errors import SurgeryError
+from cropvote.errors import InputTypeError, PlainModelError, SiteError, SurgeryError
 from cropvote.probe import fakes
-from test_surgery import IMAGES
+from networks import IMAGES
 
-AROUND = r"depends on the images by a path around it"
+AROUND = "CV101"
 
 
 def mirrored(model, name, images, axis):
@@ -119,10 +119,10 @@ def test_a_tensor_that_a_check_left_is_remembered_and_never_returned():
     Attribute.ramp = None
     model = Attribute().eval()
     for _ in range(2):  # the second check would find it there, and be content
-        with pytest.raises(SurgeryError, match="outside the model"):
+        with pytest.raises(SurgeryError, match="CV412"):
             inject_crop_vote(model, after="site", input_size=48)
     unchecked = inject_crop_vote(model, after="site", check=False)
-    with pytest.raises(SurgeryError, match="without data"), torch.no_grad():
+    with pytest.raises(SurgeryError, match="CV410"), torch.no_grad():
         unchecked(IMAGES)
     Attribute.ramp = None
     assert type(unchecked(IMAGES)) is torch.Tensor
@@ -147,7 +147,7 @@ def test_a_refused_model_is_freed_at_once():
     gc.collect()
     gc.disable()
     try:
-        with pytest.raises(CropVoteError, match=AROUND):
+        with pytest.raises(SiteError, match=AROUND):
             inject_crop_vote(model, after="layer1.0.conv1", input_size=48)
         del model
         assert alive() is None
@@ -158,7 +158,7 @@ def test_a_refused_model_is_freed_at_once():
 def test_a_hook_that_collects_is_noticed():
     model, seen = networks.Net().eval(), []
     model.front.register_forward_hook(lambda module, args, output: seen.append(output))
-    with pytest.raises(CropVoteError, match="a forward or a hook kept a tensor"):
+    with pytest.raises(SurgeryError, match="CV412"):
         inject_crop_vote(model, after="site", input_size=12)
 
 
@@ -171,7 +171,7 @@ class Teacher(networks.Net):
 
 def test_a_module_that_deepcopy_shares_is_not_touched():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Teacher()).eval()
-    with pytest.raises(CropVoteError, match="its deep copy shares the module '1' with it"):
+    with pytest.raises(PlainModelError, match="CV413"):
         inject_crop_vote(model, after="0", input_size=12)
     assert not any(module.training for module in model.modules())
 
@@ -188,10 +188,10 @@ class Recursive(networks.Net):
         return self(x - 0.5, norm=False) if norm else super().forward(x)
 
 
-@pytest.mark.parametrize(("make", "times"), [(Direct, 0), (Recursive, 2)])
+@pytest.mark.parametrize("make", [Direct, Recursive])
 @pytest.mark.parametrize("site", ["input", "site"])
-def test_a_forward_that_does_not_run_once_is_refused(make, times, site):
-    with pytest.raises(CropVoteError, match=rf"forward, where the vote would stand, ran {times} times in one call"):
+def test_a_forward_that_does_not_run_once_is_refused(make, site):
+    with pytest.raises(SiteError, match="CV117"):
         inject_crop_vote(make().eval(), after=site, input_size=12)
 
 
@@ -206,14 +206,14 @@ def test_scripted_children_are_no_sites_and_do_no_harm():
 
 @pytest.mark.parametrize("arguments", [(None, 24), ("x", 24), (networks.Net(), 24, 10)])
 def test_sites_of_nonsense(arguments):
-    with pytest.raises(CropVoteError, match="must be"):
+    with pytest.raises(InputTypeError, match=r"CV80[16]"):
         sites(*arguments[:2], **({"views": arguments[2]} if arguments[2:] else {}))
 
 
 @pytest.mark.parametrize("site", ["input", "0"])
 def test_rows_of_features_are_no_images(site):
     model = inject_crop_vote(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 7)).eval(), after=site)
-    with pytest.raises(CropVoteError, match=r"has 2 axes; images have 4|a site returns a map"):
+    with pytest.raises(SiteError, match=r"CV125|CV106"):
         model(torch.randn(3, 4))
 
 
@@ -245,7 +245,7 @@ class AnyChannels(networks.Net):
 
 def test_axes_that_cannot_be_told_have_to_be_said():
     model = AnyChannels().eval()
-    with pytest.raises(CropVoteError, match=r"can shrink along all of its axes.*pass layout="):
+    with pytest.raises(SiteError, match="CV114"):
         inject_crop_vote(model, after="act", views=hflip(), input_size=48)
     with torch.no_grad():
         expected = mirrored(model, "act", IMAGES, 3)
@@ -275,7 +275,7 @@ def test_numbers_held_from_in_front_of_a_site(kind):
     early = ["front"] if kind == "sides" else []  # in front of the numbers
     assert [site.name for site in sites(model, 48)] == ["input", *early]
     for name in {"front", "act", "site"}.difference(early):
-        with pytest.raises(CropVoteError, match=r"cannot take the views|after the split, not \(713, 7\)"):
+        with pytest.raises(SiteError, match=r"CV12[12]"):
             inject_crop_vote(model, after=name, input_size=48)
 
 
@@ -295,11 +295,11 @@ class Windowed(networks.Net):
 
 
 @pytest.mark.parametrize(
-    ("make", "site", "axes"),
-    [(Transposed, "site", "axis 3 grows .* axis 2 with"), (Windowed, "act", "axis 1 grows .* axis 1 with")],
+    ("make", "site"),
+    [(Transposed, "site"), (Windowed, "act")],
 )
-def test_what_looks_like_a_map_and_is_none(make, site, axes):
-    with pytest.raises(CropVoteError, match=f"its shape is .*, whose {axes} their width: that is no map"):
+def test_what_looks_like_a_map_and_is_not(make, site):
+    with pytest.raises(SiteError, match="CV115"):
         inject_crop_vote(make().eval(), after=site, views=hflip(), input_size=48)
 
 
@@ -314,7 +314,7 @@ def test_a_path_that_opens_at_another_size_is_refused_for_one_image_too():
     """With one image, a gate broadcasts over the views, so that no shape tells."""
     model = inject_crop_vote(SmallGate().eval(), after="site", input_size=48)
     assert model(IMAGES[:1]).shape == (1, 7)
-    with pytest.raises(CropVoteError, match=AROUND):
+    with pytest.raises(SiteError, match=AROUND):
         model(IMAGES[:1, :, :24, :24])
 
 
@@ -333,7 +333,7 @@ class Emptied(networks.Net):
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_a_map_without_values_is_no_site(tokens):
-    with pytest.raises(CropVoteError, match=r"which holds no values\. Valid sites: input, front"):
+    with pytest.raises(SiteError, match=r"CV108.*input, front"):
         inject_crop_vote(Emptied(tokens).eval(), after="site", input_size=48)
     assert [site.name for site in sites(Emptied(tokens).eval(), 48)] == ["input", "front"]
 

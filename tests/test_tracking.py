@@ -16,8 +16,7 @@ from cropvote import hflip, inject_crop_vote, per_view, settings, vote_until_sur
 from cropvote.errors import RowsError, SiteError
 from cropvote.surgery import checking, injection
 from cropvote.tracking import Tracked, came_around, plain, track
-
-IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+from networks import IMAGES
 
 
 def test_what_is_computed_from_a_tracked_tensor_is_tracked():
@@ -248,7 +247,7 @@ def test_several_rows_that_do_not_fit_say_why():
     with pytest.raises(RowsError) as caught:
         model(IMAGES)
     assert isinstance(caught.value.__cause__, RuntimeError)
-    assert "by a path around it" in str(caught.value)
+    assert "CV101" in str(caught.value)
 
 
 def test_an_adapter_put_around_the_site_is_found():

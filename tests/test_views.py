@@ -12,18 +12,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import oracle
-from cropvote import (
-    CropVoteError,
-    Views,
-    d4,
-    five_crop,
-    grid,
-    hflip,
-    repeat_targets,
-    split_views,
-    ten_crop,
-    vote,
-)
+from cropvote import CropVoteError, Views, five_crop, hflip, repeat_targets, split_views, ten_crop, vote
+from cropvote.views import d4, grid
 from strategies import Spec, maps, quick, scale_pairs, scales, sides, specs, thorough
 
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]

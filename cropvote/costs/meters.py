@@ -95,7 +95,7 @@ class Meter:
         )
 
     def cost(self, site: Site) -> SiteCost:
-        """Of a split at a single site; counted once."""
+        """Return the cost of a split at a single site, which is counted once."""
         if site.name not in self.counted:
             self.counted[site.name] = self._cost(site)
         return self.counted[site.name]
@@ -110,7 +110,7 @@ class Meter:
         return self._row(site.name, splits, run, site.distinct, fewer)
 
     def cost_of(self, splits: list[Split]) -> SiteCost:
-        """Of a plan over several sites; of fewer views are those meant that ``eval_views`` calls by name."""
+        """Return the cost of splits at several sites; fewer views are those that ``eval_views`` has a name for."""
         run = self._run(splits, 1)
         maps = zip(splits, run.maps, strict=True)
         distinct = math.prod(split.views.distinct(*sides(shape, split.layout)) for split, shape in maps)
@@ -138,7 +138,7 @@ class Meter:
         )
 
     def _memory(self, splits: list[Split]) -> float:
-        """MiB that autograd keeps for one image in training mode, as the slope between two batches."""
+        """Return the MiB that autograd keeps for one image in training mode, as the slope between two batches."""
         training = self.model.training
         self.model.train()
         try:

@@ -45,18 +45,18 @@ def suggest_site(
     max_memory_mib: float | None = None,
     views: Views | None = None,
 ) -> Suggestion:
-    """The earliest valid site inside the network whose cost is within a budget.
+    """Return the earliest valid site inside the network whose cost is within a budget.
 
-    The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are no
-    suggestion: ``after="input"`` is test-time augmentation, at the price of every view. Nor is a site with less than
+    The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are not
+    suggested: ``after="input"`` is test-time augmentation, at the price of every view. Nor is a site with less than
     1 % of the work behind it, where the views have hardly a way to differ. Of sites that follow each other at the same
     work and shape (a convolution, its norm, its activation; a map and the tokens made of it) it is the last.
 
     Args:
         model: an image classifier that was not injected.
         input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
-        max_macs_ratio: at most so many times the plain network's multiply-adds.
-        max_memory_mib: at most so many MiB kept per image for the backward pass.
+        max_macs_ratio: at most this many times the plain network's multiply-adds.
+        max_memory_mib: at most this many MiB kept per image for the backward pass.
         views: the views, :func:`ten_crop` by default.
 
     Returns:
@@ -65,7 +65,7 @@ def suggest_site(
     Raises:
         SiteError: no site fits; the message names the cheapest.
         OptionError: no budget, or no input size is known.
-        SurgeryError: the model does not run on such an input.
+        SurgeryError: the model does not run on images of that size.
 
     Example:
         >>> import torchvision
@@ -78,7 +78,7 @@ def suggest_site(
     found, dearer = on_fake_copy(model, lambda fake: _search(Meter(record_trace(fake, example), views), budget))
     asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
     if found is None:
-        raise SiteError(_none_fits(type(model).__name__, asked, budget, dearer, len(views)))
+        raise SiteError("CV151", _none_fits(type(model).__name__, asked, budget, dearer, len(views)))
     site, cost = found
     before = f"; {dearer[-1].site!r}, before it, has {_format_cost(dearer[-1])}" if dearer else ""
     reason = f"the earliest site that costs at most {asked}: it has {_format_cost(cost)}{before}"
@@ -90,15 +90,15 @@ def suggest_site(
 
 
 def _budget(max_macs_ratio: float | None, max_memory_mib: float | None) -> dict[str, float]:
-    """The limits that are set, by the field of :class:`SiteCost` that they limit."""
+    """Return the limits that were given, by the field of :class:`SiteCost` that they limit."""
     limits = {"ratio": max_macs_ratio, "train_memory_mib": max_memory_mib}
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if not budget:
-        raise OptionError("suggest_site needs a budget: max_macs_ratio=, max_memory_mib=, or both.")
+        raise OptionError("CV820", "suggest_site needs a budget: max_macs_ratio=, max_memory_mib=, or both.")
     for name, limit in budget.items():
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
             asked = "max_macs_ratio" if name == "ratio" else "max_memory_mib"
-            raise OptionError(f"{asked} must be a number above 0, got {limit!r}.")
+            raise OptionError("CV821", f"{asked} must be a number above 0, got {limit!r}.")
     return budget
 
 
@@ -122,7 +122,7 @@ def _search(meter: Meter, budget: dict[str, float]) -> tuple[tuple[str, SiteCost
 
 
 def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[SiteCost], total: int) -> str:
-    """The message that no site is within the budget."""
+    """Return the message that no site is within the budget."""
     if not dearer:
         return (
             f"no site inside this {kind} is valid for these views and has work behind it: see cropvote.sites(model, "
@@ -138,7 +138,7 @@ def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[Sit
 
 
 def _of_equal_work(meter: Meter, names: list[str]) -> list[str]:
-    """The first site and those that follow with its work and shape, such as a convolution's norm and activation.
+    """Return the first site and the next ones of equal work and shape, such as a convolution's norm and activation.
 
     Crops commute with what works element by element, so the views are the same there, and less memory is kept. A map's
     tokens are of its shape: behind their positions every view has those of its place, before them of a whole image.
@@ -157,7 +157,7 @@ def _of_equal_work(meter: Meter, names: list[str]) -> list[str]:
 
 
 def _extent(site: Site) -> tuple[tuple[int, ...], int]:
-    """The sides of a site's map and its channels, whatever its layout."""
+    """Return the sides and the channels of a site's map."""
     return sides(site.shape, site.layout), site.shape[0 if site.layout == "NCHW" else -1]
 
 

@@ -15,7 +15,7 @@ from ..images import INPUT
 from ..layouts import Layout
 from ..probe.fakes import on_fake_copy
 from ..probe.reasons import why_not_votable
-from ..probe.sites import candidates, checked_splits, judge_sites, refusal, views_and_example
+from ..probe.sites import candidates, checked_splits, judge_sites, views_and_example
 from ..probe.trace import record_trace
 from ..surgery.arguments import check_name, sites_after
 from ..views import Views
@@ -46,7 +46,7 @@ class Profile:
         self.model, self.input_size, self.views, self.rows = model, tuple(input_size), views, rows
 
     def __getitem__(self, site: str) -> SiteCost:
-        """The row of a site.
+        """Return the row of a site.
 
         Raises:
             OptionError: no such row.
@@ -54,7 +54,7 @@ class Profile:
         for row in self.rows:
             if row.site == site:
                 return row
-        raise OptionError(f"the table has no row {site!r}; it has {', '.join(row.site for row in self.rows)}.")
+        raise OptionError("CV822", f"the table has no row {site!r}; it has {', '.join(row.site for row in self.rows)}.")
 
     def __iter__(self) -> Iterator[SiteCost]:
         return iter(self.rows)
@@ -74,14 +74,14 @@ class Profile:
         return "\n".join([self.title(), "", *lines, "", UNITS])
 
     def to_markdown(self) -> str:
-        """The same as a Markdown table."""
+        """Return the table in Markdown."""
         head, *cells = self._cells()
         ruler = ["---", "---", *["---:"] * (len(head) - 2)]
         lines = [f"| {' | '.join(line)} |" for line in (head, ruler, *cells)]
         return "\n".join([f"{self.title()}.", "", *lines, "", UNITS])
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain lists, numbers and strings, for JSON."""
+        """Return the table as plain lists, numbers and strings, for JSON."""
         rows = [row_of(row) for row in self.rows]
         return {"model": self.model, "input_size": list(self.input_size), "views": len(self.views), "rows": rows}
 
@@ -97,7 +97,7 @@ class Profile:
         plot_profile(self, path)
 
     def title(self) -> str:
-        """Of what the table is."""
+        """Return the model, the images and the views as text."""
         size = "×".join(map(str, self.input_size))
         return f"{self.model}, images {size}, {len(self.views)} views, per image"
 
@@ -128,7 +128,7 @@ class Profile:
 
 
 def row_of(cost: SiteCost) -> dict[str, Any]:
-    """A row as plain lists, numbers and strings, for JSON."""
+    """Return a row as plain lists, numbers and strings, for JSON."""
     row = cost._asdict()
     row["shape"] = list(row["shape"])
     row.update({name: None for name, value in row.items() if value != value})  # NaN, which JSON does not know
@@ -153,7 +153,7 @@ def profile(
     batch: int = 8,
     rounds: int = 7,
 ) -> Profile:
-    """What a split costs at each valid site, beside the plain network and a split of the images.
+    """Count what a split costs at each valid site, beside the plain network and a split of the images.
 
     Counted on a fake copy, without the weights' memory and without running anything; the model is left as it is. The
     work is PyTorch's own count of floating-point operations (``torch.utils.flop_counter``), halved; what it does not
@@ -176,10 +176,11 @@ def profile(
         A :class:`Profile` with one row per site.
 
     Raises:
-        SiteError: one of ``sites`` is no valid site, with the reason; or no site is.
-        UnknownSiteError: the model has no module of such a name.
+        SiteError: one of ``sites`` is not a valid site, with the reason; or no site is.
+        ViewsError: the map at one of them is too small for the views.
+        UnknownSiteError: the model has no module of that name.
         OptionError: no input size is known, or it is malformed.
-        SurgeryError: the model does not run on such an input.
+        SurgeryError: the model does not run on images of that size.
         InputTypeError: an argument of the wrong type.
 
     Example:
@@ -195,7 +196,7 @@ def profile(
     """
     views, example = views_and_example(model, input_size, views)
     if sites is not None and not isinstance(sites, (str, Mapping, Sequence)):
-        raise InputTypeError(f"sites must be names or plans, in a list, got {sites!r}.")
+        raise InputTypeError("CV823", f"sites must be names or plans, in a list, got {sites!r}.")
     asked: list[After] = [] if sites is None else [sites] if isinstance(sites, (str, Mapping)) else list(sites)
     names = [one for one in asked if isinstance(one, str)]
     plans = [sites_after(model, one) for one in asked if not isinstance(one, str)]
@@ -211,10 +212,10 @@ def profile(
             if not site.reason:
                 rows.append((meter.cost(site), site.name, site.layout))
             elif site.name in names:
-                raise SiteError(refusal(trace, site.name, site.reason, views))
+                checked_splits(trace, {site.name: views})  # raises
         if sites is None and not rows:
             why = why_not_votable(trace) or "see cropvote.sites(model, all=True)."
-            raise SiteError(f"no site of this {type(model).__name__} is valid: {why}")
+            raise SiteError("CV150", f"no site of this {type(model).__name__} is valid: {why}")
         rows += [(meter.cost_of(checked_splits(trace, plan)), plan, None) for plan in plans]
         return [(meter.baseline, "", None), *rows]
 

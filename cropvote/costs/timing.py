@@ -33,17 +33,17 @@ def measure_times(
     """Return milliseconds per image, plain and of every split: medians of rounds in which the networks take turns."""
     for name, value in (("batch", batch), ("rounds", rounds)):
         if type(value) is not int or value < 1:
-            raise OptionError(f"{name} must be a whole number above 0, got {value!r}.")
+            raise OptionError("CV824", f"{name} must be a whole number above 0, got {value!r}.")
     twin = copy.deepcopy(model).eval()
     if device is not None:
         try:
             twin = twin.to(device)
-        except (RuntimeError, AssertionError) as error:  # PyTorch's, where there is no such device
-            raise OptionError(f"device={str(device)!r} cannot be used: {first_line(error)}") from error
+        except (RuntimeError, AssertionError) as error:  # PyTorch's, if there is no such device
+            raise OptionError("CV825", f"device={str(device)!r} cannot be used: {first_line(error)}") from error
     tensors = [*twin.parameters(), *twin.buffers()]
     where = tensors[0].device if tensors else torch.device(device or "cpu")
     if where.type == "meta":
-        raise OptionError("a model on the meta device cannot be measured: it has no weights.")
+        raise OptionError("CV826", "a model on the meta device cannot be measured: it has no weights.")
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     images = torch.randn(batch, *image_size(example), generator=torch.Generator().manual_seed(0)).to(where, dtype)
     networks = [twin]

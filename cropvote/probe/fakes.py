@@ -168,10 +168,11 @@ def _check_nothing_is_left(kind: type) -> None:
     kept = next((tensor for tensor in (reference() for reference in _LEFT.get(kind, ())) if tensor is not None), None)
     if kept is not None:
         raise SurgeryError(
+            "CV412",
             f"while {kind.__name__} was checked on a copy without data, a forward or a hook kept a tensor of "
             f"shape {tuple(kept.shape)} outside the model: in a class attribute, a global or a list. It holds no "
             f"numbers: set that attribute back to what it was, or empty the list. Then keep such a tensor in a buffer "
-            f"of the model, or inject with check=False."
+            f"of the model, or inject with check=False.",
         )
 
 
@@ -180,13 +181,16 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         fake = copy.deepcopy(model)
     except Exception as error:
-        raise PlainModelError(f"{kind} cannot be checked, because copying it failed: {first_line(error)}") from error
+        raise PlainModelError(
+            "CV413", f"{kind} cannot be checked, because copying it failed: {first_line(error)}"
+        ) from error
     live = {module: name for name, module in model.named_modules()}
     shared = next((live[module] for module in fake.modules() if module in live), None)
     if shared is not None:
         raise PlainModelError(
+            "CV413",
             f"{kind} cannot be checked: its deep copy shares the module {shared!r} with it, so a check would touch the "
-            f"live one."
+            f"live one.",
         )
     return fake
 
@@ -249,7 +253,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where the model's own code failed, which is not in the traceback: that would keep the tensors."""
+    """Return where the model's own code failed: the traceback is dropped, since it would keep the tensors."""
     for entry in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(entry.filename)
         if not {Path(torch.__file__).parent, Path(__file__).parent} & set(file.parents):

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from ..errors import ViewsError
+from ..errors import Reason, ViewsError
 from ..images import INPUT, map_first_tensor
 from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, stated_tokens, token_count
 from ..views import Views
@@ -23,8 +23,8 @@ Shape = tuple[int, ...]
 
 def find_layout(
     trace: Trace, site: str, views: Views, stated: Layout | None, explain: bool = False
-) -> tuple[Layout, str]:
-    """Return the layout of a site's map, and why it is unknown or not the one stated ("" otherwise).
+) -> tuple[Layout, Reason | None]:
+    """Return the layout of a site's map, and why it is unknown or not the one stated (None otherwise).
 
     Height and width can shrink, channels cannot. For ``explain`` see :func:`try_splits`.
     """
@@ -38,36 +38,42 @@ def find_layout(
         return _layout_of_axes(shape, axes, stated)
     said = stated_layout(trace.model)
     if stated is None and said and _can_shrink(trace, site, views, said):
-        return said, ""
+        return said, None
     able = [layout for layout in LAYOUTS if _can_shrink(trace, site, views, layout)]
     if stated and (stated in able or not able):
-        return stated, ""
+        return stated, None
     if len(able) == 2:  # a side of 1 cannot shrink, so it proves nothing
         able = [layout for layout in able if 1 not in sides(shape, layout)] or able
     if stated:
-        return stated, f'its map of shape {shape} shrinks along the axes of "{able[0]}", not of "{stated}".'
+        return stated, Reason(
+            "CV113", f'its map of shape {shape} shrinks along the axes of "{able[0]}", not of "{stated}".'
+        )
     if len(able) == 1:
-        return able[0], ""
+        return able[0], None
     if not able and _are_smaller(views, shape):
         return "NCHW", try_splits(trace, [Split(site, views, "NCHW")], explain)
-    return "NCHW", (
+    return "NCHW", Reason(
+        "CV114",
         f"its map of shape {shape} can shrink along {'all' if able else 'none'} of its axes, so which of them are "
         f'height and width cannot be told: pass layout="NCHW" if they are the last two, layout="NHWC" if the '
-        f"channels come last."
+        f"channels come last.",
     )
 
 
-def _find_image_layout(trace: Trace, stated: Layout | None) -> tuple[Layout, str]:
+def _find_image_layout(trace: Trace, stated: Layout | None) -> tuple[Layout, Reason | None]:
     shape = trace.shape(INPUT)
     layout = _seen_image_layout(trace) or ("NCHW" if trace.example.channels_first else stated)
     if layout is None or isinstance(layout, Tokens):
-        return "NCHW", (
+        return "NCHW", Reason(
+            "CV114",
             f'it cannot be told which axis of images of shape {shape} holds the channels: pass layout="NCHW" or '
-            f'layout="NHWC".'
+            f'layout="NHWC".',
         )
     if stated not in (None, layout):
-        return layout, f'the images of shape {shape} have their height and width where "{layout}" has them.'
-    return layout, ""
+        return layout, Reason(
+            "CV113", f'the images of shape {shape} have their height and width where "{layout}" has them.'
+        )
+    return layout, None
 
 
 def _seen_image_layout(trace: Trace) -> Layout | None:
@@ -85,18 +91,21 @@ def _seen_image_layout(trace: Trace) -> Layout | None:
     return LAYOUTS[ends.index(True)] if ends.count(True) == 1 else None
 
 
-def _layout_of_axes(shape: Shape, axes: tuple[Shape, Shape], stated: Layout | None) -> tuple[Layout, str]:
+def _layout_of_axes(shape: Shape, axes: tuple[Shape, Shape], stated: Layout | None) -> tuple[Layout, Reason | None]:
     """Return the layout of a map that grows with the images."""
     layout = AXES.get(axes)
     if layout is None:
         height, width = (" and ".join(str(i + 1) for i in grown) for grown in axes)
-        return stated or "NCHW", (
+        return stated or "NCHW", Reason(
+            "CV115",
             f"its shape is {shape}, whose axis {height} grows with the height of the images and axis {width} with "
-            f"their width: that is no map, (N, C, H, W) or (N, H, W, C)."
+            f"their width: that is not a map, (N, C, H, W) or (N, H, W, C).",
         )
     if stated not in (None, layout):
-        return layout, f'its map of shape {shape} has its height and width where "{layout}" has them, not as stated.'
-    return layout, ""
+        return layout, Reason(
+            "CV113", f'its map of shape {shape} has its height and width where "{layout}" has them, not as stated.'
+        )
+    return layout, None
 
 
 def _growing_axes(trace: Trace, site: str) -> tuple[Shape, Shape] | None:
@@ -155,18 +164,19 @@ def _can_shrink(trace: Trace, site: str, views: Views, layout: Layout) -> bool:
         return False
 
 
-def _find_tokens(trace: Trace, site: str, stated: Layout | None) -> tuple[Layout, str]:
+def _find_tokens(trace: Trace, site: str, stated: Layout | None) -> tuple[Layout, Reason | None]:
     """Return the grid of a site's tokens, which only the model or the user knows."""
     shape = trace.shape(site)
     layout = _known_tokens(trace, site, shape[0]) if stated is None and len(shape) == 2 else stated
     if isinstance(layout, Tokens) and len(shape) == 2 and shape[0] == token_count(layout):
-        return layout, ""
+        return layout, None
     if layout is not None:
-        return layout, f"its shape is {shape}, not that of layout={layout!r}."
-    return "NCHW", (
+        return layout, Reason("CV113", f"its shape is {shape}, not that of layout={layout!r}.")
+    return "NCHW", Reason(
+        "CV116",
         f"it returns {shape[0]} tokens of {shape[1]} channels, and the model does not say of which grid: pass "
         f"layout=cropvote.Tokens(height, width, prefix) if they are the prefix tokens and then the grid, row by "
-        f"row."
+        f"row.",
     )
 
 

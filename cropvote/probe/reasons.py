@@ -1,4 +1,4 @@
-"""Why a module cannot be a site, as far as the trace alone shows it; "" if the trace shows nothing against it."""
+"""Why a module cannot be a site, as far as the trace alone shows it; None if it shows nothing against it."""
 
 from __future__ import annotations
 
@@ -7,68 +7,79 @@ import inspect
 from torch import Tensor
 
 from .._torch import tree_leaves
+from ..errors import Reason
 from ..images import BATCH, INPUT
 from .trace import Trace, is_batch
 
 __all__: list[str] = []
 
 
-def why_not_here(trace: Trace, site: str) -> str:
+def why_not_here(trace: Trace, site: str) -> Reason | None:
     """Return why a site is invalid whatever the views and the network behind it."""
     return why_not_votable(trace) or (why_not_images(trace) if site == INPUT else why_not_cut(trace, site))
 
 
-def why_not_images(trace: Trace) -> str:
+def why_not_images(trace: Trace) -> Reason | None:
     """Return why the model's input is not a batch of images."""
     shape = trace.shape(INPUT)
-    return "" if len(shape) == 3 else f"the first tensor of the call has {1 + len(shape)} axes; images have 4."
+    if len(shape) == 3:
+        return None
+    return Reason("CV125", f"the first tensor of the call has {1 + len(shape)} axes; images have 4.")
 
 
-def why_not_cut(trace: Trace, site: str) -> str:
+def why_not_cut(trace: Trace, site: str) -> Reason | None:
     """Return why a module is not a cut point that stands once on every path."""
     carrier = trace.carriers[site]
     calls = trace.calls.get(carrier, 0)
     if calls == 0:
-        return f"it is never called in the model's forward (on {trace.describe_call()})."
+        return Reason("CV104", f"it is never called in the model's forward (on {trace.describe_call()}).")
     if calls > 1:
-        return f"it is called {calls} times in one forward, so each call would split again."
+        return Reason("CV103", f"it is called {calls} times in one forward, so each call would split again.")
     output = trace.returns[carrier].output
     if not isinstance(output, Tensor):
-        return f"it returns {type(output).__name__}; a site returns one tensor, a map of features."
+        return Reason("CV105", f"it returns {type(output).__name__}; a site returns one tensor, a map of features.")
     if output.dim() not in (3, 4):
-        return (
+        return Reason(
+            "CV106",
             f"it returns shape {tuple(output.shape)}; a site returns a map, (N, C, H, W), or the tokens of one, "
-            f"(N, L, C)."
+            f"(N, L, C).",
         )
     if output.shape[0] != BATCH:
-        return f"its first axis has length {output.shape[0]} for {BATCH} samples; a site returns one map per sample."
+        return Reason(
+            "CV107",
+            f"its first axis has length {output.shape[0]} for {BATCH} samples; a site returns one map per sample.",
+        )
     if not output.numel():
-        return f"its shape is {tuple(output.shape)}, which holds no values."
+        return Reason("CV108", f"its shape is {tuple(output.shape)}, which holds no values.")
     if carrier in trace.changed_later:
-        return (
+        return Reason(
+            "CV109",
             "it returns its input itself, which the model changes in place afterwards under another name, and the "
-            "views would miss the change."
+            "views would miss the change.",
         )
     around = trace.around.get(carrier)
     several = sum(map(is_batch, tree_leaves(trace.example[:2]))) > 1
     if around and several and (around[0] > 0 or why_not_images(trace)):
-        return (
+        return Reason(
+            "CV102",
             f"the model's output also depends on the argument {_argument(trace, around[0])!r} by a path around it, "
             f"and only what passes the site is cut into views. In the model's own forward, split_views the map, "
-            f"repeat_interleave the other tensor to one row per view, and vote."
+            f"repeat_interleave the other tensor to one row per view, and vote.",
         )
     if around:
-        return (
+        return Reason(
+            "CV101",
             "the model's output also depends on the images by a path around it (a skip connection, a parallel "
-            "branch or a gate), so a sample would reach its prediction past the views."
+            "branch or a gate), so a sample would reach its prediction past the views.",
         )
-    return ""
+    return None
 
 
-def why_not_votable(trace: Trace) -> str:
+def why_not_votable(trace: Trace) -> Reason | None:
     """Return why there is nothing to vote over."""
     if trace.scalars:
-        return (
+        return Reason(
+            "CV123",
             f"the model returns a number for the whole batch ({trace.scalars[0] or 'its output'}), computed before "
             f"the vote. "
             + (
@@ -76,18 +87,19 @@ def why_not_votable(trace: Trace) -> str:
                 "Face's Trainer: compute_loss_func=)."
                 if "labels" in trace.example.kwargs
                 else "Let it return predictions, (N, K), and compute the rest from them."
-            )
+            ),
         )
     if not trace.predictions:
         return trace.no_predictions
     for path in trace.predictions:
         shape = tuple(trace.tensors[path].shape)
         if len(shape) != 2 or shape[0] != BATCH:
-            return (
+            return Reason(
+                "CV124",
                 f"the model returns shape {shape} for {BATCH} samples; cropvote votes over one row of K outputs "
-                f"per sample, (N, K){': for one output, (N, 1)' if shape == (BATCH,) else ''}."
+                f"per sample, (N, K){': for one output, (N, 1)' if shape == (BATCH,) else ''}.",
             )
-    return ""
+    return None
 
 
 def _argument(trace: Trace, index: int) -> str:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from torch import nn
 
-from ..errors import InputTypeError, OptionError, SiteError, ViewsError
+from ..errors import InputTypeError, OptionError, Reason, SiteError, ViewsError
 from ..images import INPUT, Example, example_of
 from ..layouts import Layout
 from ..views import Views, hflip, ten_crop
@@ -29,7 +29,7 @@ def sites(
     views: Views | None = None,
     all: bool = False,
 ) -> list[Site]:
-    """The valid sites of a model, in the order in which its forward reaches them.
+    """Return the valid sites of a model, in the order in which its forward reaches them.
 
     Works on a fake copy: no weight is copied, nothing is computed, the model is left as it is. Modules that
     return the same tensor are one site, under its outermost name.
@@ -38,14 +38,14 @@ def sites(
         model: an image classifier that was not injected; looked at in its present mode.
         input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
         views: the views to be used, :func:`ten_crop` by default.
-        all: also list the modules that are no valid sites, with the reason.
+        all: also list the modules that are not valid sites, with the reason.
 
     Returns:
         One :class:`Site` per site.
 
     Raises:
         OptionError: no input size is known, or it is malformed.
-        SurgeryError: the model does not run on such an input.
+        SurgeryError: the model does not run on images of that size.
 
     Example:
         >>> from torch import nn
@@ -73,13 +73,15 @@ def views_and_example(
         OptionError: no input size is known.
     """
     if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+        raise InputTypeError("CV801", f"model must be an nn.Module, got {type(model).__name__}.")
     views = ten_crop() if views is None else views
     if not isinstance(views, Views):
-        raise InputTypeError(f"views must be a Views, such as ten_crop(), got {views!r}.")
+        raise InputTypeError("CV806", f"views must be a Views, such as ten_crop(), got {views!r}.")
     example = example_of(model, input_size)
     if example is None:
-        raise OptionError("no input size is known for this model: pass input_size=, such as input_size=(3, 224, 224).")
+        raise OptionError(
+            "CV802", "no input size is known for this model: pass input_size=, such as input_size=(3, 224, 224)."
+        )
     return views, example
 
 
@@ -88,13 +90,13 @@ def judge_sites(trace: Trace, names: list[str], views: Views) -> list[Site]:
     rows = [judge_site(trace, name, views) for name in names]
     if not why_not_swapped(trace, [row.name for row in rows if not row.reason]):
         return rows
-    return [row if row.reason else row._replace(reason=why_not_swapped(trace, [row.name])) for row in rows]
+    return [row if row.reason else row._replace(reason=str(why_not_swapped(trace, [row.name]) or "")) for row in rows]
 
 
-def refusal(trace: Trace, name: str, reason: str, views: Views) -> str:
-    """Return the message that a module is not a valid site, with valid ones."""
+def refusal(trace: Trace, name: str, reason: Reason, views: Views) -> SiteError:
+    """Return the error that a module is not a valid site, with valid ones."""
     advice = "" if why_not_votable(trace) else f" {_advice(trace, views)}"
-    return f"after={name!r} cannot be a site: {reason}{advice}"
+    return SiteError(reason.code, f"after={name!r} cannot be a site: {reason.message}{advice}")
 
 
 def check_sites(
@@ -109,7 +111,7 @@ def check_sites(
     Raises:
         SiteError: with the reason, and the names of valid sites.
         ViewsError: the map at the site is too small for the views.
-        PlainModelError: the model does not run on such an input.
+        PlainModelError: the model does not run on images of that size.
     """
 
     def check(fake: nn.Module) -> tuple[list[bool], list[Split]]:
@@ -140,10 +142,11 @@ def checked_splits(
     try:
         splits, reason = judge(trace, sites, stated, explain=explain)
     except ViewsError as error:
-        raise ViewsError(f"after={' and '.join(map(repr, sites))} on {trace.describe_call()}: {error}") from error
+        where = f"after={' and '.join(map(repr, sites))} on {trace.describe_call()}"
+        raise ViewsError(error.code, f"{where}: {error.message}") from error
     reason = reason or why_not_swapped(trace, list(sites))
     if reason:
-        raise SiteError(refusal(trace, splits[-1].site, reason, splits[-1].views))
+        raise refusal(trace, splits[-1].site, reason, splits[-1].views)
     return splits
 
 

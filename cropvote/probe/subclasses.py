@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import SurgeryError
+from ..errors import Reason, SurgeryError
 from ..images import INPUT
 from ..swapping import is_swapped, restore_forward, swap_forward
 from .fakes import first_line
@@ -16,16 +16,17 @@ from .trace import Trace, fake_arguments
 __all__: list[str] = []
 
 
-def why_not_swapped(trace: Trace, sites: list[str]) -> str:
-    """Return why the model cannot do with subclasses of its classes, which carry the splits and the vote, or ""."""
+def why_not_swapped(trace: Trace, sites: list[str]) -> Reason | None:
+    """Return why the model cannot do with subclasses of its classes, which carry the splits and the vote."""
     carriers = [trace.carriers[site] for site in sites if site != INPUT]
     plain = _operations(trace, [])  # what the model caches for a size of map was made in the trace
     if _operations(trace, [trace.model, *dict.fromkeys(carriers)]) == plain:
-        return ""
-    return (
+        return None
+    return Reason(
+        "CV112",
         "the model does not run the same operations once a module's class is a subclass of its own, which carries "
         "the split or the vote: somewhere it asks for the very class, as in `type(module) is Conv2d`, where "
-        "isinstance would do."
+        "isinstance would do.",
     )
 
 

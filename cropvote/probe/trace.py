@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import storage_key, tree_leaves, tree_map
-from ..errors import CheckUnavailableError, PlainModelError, RowsError
+from ..errors import CheckUnavailableError, PlainModelError, Reason, RowsError
 from ..images import BATCH, INPUT, Example, Spec
 from ..outputs import KeyPath, format_path, prediction_paths, tensors_of
 from ..swapping import carrier_of, use_counts
@@ -76,7 +76,7 @@ class Trace:
     changed_later: set[nn.Module] = field(default_factory=set)
     tensors: dict[KeyPath, Tensor] = field(default_factory=dict)
     predictions: list[KeyPath] = field(default_factory=list)
-    no_predictions: str = ""
+    no_predictions: Reason | None = None
     scalars: list[str] = field(default_factory=list)
     around: dict[nn.Module, list[int]] = field(default_factory=dict)
     numbers: RandomState = field(default_factory=RandomState)
@@ -129,7 +129,7 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
     """Run a fake model once, every module's output replaced by a clone that clears the module's bit.
 
     Raises:
-        PlainModelError: the model does not run on such an input.
+        PlainModelError: the model does not run on images of that size.
     """
     trace = Trace(model, example)
     named = model.named_modules(remove_duplicate=False)
@@ -191,9 +191,10 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
     except Exception as error:
         hint = " (Without input_size= the first call is checked, with all its arguments.)"
         raise PlainModelError(
+            "CV414",
             f"{type(model).__name__} itself, without any split, failed on {trace.describe_call()} (the check has "
             f"shapes and no values): {first_line(error)}"
-            f"{hint if example.channels_first and isinstance(error, TypeError) else ''}"
+            f"{hint if example.channels_first and isinstance(error, TypeError) else ''}",
         ) from error
     finally:
         for hook in hooks:
@@ -205,7 +206,7 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
         trace.predictions = prediction_paths(output)
         left = taint.of(trace.tensors[trace.predictions[0]])
     except RowsError as error:
-        trace.no_predictions = str(error)
+        trace.no_predictions = Reason(error.code, error.message)
         left = taint.of(list(trace.tensors.values()))
     around = {module: [i for i in arguments if left >> width * i & own] for module, own in bit.items()}
     trace.around = {module: which for module, which in around.items() if which}

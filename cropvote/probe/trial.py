@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import CheckUnavailableError, RowsError, ViewsError
+from ..errors import CheckUnavailableError, Reason, RowsError, ViewsError
 from ..images import BATCH, INPUT, map_first_tensor
 from ..layouts import Layout, Tokens, resized, sides
 from ..outputs import describe, format_path, map_tensors, tensors_of
@@ -85,8 +85,8 @@ def pad_to_prime(views: Views) -> Views:
     return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale)
 
 
-def try_splits(trace: Trace, splits: list[Split], explain: bool = False) -> str:
-    """Return why the model cannot be split so, or "".
+def try_splits(trace: Trace, splits: list[Split], explain: bool = False) -> Reason | None:
+    """Return why the model cannot be split so, if it cannot.
 
     Args:
         trace: of the model.
@@ -105,7 +105,8 @@ def try_splits(trace: Trace, splits: list[Split], explain: bool = False) -> str:
         try:
             y = split_views(x, views, layout=layout)
         except ViewsError as error:
-            raise ViewsError(f"at {site!r}: {error}" if len(splits) > 1 else str(error)) from error
+            at = f"at {site!r}: " if len(splits) > 1 else ""
+            raise ViewsError(error.code, at + error.message) from error
         ran.append((i, y.shape[0]))
         taint.set(y, VIEWS << i)
         return y
@@ -127,17 +128,19 @@ def try_splits(trace: Trace, splits: list[Split], explain: bool = False) -> str:
     if failure:  # out of its handler, whose traceback holds tensors
         return _why_it_failed(trace, splits, failure, explain)
     if root_calls != 1:
-        return f"the model's forward, where the vote would stand, ran {root_calls} times in one call."
+        return Reason("CV117", f"the model's forward, where the vote would stand, ran {root_calls} times in one call.")
     counts = itertools.accumulate((len(split.views) for split in splits), operator.mul, initial=BATCH)
     if ran != list(enumerate(list(counts)[1:])):
         if len(splits) == 1:
-            return f"the split ran {len(ran)} times in one forward."
+            return Reason("CV118", f"the split ran {len(ran)} times in one forward.")
         order = ", ".join(splits[i].site for i, _ in ran)
-        return f"the splits did not run once each, one behind the other, in one forward, but: {order or 'none'}."
+        return Reason(
+            "CV119", f"the splits did not run once each, one behind the other, in one forward, but: {order or 'none'}."
+        )
     return _why_not_these_rows(trace, output, ran[-1][1], taint, VIEWS << len(splits) - 1)
 
 
-def _why_not_these_rows(trace: Trace, output: Any, expected: int, taint: TaintMode, last: int) -> str:
+def _why_not_these_rows(trace: Trace, output: Any, expected: int, taint: TaintMode, last: int) -> Reason | None:
     """Return why the predictions after the splits are not one row per view."""
     tensors = dict(tensors_of(output))
     for path in trace.predictions:
@@ -147,32 +150,36 @@ def _why_not_these_rows(trace: Trace, output: Any, expected: int, taint: TaintMo
             continue  # a head in front of the site
         if rows is None or rows.shape != (expected, plain.shape[1]):
             wanted = f"{format_path(path)} {(expected, plain.shape[1])}".strip()
-            return f"the model returns {describe(output)} after the split, not {wanted}, one row per view."
+            return Reason(
+                "CV122", f"the model returns {describe(output)} after the split, not {wanted}, one row per view."
+            )
         if bits & (last - 1):
-            return "the model's output also depends on the images by a path around it."
+            return Reason("CV101", "the model's output also depends on the images by a path around it.")
     try:
         map_tensors(lambda path, x: x.clone(), output)
     except RowsError as error:
-        return str(error)
-    return ""
+        return Reason(error.code, error.message)
+    return None
 
 
-def _why_it_failed(trace: Trace, splits: list[Split], failure: str, explain: bool) -> str:
+def _why_it_failed(trace: Trace, splits: list[Split], failure: str, explain: bool) -> Reason:
     *before, (site, views, layout) = splits
     tokens = " A table of positions, or windows, may fix the grid." if isinstance(layout, Tokens) else ""
     if before:
         tail = f"the network behind it, or between it and {before[-1].site!r},"
-        return f"{tail} cannot take the views: {failure}.{tokens}"
+        return Reason("CV121", f"{tail} cannot take the views: {failure}.{tokens}")
     whole = Views([(0, 0)] * len(views), scale=1)
     if explain and views.scale != whole.scale and try_splits(trace, [Split(site, whole, layout)]):
-        return (
+        return Reason(
+            "CV120",
             f"the network behind it cannot take more rows than there are images: {failure}. It probably "
             f"reads the batch size from the images, as in `b = x.size(0)` and later `.view(b, -1)`: write "
-            f".flatten(1) there, or read the size from the tensor that is reshaped."
+            f".flatten(1) there, or read the size from the tensor that is reshaped.",
         )
     shape = trace.shape(site)
     crop = resized(shape, layout, views.crop_size(*sides(shape, layout)))
-    return (
+    return Reason(
+        "CV121",
         f"the network behind it cannot take the views of its map, of shape {crop} instead of {shape}: "
-        f"{failure}.{tokens}"
+        f"{failure}.{tokens}",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..errors import ViewsError
+from ..errors import Reason, ViewsError
 from ..layouts import Layout, Tokens, sides
 from ..views import Views
 from .layout import find_layout
@@ -24,7 +24,7 @@ class Site(NamedTuple):
         shape: its output's (C, H, W), (H, W, C) or (L, C), as the layout says; empty where it returns no tensor.
         layout: "NCHW", "NHWC" or :class:`Tokens`.
         distinct: how many of the views differ there.
-        reason: why it is no valid site; empty where it is one.
+        reason: why it is not a valid site, with the code of its entry in the troubleshooting page; "" if it is one.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Verdict(NamedTuple):
 
     Fields:
         splits: in forward order; the last one is the one refused, if there is a reason.
-        reason: why not; "" if it can.
+        reason: why not, if it cannot.
     """
 
     splits: list[Split]
-    reason: str
+    reason: Reason | None
 
 
 def judge(
@@ -74,7 +74,7 @@ def judge(
         elif not reason:
             layout, reason = find_layout(trace, name, views, layout_stated, explain)
         if not reason and splits and trace.turn(splits[-1].site) == trace.turn(name):
-            reason = f"it returns what {splits[-1].site!r} returns: that is one place."
+            reason = Reason("CV110", f"it returns what {splits[-1].site!r} returns: that is one place.")
         if not reason and isinstance(layout, Tokens):
             layout, reason = _grid_behind(trace, splits, layout)
         splits.append(Split(name, views, layout))
@@ -90,7 +90,7 @@ def judge_site(trace: Trace, name: str, views: Views) -> Site:
     if key not in trace.memo:
         try:
             splits, reason = judge(trace, {name: views})
-            trace.memo[key] = splits[0].layout, reason
+            trace.memo[key] = splits[0].layout, str(reason or "")
         except ViewsError as error:
             trace.memo[key] = "NCHW", str(error)
     layout, reason = trace.memo[key]
@@ -103,7 +103,7 @@ def judge_site(trace: Trace, name: str, views: Views) -> Site:
     return Site(name, shape, layout, distinct, reason)
 
 
-def _grid_behind(trace: Trace, splits: list[Split], layout: Tokens) -> tuple[Tokens, str]:
+def _grid_behind(trace: Trace, splits: list[Split], layout: Tokens) -> tuple[Tokens, Reason | None]:
     """Return the grid of a site's tokens behind sites that cut the grid, and why it is unknown."""
     plain = grid = (layout.height, layout.width)
     for site, views, split_layout in splits:
@@ -111,6 +111,6 @@ def _grid_behind(trace: Trace, splits: list[Split], layout: Tokens) -> tuple[Tok
         if views.crop_size(*size) == size:
             continue
         if size != plain:
-            return layout, f"its tokens behind the views at {site!r} are of a grid that is not known."
+            return layout, Reason("CV111", f"its tokens behind the views at {site!r} are of a grid that is not known.")
         grid = views.crop_size(*grid)
-    return layout._replace(height=grid[0], width=grid[1]), ""
+    return layout._replace(height=grid[0], width=grid[1]), None

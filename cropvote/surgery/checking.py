@@ -32,21 +32,23 @@ def check_call(injection: Injection, model: nn.Module, args: tuple[Any, ...], kw
         SurgeryError: the call runs under a compiler, or the map is another than the one checked before.
     """
     if injection.site_error:
-        raise SiteError(injection.site_error)
+        raise SiteError(*injection.site_error)
     if is_traced():
         mode = "training" if model.training else "eval"
         raise SurgeryError(
+            "CV503",
             f"the site {injection.site} was not yet checked in {mode} mode with such arguments, and cannot be while "
             f"the model is compiled, exported, traced or vmapped: pass input_size= to inject_crop_vote, or call it "
-            f"once as it is."
+            f"once as it is.",
         )
     key = injection.argument_key(args, kwargs)
     samples, *image = first_tensor(args, kwargs).shape
     tokens = [layout for layout in injection.user_layouts.values() if isinstance(layout, Tokens)]
     if tokens and injection.layouts_by_size and tuple(image) not in injection.layouts_by_size:
         raise SurgeryError(
+            "CV415",
             f"{tokens[0]} was stated for images of another shape than {tuple(image)}: remove_crop_vote, and "
-            f"inject again with the tokens of these."
+            f"inject again with the tokens of these.",
         )
     try:
         example = example_from_call(args, kwargs, samples)
@@ -58,13 +60,14 @@ def check_call(injection: Injection, model: nn.Module, args: tuple[Any, ...], kw
     except SiteError as error:
         # of several arguments, another's first axis may have the batch's length by chance
         if len(key) == 1 and not injection.checked:
-            injection.site_error = str(error)
+            injection.site_error = error.code, error.message
         raise
     order = tuple(split.site for split in splits)
     if order != names:
         raise SurgeryError(
+            "CV416",
             f"the forward reaches {' before '.join(map(repr, order))}, which the model defines in another order: "
-            f"remove_crop_vote, and inject again with input_size=, which tells it before."
+            f"remove_crop_vote, and inject again with input_size=, which tells it before.",
         )
     tensors = sum(kind == TENSOR for _, kind in key)
     # with one sample, an argument of length 1 may belong to the sample or to the model
@@ -91,7 +94,7 @@ def explain_failure(
     try:
         check_call(injection, model, args, kwargs)
     except SiteError as reason:
-        raise RowsError(f"the call failed ({error}), because the model has changed: {reason}") from error
+        raise RowsError("CV320", f"the call failed ({error}), because the model has changed: {reason}") from error
     except CropVoteError:
         return
 
@@ -106,14 +109,16 @@ def check_recorded(injection: Injection, model: nn.Module) -> None:
     there = [m for m in model.modules() if getattr(m, "_cropvote_split", None) is injection]
     if len(there) < len(injection.sites) - (injection.sites[0] == INPUT):
         raise RowsError(
+            "CV305",
             f"of the modules that carry the splits after {injection.site}, {len(there)} are left: one was replaced "
-            f"since the model was checked. remove_crop_vote, and inject again."
+            f"since the model was checked. remove_crop_vote, and inject again.",
         )
     for layouts in injection.layouts:
         if len({token_count(x) for x in layouts if isinstance(x, Tokens)}) < len(layouts) > 1:
             raise SurgeryError(
+                "CV504",
                 f"the model was checked with images whose tokens are {layouts}, which a compiled model cannot tell "
-                f"by their number: inject a model of its own for each shape of image."
+                f"by their number: inject a model of its own for each shape of image.",
             )
 
 

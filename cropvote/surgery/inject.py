@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from ..swapping import check_restorable, restore_forward, split_module, swap_for
 from ..views import Views
 from ..voting import How
 from .arguments import MARKS, check_model, injected_inside, injection_of, sites_after, unwrap, user_layouts_of
+from .config import read_layout, read_views
 from .injection import Injection, parameters_of, split_forward, vote_forward
 
 __all__ = ["inject_crop_vote", "remove_crop_vote", "settings"]
@@ -37,8 +38,10 @@ def inject_crop_vote(
     eval_output: Output = "vote",
     train_views: int | None = None,
     eval_views: EvalViews = None,
+    enabled: bool = True,
     layout: Layout | Mapping[str, Layout] | None = None,
     check: bool = True,
+    **unknown: NoReturn,
 ) -> Model:
     """Split the map behind a module of ``model`` into views, and vote over the views' predictions. In place.
 
@@ -70,21 +73,23 @@ def inject_crop_vote(
         input_size: the images' size: a side, (H, W), or (C, H, W).
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
-        train_views: so many views, drawn anew for every batch in training mode, see :class:`Settings`.
+        train_views: this many views, drawn again for every batch in training mode, see :class:`Settings`.
         eval_views: the views of eval mode, which alone are computed, see :class:`Settings`.
+        enabled: False runs the plain network, until ``settings(model).enabled = True``.
         layout: where the height and width of the site's map are, "NCHW", "NHWC" or :class:`Tokens`, or a dict of them
             by site; by default what the check finds, or for tokens what the model says of them.
         check: False skips every check on a fake copy, here and at calls, for a sound model that the check cannot follow
             (its forward reads values of its data, say). The layout is then the stated one, or "NCHW", and several sites
             must be in the order in which the model defines them; that each split runs once, and that there is one row
             for each view, is still checked at every call.
+        **unknown: nothing else; a name from a later version's :func:`to_config`, say, is an error.
 
     Returns:
         The model.
 
     Raises:
         UnknownSiteError: no module of that name; the message holds the nearest names.
-        SiteError: the module is no valid site; the message holds the reason and valid ones.
+        SiteError: the module is not a valid site; the message holds the reason and valid ones.
         ViewsError: the map there is too small for the views.
         SurgeryError: the model is injected already, wrapped or compiled, or does not run on ``input_size``.
         OptionError: an unknown option.
@@ -101,11 +106,13 @@ def inject_crop_vote(
     Reference:
         Gómez-Sirvent et al., Electronics 2023, 12(18), 3837.
     """
+    if unknown:
+        raise InputTypeError("CV852", f"inject_crop_vote has no argument {', '.join(map(repr, unknown))}.")
     check_model(model)
-    sites = sites_after(model, after, views)
-    stated = user_layouts_of(sites, layout)
+    sites = sites_after(model, read_views(after), read_views(views))
+    stated = user_layouts_of(sites, read_layout(layout))
     if not isinstance(check, bool):
-        raise InputTypeError(f"check must be True or False, got {check!r}.")
+        raise InputTypeError("CV814", f"check must be True or False, got {check!r}.")
 
     def make_injection(names: Sequence[str]) -> Injection:
         options = Settings(
@@ -115,8 +122,10 @@ def inject_crop_vote(
             eval_output=eval_output,
             train_views=train_views,
             eval_views=eval_views,
+            enabled=enabled,
         )
-        return Injection({name: stated[name] for name in names}, options, parameters_of(model), check)
+        layouts = {name: stated[name] for name in names}
+        return Injection(layouts, options, parameters_of(model), check, input_size)
 
     injection = make_injection(list(sites))
     example = example_of(model, input_size) if check else None
@@ -164,7 +173,7 @@ def remove_crop_vote(model: Model) -> Model:
 
     Raises:
         SurgeryError: the model was never injected.
-        InputTypeError: no module.
+        InputTypeError: not a module.
 
     Example:
         >>> import torchvision
@@ -174,16 +183,17 @@ def remove_crop_vote(model: Model) -> Model:
         True
     """
     if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+        raise InputTypeError("CV801", f"model must be an nn.Module, got {type(model).__name__}.")
     injection = injection_of(model)
     if injection is None:
         wrapped = unwrap(model)
         if wrapped is not model and injection_of(wrapped) is not None:
-            raise SurgeryError(f"{type(model).__name__} wraps the injected model: pass the model inside it.")
+            raise SurgeryError("CV417", f"{type(model).__name__} wraps the injected model: pass the model inside it.")
         inner = injected_inside(model)
         raise SurgeryError(
+            "CV418",
             f"this {type(model).__name__} was never injected"
-            + (f", but its submodule {inner!r} was: pass that." if inner else ": there is nothing to remove.")
+            + (f", but its submodule {inner!r} was: pass that." if inner else ": there is nothing to remove."),
         )
     carried = [(m, mark, vars(m).get(mark)) for m in model.modules() for mark in MARKS]
     # and what a copy of a stage, put in the place of the stage, brought along: its injection has no model of its own
@@ -198,7 +208,7 @@ def remove_crop_vote(model: Model) -> Model:
 
 
 def settings(model: nn.Module) -> Settings:
-    """The live settings of an injected model or a :class:`CropVote` layer: read them, assign to them.
+    """Return the live settings of an injected model or a :class:`CropVote` layer: read them, assign to them.
 
     Args:
         model: an injected model, also inside DataParallel, DistributedDataParallel or a compiled wrapper; or a layer.
@@ -208,7 +218,7 @@ def settings(model: nn.Module) -> Settings:
 
     Raises:
         SurgeryError: the model was never injected.
-        InputTypeError: no module.
+        InputTypeError: not a module.
 
     Example:
         >>> import torchvision
@@ -218,7 +228,9 @@ def settings(model: nn.Module) -> Settings:
         >>> settings(model).enabled = False  # the plain network, for a while
     """
     if not isinstance(model, nn.Module):
-        raise InputTypeError(f"settings takes an injected model or a CropVote layer, got {type(model).__name__}.")
+        raise InputTypeError(
+            "CV801", f"settings takes an injected model or a CropVote layer, got {type(model).__name__}."
+        )
     found = unwrap(model)
     if isinstance(found, CropVote):
         return found.settings
@@ -227,7 +239,8 @@ def settings(model: nn.Module) -> Settings:
         layers = [name for name, module in found.named_modules() if isinstance(module, CropVote)]
         inner = layers[0] if layers else injected_inside(found)
         raise SurgeryError(
+            "CV418",
             f"this {type(found).__name__} is neither injected nor a CropVote layer"
-            + (f", but its submodule {inner!r} is: pass that." if inner else ".")
+            + (f", but its submodule {inner!r} is: pass that." if inner else "."),
         )
     return injection.settings

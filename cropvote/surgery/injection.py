@@ -29,7 +29,7 @@ ArgumentKey = tuple[tuple[str, Any], ...]
 #: The memo key of a checked call: training or not, and its arguments.
 CallKey = tuple[bool, ArgumentKey]
 FLAGS = (bool, int, float, str, type(None))
-#: So many kinds of call, and so many sizes of image, are remembered.
+#: How many kinds of call, and how many sizes of image, are remembered.
 MOST_CALLS, MOST_SIZES = 64, 256
 
 
@@ -45,6 +45,7 @@ class Injection:
         layouts: the layouts known at each site: several if images of other sizes give other grids of tokens.
         layouts_by_size: the layout at each site, by the shape of an image, if they are grids of tokens.
         settings: the options.
+        input_size: the size of the images, if the user stated it.
         parameters: the names of the forward's arguments, with the defaults of flags.
         check: False if the user said so: nothing is checked on a fake copy.
         checked: the kinds of call for which the sites are known to be valid.
@@ -56,19 +57,25 @@ class Injection:
     """
 
     def __init__(
-        self, user_layouts: dict[str, Layout | None], settings: Settings, parameters: dict[str, Any], check: bool = True
+        self,
+        user_layouts: dict[str, Layout | None],
+        settings: Settings,
+        parameters: dict[str, Any],
+        check: bool = True,
+        input_size: int | tuple[int, ...] | None = None,
     ) -> None:
         self.sites = tuple(user_layouts)
         self.user_layouts = user_layouts
         self.layouts = tuple(() if layout is None else (layout,) for layout in user_layouts.values())
         self.layouts_by_size: dict[tuple[int, ...], tuple[Layout, ...]] = {}
         self.settings = settings
+        self.input_size = input_size
         self.parameters = parameters
         self.images_only: ArgumentKey = ((next(iter(parameters), "*0"), TENSOR),)
         self.check = self.tracking = check
         self.checked: dict[CallKey, None] = {}
         self.checked_sizes: dict[tuple[bool, tuple[int, ...]], None] = {}
-        self.site_error = ""
+        self.site_error: tuple[str, str] | None = None
         self.used_cuts: tuple[Cuts, ...] = ()
         self.root: weakref.ref[nn.Module] | None = None
         if not check:
@@ -76,12 +83,12 @@ class Injection:
 
     @property
     def site(self) -> str:
-        """The sites, as text."""
+        """Return the sites as text."""
         return repr(self.sites[0]) if len(self.sites) == 1 else " and ".join(map(repr, self.sites))
 
     @property
     def on_tokens(self) -> bool:
-        """Whether a site's map is a grid of tokens."""
+        """Return whether a site's map is a grid of tokens."""
         return any(isinstance(layout, Tokens) for layouts in self.layouts for layout in layouts)
 
     def set_root(self, model: nn.Module) -> None:
@@ -91,7 +98,7 @@ class Injection:
 
     @property
     def is_orphan(self) -> bool:
-        """Whether it belongs to a copy of a part of a model, with which no model ever voted."""
+        """Return whether it belongs to a copy of part of a model, with which no model ever voted."""
         return self.root is None
 
     def training(self, module: nn.Module) -> bool:
@@ -105,8 +112,9 @@ class Injection:
             return module.training
         if module is not root and "_cropvote" in module.__dict__ and module.training != root.training:
             raise SurgeryError(
+                "CV419",
                 f"this {type(module).__name__} is a shallow copy of an injected model, with which it shares the site, "
-                f"and the two are in different modes: use copy.deepcopy."
+                f"and the two are in different modes: use copy.deepcopy.",
             )
         return root.training
 
@@ -117,8 +125,9 @@ class Injection:
     def __setstate__(self, state: dict[str, Any]) -> None:
         if set(state) != set(Injection({}, Settings(), {}).__dict__):
             raise SurgeryError(
-                "this model was pickled by another version of cropvote: load its state_dict into a model that is "
-                "injected anew."
+                "CV411",
+                "this model was pickled by another version of cropvote: load its state_dict into a newly "
+                "injected model.",
             )
         self.__dict__.update(state)
 
@@ -177,7 +186,7 @@ class Injection:
     def _layouts_for(self, image: tuple[int, ...]) -> tuple[Layout, ...] | None:
         """Return the layout at each site for an image of this shape, if it is known."""
         if is_jit_tracing():
-            raise SurgeryError("torch.jit.trace would freeze the grid of the tokens: use torch.export.")
+            raise SurgeryError("CV505", "torch.jit.trace would freeze the grid of the tokens: use torch.export.")
         for known, layouts in self.layouts_by_size.items():  # one by one, since a compiler's sizes are symbols
             if len(known) == len(image) and all(m == n for m, n in zip(known, image, strict=True)):
                 return layouts
@@ -240,8 +249,9 @@ class Injection:
                 check_call(self, model, args, kwargs)  # which says where the path is
                 if call.leaked:
                     raise SiteError(
+                        "CV154",
                         f"after={self.site}: in this call the prediction also depends on the images by a path around "
-                        f"it, which is not there every time (it depends on a count, a random number or the time)."
+                        f"it, which is not there every time (it depends on a count, a random number or the time).",
                     )
                 self.tracking = False  # ordinary tensors do not remember what was written into them
                 return output
@@ -269,8 +279,9 @@ class Injection:
                 self.used_cuts = (*self.used_cuts[-7:], cuts)
         elif self.used_cuts and not known:
             raise RowsError(
+                "CV321",
                 "checkpointing runs a part of the model again in the backward pass, and meanwhile the model's mode, "
-                "eval_views, train_views or enabled has changed: change it after backward()."
+                "eval_views, train_views or enabled has changed: change it after backward().",
             )
 
     def split(self, index: int, x: Tensor, call: Call) -> Tensor:
@@ -284,7 +295,8 @@ class Injection:
         try:
             views = cut_views(call.cuts.at[index], x, layout)
         except ViewsError as error:
-            raise ViewsError(f"at the site {self.sites[index]!r}, on a map {tuple(x.shape)}: {error}") from error
+            where = f"at the site {self.sites[index]!r}, on a map {tuple(x.shape)}"
+            raise ViewsError(error.code, f"{where}: {error.message}") from error
         return track(views, index + 1) if is_tracked and index < len(call.cuts.at) - 1 else views
 
     def layout_of(self, index: int, x: Tensor) -> Layout:
@@ -299,8 +311,9 @@ class Injection:
                 return layout
         if not layouts:
             raise SurgeryError(
+                "CV420",
                 f"the site {self.site} was not yet checked, so where its channels are is not known: call the model "
-                f"itself once, or pass input_size= to inject_crop_vote."
+                f"itself once, or pass input_size= to inject_crop_vote.",
             )
         return layouts[0]  # which the split refuses
 

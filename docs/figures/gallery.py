@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from cropvote import agreement, plot_agreement, profile, remove_crop_vote, split_views, ten_crop
+from cropvote import profile, remove_crop_vote, split_views, ten_crop
+from cropvote.plots import plot_agreement
+from cropvote.uncertainty import agreement
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "examples" / "fer48"))

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import cropvote
 from batches import to_input
-from cropvote import plot_views, vote
+from cropvote import vote
+from cropvote.plots import plot_views
 from data.class_folders import SUFFIXES, is_picture
 from data.pictures import ReadError, read_picture, shrink
 from detecting import DetectError, Detector, watch

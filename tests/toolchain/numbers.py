@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +14,23 @@ from torch import nn
 
 import networks
 import oracle
-from cropvote import inject_crop_vote, settings
+from cropvote import inject_crop_vote, remove_crop_vote, settings
 from toolchain.table import SIDE, Split, agree, expected, images, tool, voting
 
 
 @tool("copy.deepcopy and pickle", "the copy votes and has settings of its own")
 def _(_path: Path, split: Split) -> None:
-    model = voting(split)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    model, stream = voting(split), io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    saved = torch.load(stream, weights_only=False)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved):
+        assert {training for training, _ in twin._cropvote.checked} == {True, False}
         agree(twin(images()), expected(split))
         settings(twin).enabled = False
         agree(model(images()), expected(split))
+        agree(twin(images()), networks.fer()(images()))
+        assert type(remove_crop_vote(twin)) is type(networks.fer())
 
 
 @tool("state_dict", "the plain model's keys, loaded with `weights_only=True`, both ways")

@@ -212,7 +212,7 @@ def _logits(model: nn.Module) -> nn.Module:
     return Logits()
 
 
-@tool("Hugging Face's models with labels=", "compute the loss outside", raises="Trainer: compute_loss_func=")
+@tool("Hugging Face's models with labels=", "compute the loss outside", raises="CV123")
 def _(_path: Path) -> None:
     model = inject_crop_vote(networks.hf_resnet(), after="resnet.encoder.stages.1", input_size=SIDE)
     model(images(4), labels=TARGETS)

@@ -1,0 +1,166 @@
+"""Learn and ask for worth.py: networks that split between their stages, as CUDA graphs on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cropvote import CropVoteLoss, Views, hflip, vote
+from worth_tasks import Network, Task, rows_of
+
+#: Views of ten that stand in the order of ten_crop().
+FEW = {"centre": [4], "centre + mirror": [4, 9], "five crops": [0, 1, 2, 3, 4]}
+
+
+class Learner:
+    """One model and optimizer; the steps of each network are CUDA graphs on a GPU, captured once."""
+
+    def __init__(self, task: Task, device: torch.device, steps: int) -> None:
+        self.task, self.device, self.cuda = task, device, device.type == "cuda"
+        layout = torch.channels_last if self.cuda else torch.contiguous_format
+        self.model = task.make().to(device).to(memory_format=layout)
+        self.stages = task.stages(self.model)
+        self.images, self.labels = (tensor.to(device) for tensor in task.splits["train"])
+        self.loss = CropVoteLoss(nn.CrossEntropyLoss(label_smoothing=task.smoothing))
+        self.rate = torch.zeros((), device=device)
+        decayed, others = [], []
+        for parameter in self.model.parameters():
+            (decayed if parameter.dim() > 1 else others).append(parameter)
+        groups = [{"params": decayed, "weight_decay": task.decay}, {"params": others, "weight_decay": 0.0}]
+        if task.sgd:
+            self.optimizer: Any = torch.optim.SGD(groups, self.rate, momentum=0.9, nesterov=True, fused=self.cuda)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, self.rate, fused=self.cuda, capturable=self.cuda)
+        self.rates = torch.zeros(steps, device=device)  # of the steps of a phase ...
+        self.order = torch.zeros(steps * 128, dtype=torch.long, device=device)  # ... and its pictures
+        self.at = torch.zeros(1, dtype=torch.long, device=device)
+        self.total = torch.zeros((), device=device)
+        self.steps: dict[Network, list[Callable[[], Any]]] = {}
+        self.pool: Any = None
+
+    def choices(self, network: Network) -> list[dict[str, Views]]:
+        """The sites of every draw of views; all views where none are drawn.
+
+        With two sites, all views of the first are kept, and the same view of the last is drawn for each of them.
+        """
+        if network.train_views is None:
+            return [network.sites]
+        *first, (site, views) = network.sites.items()
+        count = network.train_views // math.prod(len(theirs) for _, theirs in first)
+        drawn = itertools.combinations(range(len(views)), count)
+        return [{**dict(first), site: views.take(some)} for some in drawn]
+
+    def step(self, sites: dict[str, Views], batch: int) -> None:
+        self.rate.copy_(self.rates.index_select(0, self.at).squeeze())  # nothing here may wait for the device
+        rows = self.order.index_select(0, self.at * batch + torch.arange(batch, device=self.device))
+        self.at += 1
+        x = self.task.alter(self.images[rows])
+        if self.cuda:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda, cache_enabled=False):
+            loss = self.loss(rows_of(self.stages, x, sites), self.labels[rows])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.total += loss.detach()
+
+    def prepare(self, network: Network) -> list[Callable[[], Any]]:
+        """The steps of a network, one for each draw of its views."""
+        if network in self.steps:
+            return self.steps[network]
+        choices = self.choices(network)
+        if not self.cuda:
+            self.steps[network] = [lambda s=s: self.step(s, network.batch) for s in choices]
+            return self.steps[network]
+        kept = self.state()
+        stream, graphs = torch.cuda.Stream(), []
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(4):
+                self.step(choices[0], network.batch)
+            for sites in choices:
+                graph = torch.cuda.CUDAGraph()
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.synchronize()
+                graph.capture_begin(pool=self.pool)
+                self.step(sites, network.batch)
+                graph.capture_end()
+                self.pool = self.pool or graph.pool()
+                graphs.append(graph)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.steps[network] = [graph.replay for graph in graphs]
+        self.restore(kept)
+        return self.steps[network]
+
+    def run(self, network: Network, rates: Tensor, order: Tensor, seed: int, deadline: float) -> float:
+        """Learn for as many steps as there are rates; the mean loss. The seed draws the alterations and the views.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        self.model.train()
+        steps = self.prepare(network)
+        torch.manual_seed(seed)
+        draw = random.Random(seed)  # noqa: S311
+        self.rates[: len(rates)] = rates.to(self.device)
+        self.order[: len(order)] = order.to(self.device)
+        self.at.zero_()
+        self.total.zero_()
+        for i in range(len(rates)):
+            draw.choice(steps)()
+            if i % 100 == 99:
+                if self.cuda:
+                    torch.cuda.synchronize()
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+        return float(self.total) / max(1, len(rates))
+
+    def state(self) -> list[Tensor]:
+        """A copy of all weights, statistics and moments."""
+        return [tensor.clone() for tensor in self._tensors()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        for tensor, value in itertools.zip_longest(self._tensors(), state):
+            if value is None:  # moments that the optimizer made since: as new ones
+                tensor.zero_()
+            else:
+                tensor.copy_(value)
+
+    @torch.no_grad()
+    def _tensors(self) -> list[Tensor]:
+        moments = [value for p in self.model.parameters() for value in self.optimizer.state.get(p, {}).values()
+                   if isinstance(value, Tensor)]  # fmt: skip
+        return [*(t.detach() for t in self.model.state_dict().values()), *moments]
+
+    def start(self, seed: int) -> None:
+        """Fresh weights, and moments as if there had been no step."""
+        torch.manual_seed(seed)
+        self.model.load_state_dict(self.task.make().state_dict())
+        self.restore([*self.model.state_dict().values()])
+
+
+@torch.no_grad()
+def ask(learner: Learner, network: Network, split: str, batch: int = 512) -> dict[str, Tensor]:
+    """By each way of asking the network: (n, k), logits or votes."""
+    learner.model.eval()
+    images = learner.task.splits[split][0]
+    sites = network.sites or {"input": hflip()}
+    found = []
+    for some in images.split(batch):
+        x = learner.task.plainly(some.to(learner.device))
+        rows = rows_of(learner.stages, x, sites)
+        found.append(rows.unflatten(0, (len(some), -1)).float().cpu())
+    rows = torch.cat(found)
+    if not network.sites:
+        return {"plain": rows[:, 0], "mirrored input": rows.mean(1)}
+    ways = {name: rows[:, views].mean(1) for name, views in FEW.items()}
+    ways["ten views"] = rows.mean(1)
+    ways["ten views, hard"] = vote(rows.flatten(0, 1), rows.shape[1], "hard")
+    return ways

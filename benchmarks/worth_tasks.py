@@ -1,0 +1,201 @@
+"""The pictures, the networks and the runs that worth.py compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cropvote import Views, five_crop, hflip, profile, split_views, ten_crop
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "fer48"))
+
+import cifar
+from batches import augment, to_input
+from config import recipe
+from model import fer_resnet18
+
+NAMED: dict[str, Callable[[], Views]] = {
+    "ten": ten_crop,
+    "five": five_crop,
+    "hflip": hflip,
+    "five 7/8": lambda: five_crop(scale=7 / 8),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where a network splits in training, "none" or as in "layer1=hflip,layer3=five", and into how many views."""
+
+    after: str = "none"
+    train_views: int | None = None
+    batch: int = 128
+
+    @property
+    def sites(self) -> dict[str, Views]:
+        if self.after == "none":
+            return {}
+        return {site: NAMED[views]() for site, views in (part.split("=") for part in self.after.split(","))}
+
+    @property
+    def name(self) -> str:
+        return self.after if self.train_views is None else f"{self.after}:{self.train_views}"
+
+
+PLAIN = Network()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a run learns: the network of its constant part, and the one of its last quarter."""
+
+    first: Network
+    last: Network
+
+    @property
+    def name(self) -> str:
+        return self.first.name if self.first == self.last else f"late {self.last.name}"
+
+
+def always(after: str, train_views: int | None = None, batch: int = 128) -> Arm:
+    network = Network(after, train_views, batch)
+    return Arm(network, network)
+
+
+@dataclass
+class Task:
+    """Pictures and networks: how to make one, its stages by the sites behind them, and how it learns."""
+
+    name: str
+    size: int
+    make: Callable[[], nn.Module]
+    stages: Callable[[nn.Module], dict[str, Callable[[Tensor], Tensor]]]
+    alter: Callable[[Tensor], Tensor]
+    plainly: Callable[[Tensor], Tensor]
+    splits: dict[str, tuple[Tensor, Tensor]]
+    families: list[list[Arm]]  # runs that share a first network, most valuable first
+    sgd: bool
+    rate: float
+    decay: float
+    smoothing: float
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+def fer2013(data: str, width: int, limit: int | None) -> Task:
+    """Training to learn from, PublicTest to choose by, PrivateTest to score."""
+    with np.load(data, allow_pickle=False) as arrays:
+        images, labels, usage = (arrays[name] for name in ("images", "labels", "usage"))
+    splits = {}
+    for split, name in (("train", "Training"), ("val", "PublicTest"), ("test", "PrivateTest")):
+        chosen = np.flatnonzero(usage == name)[:limit]
+        splits[split] = (torch.from_numpy(images[chosen]).unsqueeze(1), torch.from_numpy(labels[chosen]))
+    how = recipe("fer2013", data=data)
+
+    def stages(model: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        first = nn.Sequential(model.conv1, model.bn1, model.relu, model.layer1)
+        last = nn.Sequential(model.layer4, model.avgpool, nn.Flatten(), model.fc)
+        return {"layer1": first, "layer2": model.layer2, "layer3": model.layer3, "": last}
+
+    late = [Arm(PLAIN, Network("layer1=ten", None, 32)), Arm(PLAIN, Network("layer1=ten", 2)),
+            Arm(PLAIN, Network("input=hflip,layer3=five", None, 64))]  # fmt: skip
+    families = [
+        [always("none"), *late],
+        [always("layer1=ten", 2)],
+        [always("layer1=ten", None, 32)],
+        [always("layer1=hflip,layer3=five", None, 48)],
+        [always("layer1=ten", 3)],
+        [always("layer1=ten", 1)],
+    ]
+    return Task(
+        "fer2013", 48, lambda: fer_resnet18(num_classes=7, width=width), stages, lambda x: augment(x, how), to_input,
+        splits, families, sgd=False, rate=1.5e-3, decay=0.05, smoothing=0.1, told={"width": width, "limit": limit},
+    )  # fmt: skip
+
+
+def cifar10(data: str, width: int, limit: int | None) -> Task:
+    """ResNet-20; 5,000 training pictures, drawn once, are for choosing, the test pictures are scored."""
+    images, labels = cifar.read_pictures(data, "train")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the file has class by class
+    images, labels = images[order], labels[order]
+    splits = {"train": (images[:45000][:limit], labels[:45000][:limit]), "val": (images[45000:], labels[45000:])}
+    splits["test"] = cifar.read_pictures(data, "test")
+
+    def stages(model: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        first = lambda x: model.layer1(model.stem(x))  # noqa: E731
+        return {"layer1": first, "layer2": model.layer2, "": lambda x: model.head(model.layer3(x))}
+
+    sites = "input=hflip,layer2=five 7/8"
+    families = [
+        [always("none"), Arm(PLAIN, Network(sites, None, 64)), Arm(PLAIN, Network("layer1=ten", None, 32))],
+        [always("layer1=ten", 2)],
+        [always(sites, None, 64)],
+        [always("layer1=ten", None, 32)],
+    ]
+    return Task(
+        "cifar10", 32, cifar.CifarResNet, stages, cifar.augment, cifar.to_input, splits, families,
+        sgd=True, rate=0.1, decay=5e-4, smoothing=0.0, told={"blocks": 3, "limit": limit},
+    )  # fmt: skip
+
+
+def finetune(data: str, width: int, limit: int | None) -> Task:
+    """ResNet-20 as others trained it on the original pictures, fine-tuned on JPEGs, which it has never seen."""
+    task = cifar10(data, width, limit or 10000)
+    weights = Path(data).with_name("resnet20.safetensors")
+
+    def make() -> nn.Module:
+        model = cifar.CifarResNet()
+        model.load_state_dict(load_file(weights))
+        return model
+
+    outside = "input=hflip,layer2=five 7/8"
+    families = [
+        [always("none"), Arm(PLAIN, Network(outside, None, 64)), Arm(PLAIN, Network(outside, 2, 64))],
+        [always(outside, 2, 64)],
+        [always("layer1=ten", None, 32)],
+        [always(outside, None, 64)],
+        [always("layer1=ten", 2)],
+    ]
+    told = {"blocks": 3, "limit": limit or 10000}
+    return dataclasses.replace(task, name="finetune", make=make, families=families, rate=0.02, told=told)
+
+
+TASKS = {"fer2013": fer2013, "cifar10": cifar10, "finetune": finetune}
+
+
+def rows_of(stages: dict[str, Callable[[Tensor], Tensor]], x: Tensor, sites: dict[str, Views]) -> Tensor:
+    """The network's predictions of every view, (n, ...) -> (n v, k)."""
+    if "input" in sites:
+        x = split_views(x, sites["input"])
+    for name, stage in stages.items():
+        x = stage(x)
+        if name in sites:
+            x = split_views(x, sites[name])
+    return x
+
+
+def costs_of(task: Task) -> Callable[[Network], float]:
+    """Return a function: the training work of a network on a picture, relative to the plain network."""
+    model = task.make()
+    known: dict[str, Any] = {}
+
+    def cost(network: Network) -> float:
+        if not network.sites:
+            return 1.0
+        if network.after not in known:
+            known[network.after] = list(profile(model, task.size, sites=[network.sites]))
+        plain, row = known[network.after][0].gmacs, known[network.after][-1].gmacs_by_views
+        everything = max(row)
+        count = network.train_views or everything
+        if count in row:
+            return row[count] / plain
+        return (row[1] + (count - 1) * (row[everything] - row[1]) / (everything - 1)) / plain  # of a single site
+
+    return cost
