@@ -138,6 +138,8 @@ def cifar10(data: str, width: int, limit: int | None) -> Task:
         [always("layer1=ten", 2)],
         [always(sites, None, 64)],
         [always("layer1=ten", None, 32)],
+        [always("layer2=five 7/8", 2, 64)],  # on the grid of the stride behind ...
+        [always("layer2=five", 2, 64)],  # ... and not
     ]
     return Task(
         "cifar10", 32, cifar.CifarResNet, stages, cifar.augment, cifar.to_input, splits, families,
@@ -162,6 +164,7 @@ def finetune(data: str, width: int, limit: int | None) -> Task:
         [always("layer1=ten", None, 32)],
         [always(outside, None, 64)],
         [always("layer1=ten", 2)],
+        [always("input=hflip,layer2=five", 2, 64)],  # off the grid of the stride behind
     ]
     told = {"blocks": 3, "limit": limit or 10000}
     return dataclasses.replace(task, name="finetune", make=make, families=families, rate=0.02, told=told)
