@@ -137,6 +137,8 @@ def storage_key(tensor: Tensor) -> tuple[Any, int]:
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
+    if tensor.layout != torch.strided:  # a sparse tensor has no storage of its own
+        return tensor, id(tensor)
     storage = tensor.untyped_storage()
     return storage, storage._cdata
 

@@ -159,7 +159,10 @@ def vote_output(call: Call, output: Any, images: Tensor) -> Any:
     paths: list[KeyPath] = [()] if isinstance(output, Tensor) else prediction_paths(output)
 
     def replace(path: KeyPath, rows: Tensor) -> Tensor:
-        if path not in paths or (path != paths[0] and rows.shape[0] == samples and count > 1):
+        is_aside = path != paths[0] and rows.shape[0] == samples  # the output of a head in front of the site
+        if count == 1:  # as many rows as behind the site: in a tracked call, the data tells
+            is_aside &= type(rows) is Tracked and rows.passed < len(call.cuts.at)
+        if path not in paths or is_aside:
             return plain(rows)
         check_rows(rows, samples, count)
         if type(rows) is Tracked:

@@ -1,4 +1,4 @@
-"""The command line: ``cropvote sites MODEL``, ``cropvote profile MODEL`` and ``cropvote suggest MODEL``."""
+"""The command line: ``cropvote sites MODEL``, and ``profile``, ``suggest`` and ``rank``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Nothing is downloaded: the weights are random.
   cropvote profile mynet:build --size 3x48x48 --views five --plot cost.png
   cropvote profile timm:resnet18 --after layer1=hflip --after layer3=five
   cropvote suggest timm:resnet18 --max-macs-ratio 4
+  cropvote rank timm:resnet18 --data photos/val --checkpoint model.safetensors
 """
 
 
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         ("sites", "the places where a split is sound", "List the places where a split is sound."),
         ("profile", "work and memory of a split at each of them", "Count what a split costs at each site."),
         ("suggest", "the earliest of them within a budget", "Name the earliest sound site within a budget."),
+        ("rank", "which views pay on your own pictures", "Try views on a trained network and pictures of yours."),
     ):
         command = commands.add_parser(
             name,
@@ -52,13 +54,22 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("model", metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:function")
         add("--size", help="the image: 48, 48x64 or 3x48x48; needless for timm models")
-        add("--views", choices=VIEWS, default="ten", help="ten (default), five, hflip or d4")
+        if name != "rank":
+            add("--views", choices=VIEWS, default="ten", help="ten (default), five, hflip or d4")
         form = command.add_mutually_exclusive_group()
         form.add_argument("--json", action="store_true", help="print JSON")
         if name != "suggest":
             form.add_argument("--markdown", action="store_true", help="print a Markdown table")
         if name == "sites":
             add("--all", action="store_true", help="also the modules that are not valid sites, and why")
+        elif name == "rank":
+            add("--data", type=Path, required=True, metavar="FOLDER", help="pictures, in a folder for each class")
+            add("--checkpoint", type=Path, metavar="FILE", help="the weights: .safetensors, or of torch.save")
+            add("--try", dest="tried", action="append", metavar="SITE=VIEWS,...", help="a candidate; once for each")
+            add("--limit", type=int, metavar="N", help="at most N pictures, drawn once")
+            add("--batch", type=int, default=64, metavar="N", help="pictures at a time (64)")
+            add("--device", help="where to run: cpu, cuda ...")
+            add("--plot", metavar="FILE", type=Path, help="also draw accuracy over work (.png, .svg, .pdf)")
         elif name == "suggest":
             add("--max-macs-ratio", type=float, metavar="X", help="at most X times the plain network's multiply-adds")
             add("--max-memory-mib", type=float, metavar="X", help="at most X MiB per image in training")

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .costs.meters import image_size
 from .costs.suggesting import suggest_site
 from .costs.tables import Profile, profile, row_of
 from .cuts import NAMES, After
 from .errors import CropVoteError, MissingExtraError, OptionError, SiteError
+from .folders import check_outputs, count_classes, load_checkpoint, read_folder
 from .images import example_of
 from .layouts import Tokens
 from .plots import check_path
 from .probe.sites import sites
 from .probe.verdicts import Site
+from .ranking import rank_sites
 
 __all__: list[str] = []
 
@@ -35,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
         size = _size(arguments.size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the models' own code
-            model = build(arguments.model, real=getattr(arguments, "measure", False))
+            real = getattr(arguments, "measure", False) or arguments.command == "rank"
+            classes = count_classes(arguments.data) if arguments.command == "rank" else None
+            model = build(arguments.model, real=real, classes=classes)
             if size is None and example_of(model, None) is None:
                 raise OptionError(
                     "CV802", f"{arguments.model} does not say its input size: add --size, such as --size 224."
@@ -111,6 +116,34 @@ def _suggest(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
     return f"{found.cost.site}\n\n{found.reason}"
 
 
+def _rank(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argparse.Namespace) -> str:
+    if arguments.plot:
+        check_path(arguments.plot)
+    if arguments.checkpoint is not None:
+        load_checkpoint(model, arguments.checkpoint)
+    candidates = [_candidate(text) for text in arguments.tried] if arguments.tried else None
+    example = example_of(model, size)
+    shape = image_size(example)  # type: ignore[arg-type]  # run has asked for it
+    data = read_folder(model, arguments.data, shape, arguments.batch, arguments.limit)
+    check_outputs(model, torch.zeros(1, *shape), count_classes(arguments.data))
+    ranking = rank_sites(model, data, candidates, device=_device(arguments.device), progress=not arguments.json)
+    if arguments.plot:
+        ranking.plot(arguments.plot)
+    if arguments.json:
+        return json.dumps(ranking.to_dict(), indent=1)
+    return ranking.to_markdown() if arguments.markdown else str(ranking)
+
+
+def _candidate(text: str) -> After:
+    """Return the sites of one candidate, such as ``input=hflip,layer2=five``."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    if any(not equals or not site or views not in NAMES for site, equals, views in parts):
+        raise OptionError(
+            "CV901", f"--try must be like input=hflip,layer2=five, with views of {', '.join(NAMES)}, got {text!r}."
+        )
+    return {site: NAMES[views]() for site, _, views in parts}
+
+
 def _asked(arguments: argparse.Namespace) -> list[After] | None:
     """Return the sites of --sites, and the sites of --after as one more."""
     if not arguments.after:
@@ -144,8 +177,10 @@ def _device(name: str | None) -> torch.device | None:
         raise OptionError("CV903", f"--device {name!r} is not a PyTorch device such as cpu or cuda.") from error
 
 
-def build(name: str, real: bool = False) -> nn.Module:
+def build(name: str, real: bool = False, classes: int | None = None) -> nn.Module:
     """Return the model of a name on the command line in eval mode, with random weights or, if not ``real``, none.
+
+    A model of a library gets an output for each of the ``classes``.
 
     Raises:
         OptionError: a malformed name, one that is not there, or a function that makes no model.
@@ -156,13 +191,13 @@ def build(name: str, real: bool = False) -> nn.Module:
         raise OptionError(
             "CV904", f"MODEL must be timm:NAME, torchvision:NAME or package.module:function, got {name!r}."
         )
-    model = _from_library(kind, rest, real) if kind in ("timm", "torchvision") else _own(kind, rest)()
+    model = _from_library(kind, rest, real, classes) if kind in ("timm", "torchvision") else _own(kind, rest)()
     if not isinstance(model, nn.Module):
         raise OptionError("CV904", f"{name} gives a {type(model).__name__}, not an nn.Module.")
     return model.eval()
 
 
-def _from_library(library: str, name: str, real: bool) -> Any:
+def _from_library(library: str, name: str, real: bool, classes: int | None) -> Any:
     try:
         package = importlib.import_module("timm" if library == "timm" else "torchvision.models")
     except ImportError as error:
@@ -173,9 +208,10 @@ def _from_library(library: str, name: str, real: bool) -> Any:
         raise OptionError("CV905", f"{library} has no model {name!r}{'; nearest: ' + ', '.join(near) if near else ''}.")
 
     def make() -> Any:
+        outputs = {} if classes is None else {"num_classes": classes}
         if library == "timm":
-            return package.create_model(name, pretrained=False)
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            return package.create_model(name, pretrained=False, **outputs)
+        options = {"init_weights": False, **outputs} if name in ("googlenet", "inception_v3") else outputs
         return package.get_model(name, weights=None, **options)
 
     if not real:  # no memory for weights that nobody looks at, where the constructor computes no numbers
@@ -233,4 +269,4 @@ def _current_folder() -> Iterator[None]:
 
 
 #: The commands by name.
-RUN = {"sites": _sites, "profile": _profile, "suggest": _suggest}
+RUN = {"sites": _sites, "profile": _profile, "suggest": _suggest, "rank": _rank}

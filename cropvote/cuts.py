@@ -19,9 +19,14 @@ NAMES: dict[str, Callable[[], Views]] = {"ten": ten_crop, "five": five_crop, "hf
 
 def format_sites(sites: Mapping[str, Views]) -> str:
     """Return sites and their views as text, such as ``layer1=hflip,layer3=five``."""
+    return ",".join(f"{site}={_format_views(views)}" for site, views in sites.items())
+
+
+def _format_views(views: Views) -> str:
     known = {make(): name for name, make in NAMES.items()}
-    sizes = {views: " x ".join(map(str, dict.fromkeys(views.scale))) for views in sites.values()}
-    return ",".join(f"{site}={known.get(v, f'{len(v)} views of {sizes[v]}')}" for site, v in sites.items())
+    sizes = " x ".join(map(str, dict.fromkeys(views.scale)))
+    name = known.get(views.aligned(1), f"{len(views)} views of {sizes}")
+    return name if views.stride == 1 else f"{name} aligned to {views.stride}"
 
 
 class ViewProduct(Sequence[tuple[View, ...]]):

@@ -155,6 +155,31 @@ def plot_profile(table: Any, path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_ranking(ranking: Any, path: str | Path) -> None:
+    """Draw the metric of every candidate over its work; see :meth:`cropvote.ranking.Ranking.plot`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OptionError: a path where no picture can be written.
+    """
+    check_path(path)
+    figure = _figures()((6.4, 4.2))
+    axes = figure.subplots()
+    scale = 100 if ranking.metric == "accuracy" else 1
+    for row in ranking.rows:
+        plain = row.name == ranking.rows[0].name
+        axes.plot(row.work, scale * row.score, "s" if plain else "o", color=GREY if plain else BLUE)
+        axes.annotate(row.name, (row.work, scale * row.score), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.axhline(scale * ranking.rows[0].score, color=GREY, linewidth=0.8, alpha=0.6)
+    axes.set_xlabel("multiply-adds over the plain network's")
+    axes.set_ylabel(ranking.metric + (", %" if scale == 100 else ""))
+    axes.set_title(f"{ranking.samples} samples", fontsize=10)
+    axes.margins(x=0.25)
+    axes.grid(color=GREY, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def check_path(path: str | Path) -> None:
     """Raise OptionError unless a picture can be written there."""
     path = Path(path)

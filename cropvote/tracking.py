@@ -7,6 +7,7 @@ everything that is computed from them; the split returns plain tensors. A predic
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from ._torch import without_subclasses
 __all__: list[str] = []
 
 _NO_DATA = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
-_NO_DATA |= {"rand_like", "randn_like", "randint_like", "new_tensor"}
+_NO_DATA |= {"rand_like", "randn_like", "randint_like"}
 
 #: Whether the running call of this thread wrote tracked data into an ordinary tensor, which does not remember it.
 _WROTE: ContextVar[list[bool] | None] = ContextVar("cropvote_wrote", default=None)
@@ -50,11 +51,15 @@ class Tracked(Tensor):
             cast(Tracked, output).passed = passed
             return output
         if output is None:
-            if args and type(args[0]) is Tensor:  # an item was set
+            if args and type(args[0]) in (Tensor, tuple, list):  # an item was set, or a list of tensors written
                 _note_write()
             return None
+        if kwargs.get("out") is not None:
+            _note_write()
         if not isinstance(output, (tuple, list)) or type(output) is torch.Size:
             return output
+        if args and type(args[0]) in (tuple, list) and any(x is y for x in output for y in args[0]):
+            _note_write()  # a list of tensors was written
         passed = _least(args, kwargs)
         # a tuple, a list, or one of torch.return_types
         return type(output)([track(x, passed) if isinstance(x, Tensor) else x for x in output])
@@ -62,8 +67,11 @@ class Tracked(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
 
+    def __copy__(self) -> Tensor:
+        return track(copy.copy(plain(self)), self.passed)
+
     def __deepcopy__(self, memo: Any) -> Any:
-        return plain(self).__deepcopy__(memo)
+        return track(plain(self).__deepcopy__(memo), self.passed)
 
 
 def _note_write() -> None:

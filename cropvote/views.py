@@ -52,6 +52,8 @@ class Views(Sequence[View]):
 
     A view's side is ``scale`` times the map's side, rounded half up in integer
     arithmetic; its offset is the floor of its position times the free margin.
+    With a ``stride``, the free margin is then rounded to the nearest multiple of
+    it, a tie to the smaller one, but to at least one stride (see :meth:`aligned`).
 
     Args:
         positions: one ``(vertical, horizontal)`` pair of fractions of the free margin per view,
@@ -59,9 +61,10 @@ class Views(Sequence[View]):
         scale: the share of the map's sides that a view keeps, above 0 and at most 1; one number, or a
             ``(height, width)`` pair. A float becomes the nearest fraction with a denominator up to 1000.
         mirror: append the same crops of the mirrored map.
+        stride: the free margin is a multiple of this; 1 leaves it as it is.
 
     Raises:
-        ViewsError: no position, or a scale or position out of its range or not finite.
+        ViewsError: no position, or a scale, position or stride out of its range or not finite.
         InputTypeError: a scale or position that is not a number.
 
     Example:
@@ -81,6 +84,7 @@ class Views(Sequence[View]):
         *,
         scale: Number | tuple[Number, Number] = FIVE_SIXTHS,
         mirror: bool = False,
+        stride: int = 1,
     ) -> None:
         if not isinstance(positions, Iterable):
             raise InputTypeError(
@@ -96,7 +100,10 @@ class Views(Sequence[View]):
                 )
             entries += tuple(view._replace(mirror=True) for view in entries)
         pair = scale if isinstance(scale, tuple) and len(scale) == 2 else (scale, scale)
+        if type(stride) is not int or stride < 1:
+            raise ViewsError("CV213", f"stride must be a whole number above 0, got {stride!r}.")
         self.entries = entries
+        self.stride = stride
         self._scale = (_scale(pair[0]), _scale(pair[1]))
         self._several = tuple(len({view[axis] for view in entries}) > 1 for axis in (0, 1))
         self._geometries: dict[tuple[int, int], Geometry] = {}
@@ -170,11 +177,35 @@ class Views(Sequence[View]):
             >>> [view.mirror for view in ten_crop().take([4, 9])]
             [False, True]
         """
-        return Views([self.entries[i] for i in indices], scale=self._scale)
+        return Views([self.entries[i] for i in indices], scale=self._scale, stride=self.stride)
+
+    def aligned(self, stride: int) -> Views:
+        """Return the same views with a free margin that is a multiple of ``stride``.
+
+        Layers with stride 2 sample every second pixel from a crop's first one. If the margin is a multiple of the
+        total stride of the network behind the site, crops in the corners see the pixels on the same grid as the whole
+        map does. ``inject_crop_vote(model, after, align=True)`` finds the stride.
+
+        Raises:
+            ViewsError: not a whole number above 0.
+
+        Example:
+            >>> ten_crop().crop_size(16, 16), ten_crop().aligned(2).crop_size(16, 16)
+            ((13, 13), (14, 14))
+            >>> ten_crop().crop_size(48, 48), ten_crop().aligned(8).crop_size(48, 48)
+            ((40, 40), (40, 40))
+        """
+        return (
+            self if all(share == 1 for share in self._scale) else Views(self.entries, scale=self._scale, stride=stride)
+        )
 
     def _side(self, side: int, axis: int) -> int:
         share = self._scale[axis]
         crop = (share.numerator * side + share.denominator // 2) // share.denominator
+        margin = side - crop
+        if self.stride > 1 and margin > 0 and side > self.stride:
+            margin = max(1, (2 * margin + self.stride - 1) // (2 * self.stride)) * self.stride
+            crop = side - (margin if margin < side else margin - self.stride)
         name = ("height", "width")[axis]
         if crop < 1:
             raise ViewsError("CV205", f"{share} of the map's {name} of {side} leaves nothing: choose a larger scale.")
@@ -191,10 +222,10 @@ class Views(Sequence[View]):
 
         Example:
             >>> hflip().to_dict()
-            {'scale': ['1', '1'], 'views': [['1/2', '1/2', False, 0], ['1/2', '1/2', True, 0]]}
+            {'scale': ['1', '1'], 'stride': 1, 'views': [['1/2', '1/2', False, 0], ['1/2', '1/2', True, 0]]}
         """
         views = [[str(view.top), str(view.left), view.mirror, view.turns] for view in self.entries]
-        return {"scale": [str(share) for share in self._scale], "views": views}
+        return {"scale": [str(share) for share in self._scale], "stride": self.stride, "views": views}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Views:
@@ -208,15 +239,18 @@ class Views(Sequence[View]):
             >>> Views.from_dict(hflip().to_dict())
             hflip()
         """
-        message = f"stored views are a dict of scale and views, as Views.to_dict writes them, got {data!r}."
-        if not isinstance(data, Mapping) or set(data) != {"scale", "views"}:
+        message = f"stored views are a dict of scale, stride and views, as Views.to_dict writes them, got {data!r}."
+        if not isinstance(data, Mapping) or set(data) != {"scale", "stride", "views"}:
             raise InputTypeError("CV212", message)
         try:
-            height, width = map(Fraction, data["scale"])
-            entries = [View(Fraction(top), Fraction(left), mirror, turns) for top, left, mirror, turns in data["views"]]
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+            height, width = map(_stored, _list(data["scale"]))
+            entries = [
+                View(_stored(top), _stored(left), mirror, turns)
+                for top, left, mirror, turns in map(_list, _list(data["views"]))
+            ]
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise InputTypeError("CV212", message) from error
-        return cls(entries, scale=(height, width))
+        return cls(entries, scale=(height, width), stride=data["stride"])
 
     @overload
     def __getitem__(self, index: int) -> View: ...
@@ -232,18 +266,23 @@ class Views(Sequence[View]):
         return iter(self.entries)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Views) and (self.entries, self._scale) == (other.entries, other._scale)
+        return isinstance(other, Views) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((self.entries, self._scale))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return self.entries, self._scale, self.stride
 
     def __repr__(self) -> str:
         for make in (ten_crop, five_crop, hflip, d4):
-            if self == make():
-                return f"{make.__name__}()"
+            if self.aligned(1) == make():
+                return f"{make.__name__}()" + (f".aligned({self.stride})" if self.stride > 1 else "")
         height, width = self._scale
         scale = f"{height}" if height == width else f"({height}, {width})"
-        return f"<Views: {len(self)} of {scale} of the side, {sum(v.mirror for v in self)} mirrored>"
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        return f"<Views: {len(self)} of {scale} of the side, {sum(v.mirror for v in self)} mirrored{stride}>"
 
 
 def _fraction(value: Number, what: str) -> Fraction:
@@ -254,6 +293,17 @@ def _fraction(value: Number, what: str) -> Fraction:
     if not math.isfinite(value):
         raise ViewsError("CV207", f"{what} must be finite, got {value}.")
     return Fraction(float(value)).limit_denominator(1000)
+
+
+def _stored(value: Any) -> Fraction:
+    """Return a stored number; a float is rounded as the constructor rounds it."""
+    return Fraction(value) if isinstance(value, str) else _fraction(value, "a stored number")
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise InputTypeError("CV212", f"stored views hold lists, got {value!r}.")
+    return list(value)
 
 
 def _scale(value: Number | tuple[Number, Number]) -> Fraction:

@@ -32,6 +32,9 @@ class Asserting(networks.Net):
         return super().forward(x)
 
 
+STATE = torch.get_rng_state()
+
+
 def test_a_model_that_cannot_be_followed_votes_without_a_check(monkeypatch):
     with pytest.raises(PlainModelError):
         inject_crop_vote(Asserting().eval(), after="site", input_size=48)
@@ -289,3 +292,33 @@ def test_a_pickle_of_another_version_says_so():
         with pytest.raises(SurgeryError, match="CV411"):
             pickle.loads(data)
     assert settings(pickle.loads(pickle.dumps(model))).views == ten_crop() != five_crop()
+
+
+@pytest.mark.parametrize("change", [lambda: torch.manual_seed(42), lambda: torch.set_rng_state(STATE)])
+def test_a_model_that_sets_the_same_seed_leaves_no_trace(change, monkeypatch):
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+
+    class Seeding(networks.Net):
+        def forward(self, x):
+            change()
+            return super().forward(x)
+
+    model = Seeding().eval()
+    torch.manual_seed(42)
+    torch.randn(10)
+    before = torch.get_rng_state()
+    inject_crop_vote(model, after="site", input_size=12)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_interrupted_check_leaves_no_tensor():
+    kept = {}
+
+    class Interrupted(networks.Net):
+        def forward(self, x):
+            kept[1, 2] = self.front(x)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sites(Interrupted().eval(), 12)
+    assert not kept

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import networks
 from cropvote import CropVoteError, Tokens, five_crop, hflip, inject_crop_vote, settings, ten_crop, to_config
@@ -84,7 +85,7 @@ def test_views_survive_json(views):
     assert Views.from_dict(json.loads(json.dumps(views.to_dict()))) == views
 
 
-HALF = {"scale": ["1/2", "1/2"], "views": [["0", "0", False, 0]]}
+HALF = {"scale": ["1/2", "1/2"], "stride": 1, "views": [["0", "0", False, 0]]}
 MALFORMED = [
     ({"after": {"layer1": {}}}, InputTypeError, "CV212"),
     ({"after": {"layer1": {**HALF, "scale": "1/2"}}}, InputTypeError, "CV212"),
@@ -93,6 +94,10 @@ MALFORMED = [
     ({"after": {"layer1": {**HALF, "views": [["0", "0"]]}}}, InputTypeError, "CV212"),
     ({"after": {"layer1": {**HALF, "views": [["0", "0", "no", 0]]}}}, InputTypeError, "CV201"),
     ({"after": {"layer1": {**HALF, "scale": ["2", "2"]}}}, ViewsError, "CV208"),
+    ({"after": {"layer1": {**HALF, "scale": "11"}}}, InputTypeError, "CV212"),
+    ({"after": {"layer1": {**HALF, "scale": [True, True]}}}, InputTypeError, "CV212"),
+    ({"after": {"layer1": {**HALF, "scale": [float("inf"), 1]}}}, InputTypeError, "CV212"),
+    ({"after": {"layer1": {**HALF, "views": {(0, 0, False, 0): 1}}}}, InputTypeError, "CV212"),
     ({"after": {"layer1": None}}, InputTypeError, "CV850"),
     ({"after": {"layer1": HALF}, "vote": "loud"}, OptionError, "CV808"),
     ({"after": {"layer1": HALF}, "enabled": "yes"}, InputTypeError, "CV814"),
@@ -116,3 +121,22 @@ def test_what_cannot_be_stored():
     model = inject_crop_vote(networks.fer(), after="layer1", vote=lambda views: views.amax(1))
     with pytest.raises(OptionError, match="CV851"):
         to_config(model)
+
+
+def test_sites_with_the_names_of_fields():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.views = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
+
+        def forward(self, x):
+            return self.head(self.views(self.scale(x)))
+
+    model = inject_crop_vote(Named(), after={"scale": hflip(), "views": five_crop()}, input_size=24)
+    assert to_config(inject_crop_vote(Named(), **to_config(model))) == to_config(model)
+
+
+def test_stored_floats_are_rounded_as_given_ones():
+    data = {"scale": [2 / 3, 2 / 3], "stride": 1, "views": [[1 / 3, 1 / 3, False, 0]]}
+    assert Views.from_dict(data) == Views([(1 / 3, 1 / 3)], scale=2 / 3)

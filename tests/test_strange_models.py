@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import gc
 import warnings
@@ -359,3 +361,167 @@ def test_where_the_channels_of_images_are_is_seen_without_a_convolution():
         inject_crop_vote(model, after="input", views=hflip())
         assert torch.allclose(model(images), wanted, atol=1e-6)
     assert model._cropvote.layouts == (("NHWC",),)
+
+
+class LastPermuted(nn.Module):
+    """Takes images with the channels last, and permutes them behind a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.conv, self.head = nn.Hardtanh(-3, 3), nn.Conv2d(3, 4, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.conv(self.act(x).permute(0, 3, 1, 2))
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+@pytest.mark.parametrize("size", [None, (32, 32, 3)])
+@pytest.mark.parametrize("site", ["input", "act"])
+def test_channels_last_before_the_first_permute(site, size):
+    torch.manual_seed(0)
+    model, images = LastPermuted().eval(), torch.randn(4, 32, 32, 3)
+    wanted = (model(images) + model(images.flip(2))) / 2
+    voting = inject_crop_vote(model, after=site, views=hflip(), input_size=size)
+    assert torch.allclose(voting(images), wanted, atol=1e-6)
+
+
+class Lines(nn.Module):
+    """Grey inside, and made for one width, as readers of text are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(128, 5)
+
+    def forward(self, x):
+        x = self.conv(x.mean(1, keepdim=True)).relu()
+        return self.head((x * torch.linspace(0, 1, x.shape[2])[:, None]).mean(2).flatten(1))
+
+
+def test_a_fixed_width_is_not_taken_for_channels():
+    torch.manual_seed(0)
+    model, images = Lines().eval(), torch.randn(2, 3, 32, 32)
+    wanted = (model(images) + model(images.flip(3))) / 2
+    voting = inject_crop_vote(copy.deepcopy(model), after="input", views=hflip(), input_size=(3, 32, 32))
+    assert torch.allclose(voting(images), wanted, atol=1e-6)
+    with pytest.raises(SiteError, match="CV114"):
+        inject_crop_vote(copy.deepcopy(model), after="input", views=hflip())(images)
+
+
+class ByKeyword(networks.Net):
+    def forward(self, x):
+        h = self.front(x)
+        y = self.site(input=h)
+        h.relu_()
+        return self.head(y)
+
+
+class Stashed(nn.Conv2d):
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+class WrittenLater(networks.Net):
+    def forward(self, x):
+        y = self.site(self.front(x))
+        self.site.last.relu_()
+        return self.head(y)
+
+
+@pytest.mark.parametrize("kind", [ByKeyword, WrittenLater])
+def test_what_is_written_under_another_name_is_refused(kind):
+    model = kind().eval()
+    model.site = nn.Identity() if kind is ByKeyword else Stashed(8, 8, 1)
+    with pytest.raises(SiteError, match="CV109"):
+        inject_crop_vote(model, after="site", input_size=12)
+
+
+class Aside(networks.Net):
+    """An auxiliary head in front of the site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Linear(8, 7)
+
+    def forward(self, x):
+        h = self.front(x)
+        return {"logits": super().forward(x), "aux_logits": self.aux(h.mean((2, 3)))}
+
+
+@pytest.mark.parametrize("views", ["centre", [0, 1], None])
+def test_a_head_in_front_of_the_site_is_left_alone(views):
+    model = Aside().eval()
+    wanted = model(IMAGES)["aux_logits"]
+    voting = inject_crop_vote(model, after="site", vote="probs", eval_views=views, input_size=48)
+    assert torch.allclose(voting(IMAGES)["aux_logits"], wanted)
+
+
+class OwnCause(networks.Net):
+    def forward(self, x):
+        try:
+            return self.missing(x)
+        except Exception as error:
+            raise error from error
+
+
+class Wordless(networks.Net):
+    def forward(self, x):
+        class SilentError(Exception):
+            def __str__(self) -> str:
+                raise RuntimeError
+
+        raise SilentError
+
+
+class Forgetful(networks.Net):
+    """Its copies lack a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("extra", torch.zeros(1))
+
+    def __deepcopy__(self, memo):
+        twin = networks.Net()
+        twin.load_state_dict({k: v for k, v in self.state_dict().items() if k != "extra"})
+        return twin
+
+
+@pytest.mark.parametrize("kind", [OwnCause, Wordless])
+def test_errors_of_the_model_that_are_hard_to_handle(kind):
+    with pytest.raises(PlainModelError, match="CV414"):
+        sites(kind().eval(), 12)
+
+
+def test_a_copy_without_a_buffer_is_checked_all_the_same():
+    assert "site" in [site.name for site in sites(Forgetful().eval(), 12)]
+
+
+class Frozen(networks.Net):
+    """Its front makes inference tensors."""
+
+    def forward(self, x):
+        with torch.inference_mode():
+            h = self.front(x)
+        return self.head(self.site(h))
+
+
+class Sparse(networks.Net):
+    def forward(self, x):
+        return super().forward(x) + torch.sparse.mm(torch.eye(7).to_sparse(), torch.zeros(7, 1)).T
+
+
+def test_inference_tensors_and_sparse_ones_are_followed():
+    assert "site" in [site.name for site in sites(Frozen().eval(), 12)]
+    with contextlib.suppress(PlainModelError):  # where fake tensors know no sparse ones
+        assert "site" in [site.name for site in sites(Sparse().eval(), 12)]
+
+
+def test_images_are_the_first_tensor_with_rows():
+    class Scaled(networks.Net):
+        def forward(self, scale, x):
+            return super().forward(x) * scale
+
+    model, images = Scaled().eval(), torch.randn(2, 3, 24, 24)
+    wanted = (model(torch.tensor(2.0), images) + model(torch.tensor(2.0), images.flip(3))) / 2
+    voting = inject_crop_vote(model, after="input", views=hflip())
+    assert torch.allclose(voting(torch.tensor(2.0), images), wanted, atol=1e-6)

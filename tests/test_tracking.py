@@ -43,7 +43,7 @@ def test_gradients_files_and_copies_are_those_of_plain_tensors():
     torch.save(track(torch.ones(2), 0), file)
     file.seek(0)
     assert type(torch.load(file, weights_only=True)) is torch.Tensor
-    assert type(copy.deepcopy(track(torch.ones(2), 0))) is torch.Tensor
+    assert copy.deepcopy(track(torch.ones(2), 1)).passed == copy.copy(track(torch.ones(2), 1)).passed == 1
 
 
 @pytest.mark.parametrize("images", [IMAGES[:1], IMAGES])
@@ -362,3 +362,60 @@ def test_a_part_that_is_compiled_with_its_split_is_read_with_an_error():
         with pytest.raises(RowsError):
             per_view(model, IMAGES)
     assert isinstance(track(IMAGES, 0), Tracked)
+
+
+def foreach(h, x):
+    torch._foreach_add_([h], [x])
+    return h
+
+
+def into_out(h, x):
+    values, indices = h.new_empty(x.shape[:2]), torch.empty(x.shape[:2], dtype=torch.long)
+    torch.max(x.flatten(2), 2, out=(values, indices))
+    return h + values[..., None, None]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch, about copies
+@pytest.mark.parametrize(
+    "leak", [foreach, into_out, lambda h, x: h + copy.copy(x), lambda h, x: h + copy.deepcopy(x),
+             lambda h, x: h + x.new_tensor(x)]
+)  # fmt: skip
+def test_ways_of_data_that_pytorch_has_beside_functions(leak):
+    class Sometimes(networks.Net):
+        open = False
+
+        def forward(self, x):
+            h = self.site(self.front(x))
+            if self.open:
+                h = leak(h, self.front(x).mean((2, 3), keepdim=True).expand(-1, -1, *h.shape[2:]).clone())
+            return self.head(h)
+
+    model = inject_crop_vote(Sometimes().eval(), after="site", input_size=48)
+    model(IMAGES[:1])
+    model.open = True
+    with torch.no_grad(), pytest.raises(SiteError, match="CV1"):
+        model(IMAGES[:1])
+
+
+def test_a_call_that_is_run_again_changes_nothing_twice():
+    """A model that refuses tensors of another class: BatchNorm counts one call, and as many numbers are drawn."""
+
+    class Refusing(networks.Net):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            h = self.bn(self.front(x)) + torch.rand(1)
+            if type(x) is Tracked:
+                raise TypeError("only plain tensors")
+            return self.head(self.site(h))
+
+    model = inject_crop_vote(Refusing(), after="site", train_views=1, input_size=48).train()
+    torch.manual_seed(0)
+    model(IMAGES)
+    assert model.bn.num_batches_tracked == 1
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    model(IMAGES)
+    assert torch.equal(torch.rand(1), after)

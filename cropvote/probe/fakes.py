@@ -68,10 +68,10 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
             _know_single_values(model, fake)
             stack.enter_context(mode)
             stack.enter_context(recorder)
-            failed: Exception | None = None
+            failed: BaseException | None = None
             try:
                 result = function(fake)
-            except Exception as error:
+            except BaseException as error:
                 failed = error
             del fake
         if failed is not None:  # out of its handler, in which Python 3.10 would hold the frames
@@ -100,20 +100,27 @@ class Recorder(TorchDispatchMode):
 
 def _know_single_values(model: nn.Module, fake: nn.Module) -> None:
     """Let parameters and buffers of a single number keep it on the copy, so that a forward may read it."""
-    for pairs in (
-        zip(model.parameters(), fake.parameters(), strict=True),
-        zip(model.buffers(), fake.buffers(), strict=True),
+    for named, copies in (
+        (model.named_parameters(), dict(fake.named_parameters())),
+        (model.named_buffers(), dict(fake.named_buffers())),
     ):
-        for real, copied in pairs:
+        for name, real in named:
+            copied = copies.get(name)  # a model may copy itself in its own way
+            if copied is None:
+                continue
             if real.numel() == 1 and real.device.type == "cpu" and type(real.data) is Tensor:
                 copied.constant = real.detach().clone()  # type: ignore[attr-defined]
 
 
-def _drop_frames(error: Exception) -> None:
+def _drop_frames(error: BaseException) -> None:
     """Take from an error, and its causes, the frames, which hold the tensors that they worked on."""
-    link: BaseException | None = error
-    while link is not None:
-        link = link.with_traceback(None).__cause__ or link.__context__
+    links: list[BaseException | None] = [error]
+    dropped: set[int] = set()
+    while links:
+        link = links.pop()
+        if link is not None and id(link) not in dropped:  # an error may be its own cause
+            dropped.add(id(link))
+            links += [link.with_traceback(None).__cause__, link.__context__]
 
 
 #: Tensors without data that a model's own code still keeps after a check, by the model's class.
@@ -218,9 +225,10 @@ def _putting_back() -> Iterator[None]:
 class RandomState:
     """The state of every generator of random numbers, to be put back where a check changed it.
 
-    Operations on fake tensors draw nothing, so PyTorch's generators change only if the model seeds them. They are left
-    alone otherwise: putting them back would give other threads the same numbers twice. Python's and NumPy's change if
-    the model draws from them.
+    Operations on fake tensors draw nothing, so PyTorch's generators change only if the model seeds them or sets their
+    state, or if another thread draws: then putting them back would give that thread the same numbers twice. So with
+    other threads they are put back only if the seed is another. Python's and NumPy's change if the model draws from
+    them.
     """
 
     def __init__(self) -> None:
@@ -233,13 +241,23 @@ class RandomState:
             random.setstate(self.python)
         if self.numpy is not None:
             numpy_random = sys.modules["numpy"].random
-            if any((one != other).any() if hasattr(one, "any") else one != other
-                   for one, other in zip(numpy_random.get_state(), self.numpy, strict=True)):  # fmt: skip
+            if not _same(numpy_random.get_state(), self.numpy):
                 numpy_random.set_state(self.numpy)
-        if torch.initial_seed() != self.seed:
-            torch.set_rng_state(self.cpu)
-            for module, states in self.devices.items():
-                module.set_rng_state_all(states)
+        is_alone = threading.active_count() == 1
+        with _disable_current_modes():
+            if torch.initial_seed() != self.seed or (is_alone and not torch.equal(torch.get_rng_state(), self.cpu)):
+                torch.set_rng_state(self.cpu)
+                for module, states in self.devices.items():
+                    module.set_rng_state_all(states)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two states of NumPy's generator are the same: a tuple or a dict, of numbers and arrays."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, tuple):
+        return all(map(_same, one, other))
+    return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)
 
 
 def first_line(error: BaseException) -> str:
@@ -248,7 +266,10 @@ def first_line(error: BaseException) -> str:
             f"it reads the values of a tensor in Python ({str(error).splitlines()[0]}: float(), .item(), nonzero(), if "
             f"or a mask of data), which cannot be followed without data{_place(error)}"
         )
-    lines = str(error).strip().splitlines() or [""]
+    try:
+        lines = str(error).strip().splitlines() or [""]
+    except Exception:  # of the model's own
+        lines = ["(it has no text)"]
     return f"{type(error).__name__}: {lines[0][:300].rstrip('.')}{_place(error)}"
 
 

@@ -80,15 +80,20 @@ def _seen_image_layout(trace: Trace) -> Layout | None:
     """Return where the channels of the images are, if it shows.
 
     The model takes images of another height or width further than images of other channels, which its first
-    convolution refuses; or only one end of the shape is as long as that convolution's channels.
+    convolution refuses; and only one end of the shape is as long as that convolution's channels. Channels that come
+    last must show in both ways, if there is a convolution: a network of a fixed width looks the same in the first.
     """
-    reached = [len(_grow(trace, axis)) for axis in (1, 2, 3)]
+    reached = [len(grow(trace, axis)) for axis in (1, 2, 3)]
     axes = tuple(i for i, count in enumerate(reached) if count > min(reached))
-    if len(axes) == 2:
-        return AXES.get((axes[:1], axes[1:]))
+    by_growth = AXES.get((axes[:1], axes[1:])) if len(axes) == 2 else None
     first = next((module for module in trace.calls if isinstance(module, nn.Conv2d)), None)
-    ends = [] if first is None else [trace.shape(INPUT)[i] == first.in_channels for i in (0, 2)]
-    return LAYOUTS[ends.index(True)] if ends.count(True) == 1 else None
+    if first is None:
+        return by_growth
+    ends = [trace.shape(INPUT)[i] == first.in_channels for i in (0, 2)]
+    by_channels = LAYOUTS[ends.index(True)] if ends.count(True) == 1 else None
+    if by_growth is None or by_growth == by_channels:
+        return by_channels
+    return "NCHW" if by_growth == "NCHW" and by_channels is None else None
 
 
 def _layout_of_axes(shape: Shape, axes: tuple[Shape, Shape], stated: Layout | None) -> tuple[Layout, Reason | None]:
@@ -103,7 +108,7 @@ def _layout_of_axes(shape: Shape, axes: tuple[Shape, Shape], stated: Layout | No
         )
     if stated not in (None, layout):
         return layout, Reason(
-            "CV113", f'its map of shape {shape} has its height and width where "{layout}" has them, not as stated.'
+            "CV113", f'its map of shape {shape} has its height and width where "{layout}" has them, not "{stated}".'
         )
     return layout, None
 
@@ -111,15 +116,15 @@ def _layout_of_axes(shape: Shape, axes: tuple[Shape, Shape], stated: Layout | No
 def _growing_axes(trace: Trace, site: str) -> tuple[Shape, Shape] | None:
     """Return the axes of a module's output that grow with the images' height, and with their width, if both show."""
     shape, axes = trace.shape(site), []
-    for image_axis in (2, 3):
-        grown = _grow(trace, image_axis).get(trace.carriers[site], ())
+    for image_axis in (1, 2) if _seen_image_layout(trace) == "NHWC" else (2, 3):
+        grown = grow(trace, image_axis).get(trace.carriers[site], ())
         axes.append(tuple(i for i, (m, n) in enumerate(zip(shape, grown, strict=False)) if m != n))
         if len(grown) != len(shape) or not axes[-1]:
             return None
     return axes[0], axes[1]
 
 
-def _grow(trace: Trace, axis: int) -> dict[nn.Module, Shape]:
+def grow(trace: Trace, axis: int) -> dict[nn.Module, Shape]:
     """Return what modules give for images of twice the length along an axis, as far as the model takes them."""
     if ("grown", axis) in trace.memo:
         return trace.memo["grown", axis]

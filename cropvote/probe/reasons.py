@@ -54,8 +54,8 @@ def why_not_cut(trace: Trace, site: str) -> Reason | None:
     if carrier in trace.changed_later:
         return Reason(
             "CV109",
-            "it returns its input itself, which the model changes in place afterwards under another name, and the "
-            "views would miss the change.",
+            "the model later changes what it returns in place, under another name (that of its input, if it returns "
+            "that itself), and the views would miss the change.",
         )
     around = trace.around.get(carrier)
     several = sum(map(is_batch, tree_leaves(trace.example[:2]))) > 1

@@ -14,6 +14,7 @@ from ..layouts import Layout
 from ..views import Views, hflip, ten_crop
 from .fakes import on_fake_copy
 from .reasons import why_not_cut, why_not_votable
+from .strides import tail_stride
 from .subclasses import why_not_swapped
 from .trace import Trace, record_trace
 from .trial import Split
@@ -100,9 +101,15 @@ def refusal(trace: Trace, name: str, reason: Reason, views: Views) -> SiteError:
 
 
 def check_sites(
-    model: nn.Module, sites: Mapping[str, Views], stated: Mapping[str, Layout | None], example: Example
+    model: nn.Module,
+    sites: Mapping[str, Views],
+    stated: Mapping[str, Layout | None],
+    example: Example,
+    align: bool = False,
 ) -> tuple[frozenset[bool], list[Split]]:
     """Raise SiteError unless the sites are valid together in the model's present mode.
+
+    With ``align``, the views are first aligned to the total stride of the network behind each site.
 
     Returns:
         The modes (``training``) in which they are, and the splits in forward order with the layouts of their maps. The
@@ -116,12 +123,13 @@ def check_sites(
 
     def check(fake: nn.Module) -> tuple[list[bool], list[Split]]:
         trace = record_trace(fake, example)
-        splits = checked_splits(trace, sites, stated, explain=True)
+        chosen = {name: views.aligned(tail_stride(trace, name)) for name, views in sites.items()} if align else sites
+        splits = checked_splits(trace, chosen, stated, explain=True)
         modes = [model.training]
         with suppress(Exception):  # whatever it is, the other mode is not checked, and will be when it is used
             known = {split.site: (split.layout, trace.shape(split.site)) for split in splits}
             fake.train(not model.training)
-            other = judge(record_trace(fake, example), sites, stated, known)
+            other = judge(record_trace(fake, example), chosen, stated, known)
             if not other.reason and other.splits == splits:
                 modes.append(not model.training)
         return modes, splits

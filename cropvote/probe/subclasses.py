@@ -37,10 +37,10 @@ def _forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
 def _operations(trace: Trace, swapped: list[nn.Module]) -> list[str]:
     """Return the names of the operations of a plain call, some of whose modules are of a subclass."""
     operations: list[str] = []
+    trace.numbers.put_back()  # a model may draw in Python which operations it runs
     try:
         for module in swapped:
             swap_forward(module, _forward)
-        trace.numbers.put_back()  # a model may draw in Python which operations it runs
         with TaintMode(lambda operation, args, taint: operations.append(operation)):
             args, kwargs = fake_arguments(trace.example, TaintMode())
             trace.model(*args, **kwargs)

@@ -57,7 +57,7 @@ class Trace:
         calls: how often each module was called.
         returns: what each module returned, in forward order.
         moves: the operations that may have moved image data, in order.
-        changed_later: the modules that returned their input itself, which was written afterwards.
+        changed_later: the modules that returned data which was written afterwards under another name.
         tensors: the tensors in the model's output, by their paths.
         predictions: the paths of those to vote over; empty if ``no_predictions`` says why.
         scalars: the names of the outputs that are one number for the whole batch.
@@ -85,7 +85,8 @@ class Trace:
     def shape(self, site: str) -> tuple[int, ...]:
         """Return the shape of a site's map without the batch; () if the site returned no tensor."""
         if site == INPUT:
-            return next(leaf.shape[1:] for leaf in tree_leaves(self.example[:2]) if isinstance(leaf, Spec))
+            arguments = (*self.example.args, *self.example.kwargs.values())
+            return next(leaf.shape[1:] for leaf in arguments if isinstance(leaf, Spec) and leaf.shape)
         record = self.returns.get(self.carriers[site])
         return tuple(record.output.shape[1:]) if record and isinstance(record.output, Tensor) else ()
 
@@ -101,6 +102,10 @@ class Trace:
         shapes = [(BATCH, *leaf.shape[1:]) for leaf in tree_leaves(self.example[:2]) if isinstance(leaf, Spec)]
         mode = "training" if self.model.training else "eval"
         return f"an input of shape {', '.join(map(str, shapes))} in {mode} mode"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_batch(leaf: Any) -> bool:
@@ -146,7 +151,7 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
     clones: list[Tensor] = []
     stores: list[Any] = []  # kept, since the address of a freed storage would be given out again
     running: list[nn.Module] = []
-    handed_on: dict[int, list[nn.Module]] = {}  # modules that returned their input itself, by its storage
+    handed_on: dict[int, list[nn.Module]] = {}  # the modules that returned a storage
 
     def watch(operation: str, args: Any, taint: TaintMode) -> None:
         if operation == "cat":  # several parts of the image put together
@@ -169,15 +174,14 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
             trace.returns[module] = Return(output, len(clones), len(trace.moves))
             return None
         storage, key = storage_key(output)
-        if any(storage_key(x)[1] == key for x in tensors_in(args)):
-            handed_on.setdefault(key, []).append(module)
-            stores.append(storage)
-        group = groups.get((id(output), output._version), len(clones))
+        handed_on.setdefault(key, []).append(module)  # the model gets a clone: whoever writes there has another name
+        stores.append(storage)
+        group = groups.get((id(output), _version(output)), len(clones))
         trace.returns[module] = Return(output, group, len(trace.moves))
         clone = output.clone()
         taint.set(clone, taint.of(output) & clear[module])
         clones.append(clone)
-        groups[id(clone), clone._version] = group
+        groups[id(clone), _version(clone)] = group
         return clone
 
     hooks = [module.register_forward_hook(lambda *call: ours(record, *call)) for module in bit]

@@ -82,7 +82,7 @@ def pad_to_prime(views: Views) -> Views:
     while any(count % n == 0 for n in range(2, count)):
         count += 1
     entries = views.entries
-    return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale)
+    return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale, stride=views.stride)
 
 
 def try_splits(trace: Trace, splits: list[Split], explain: bool = False) -> Reason | None:

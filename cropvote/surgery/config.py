@@ -11,7 +11,7 @@ from ..cuts import parts_of
 from ..errors import InputTypeError, OptionError, SurgeryError
 from ..layouts import Tokens
 from ..views import Views
-from .arguments import injection_of, unwrap
+from .arguments import injected_inside, injection_of, unwrap
 
 __all__ = ["to_config"]
 
@@ -43,7 +43,9 @@ def to_config(model: nn.Module) -> dict[str, Any]:
         raise InputTypeError("CV801", f"model must be an nn.Module, got {type(model).__name__}.")
     injection = injection_of(unwrap(model))
     if injection is None:
-        raise SurgeryError("CV418", f"this {type(model).__name__} was never injected: there is nothing to store.")
+        inner = injected_inside(unwrap(model))
+        hint = f", but its submodule {inner!r} was: pass that." if inner else ": there is nothing to store."
+        raise SurgeryError("CV418", f"this {type(model).__name__} was never injected{hint}")
     settings = injection.settings
     if not isinstance(settings.vote, str):
         raise OptionError("CV851", f"the vote is a callable, {settings.vote!r}, which cannot be stored.")
@@ -68,7 +70,7 @@ def read_views(value: Any) -> Any:
     """Return views that are stored as plain data, in ``after`` or by themselves, as Views; anything else as it is."""
     if not isinstance(value, Mapping):
         return value
-    if "scale" in value and "views" in value and not any(isinstance(views, Views) for views in value.values()):
+    if {"scale", "views"} <= set(value) and not any(isinstance(part, (Mapping, Views)) for part in value.values()):
         return Views.from_dict(value)
     return {name: Views.from_dict(views) if isinstance(views, Mapping) else views for name, views in value.items()}
 

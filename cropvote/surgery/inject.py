@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..cuts import After, join_parts
-from ..errors import InputTypeError, PlainModelError, SurgeryError
+from ..errors import InputTypeError, OptionError, PlainModelError, SurgeryError
 from ..images import INPUT, example_of
 from ..layer import CropVote
 from ..layouts import Layout
@@ -39,6 +39,7 @@ def inject_crop_vote(
     train_views: int | None = None,
     eval_views: EvalViews = None,
     enabled: bool = True,
+    align: bool = False,
     layout: Layout | Mapping[str, Layout] | None = None,
     check: bool = True,
     **unknown: NoReturn,
@@ -76,6 +77,8 @@ def inject_crop_vote(
         train_views: this many views, drawn again for every batch in training mode, see :class:`Settings`.
         eval_views: the views of eval mode, which alone are computed, see :class:`Settings`.
         enabled: False runs the plain network, until ``settings(model).enabled = True``.
+        align: round the margin of the views at each site to the total stride of the network behind it (see
+            :meth:`Views.aligned`): for a trained network, which has only seen whole maps. Needs a known input size.
         layout: where the height and width of the site's map are, "NCHW", "NHWC" or :class:`Tokens`, or a dict of them
             by site; by default what the check finds, or for tokens what the model says of them.
         check: False skips every check on a fake copy, here and at calls, for a sound model that the check cannot follow
@@ -111,8 +114,9 @@ def inject_crop_vote(
     check_model(model)
     sites = sites_after(model, read_views(after), read_views(views))
     stated = user_layouts_of(sites, read_layout(layout))
-    if not isinstance(check, bool):
-        raise InputTypeError("CV814", f"check must be True or False, got {check!r}.")
+    for name, flag in (("check", check), ("align", align)):
+        if not isinstance(flag, bool):
+            raise InputTypeError("CV814", f"{name} must be True or False, got {flag!r}.")
 
     def make_injection(names: Sequence[str]) -> Injection:
         options = Settings(
@@ -129,14 +133,17 @@ def inject_crop_vote(
 
     injection = make_injection(list(sites))
     example = example_of(model, input_size) if check else None
+    if align and example is None:
+        raise OptionError("CV853", "align=True reads the strides while it checks the sites: pass input_size=.")
     if example is not None:
         try:
-            modes, splits = check_sites(model, sites, stated, example)
+            modes, splits = check_sites(model, sites, stated, example, align)
+            sites = {split.site: split.views for split in splits}
             injection = make_injection([split.site for split in splits])
             key = injection.argument_key((torch.empty(0),), {})
             injection.add_checked(modes, key, example.args[0].shape[1:], splits)
         except PlainModelError:
-            if input_size is not None:
+            if input_size is not None or align:
                 raise  # the size that a timm model carries may be another than the one it was built for: check later
     _swap(model, injection)
     return model

@@ -50,6 +50,7 @@ class Injection:
         check: False if the user said so: nothing is checked on a fake copy.
         checked: the kinds of call for which the sites are known to be valid.
         tracking: whether calls that could hide a path are tracked; if not, they are checked once for each size.
+        tracked_once: whether such a call has run to its end.
         checked_sizes: the mode and the shape of an image of such calls that were checked.
         site_error: why the site is invalid, if it is.
         used_cuts: the last few cuts of calls with gradients.
@@ -73,6 +74,7 @@ class Injection:
         self.parameters = parameters
         self.images_only: ArgumentKey = ((next(iter(parameters), "*0"), TENSOR),)
         self.check = self.tracking = check
+        self.tracked_once = False
         self.checked: dict[CallKey, None] = {}
         self.checked_sizes: dict[tuple[bool, tuple[int, ...]], None] = {}
         self.site_error: tuple[str, str] | None = None
@@ -231,6 +233,7 @@ class Injection:
             SiteError: data of the images reached the prediction by a path around a site.
         """
         if self.tracking and type(images) is Tensor and not has_compiled_parts(model):
+            before = None if self.tracked_once else _State(model, images)
             try:
                 with noting_writes() as wrote:
                     given = track_all(args, images.shape[0]), track_all(kwargs, images.shape[0])
@@ -239,11 +242,14 @@ class Injection:
                 raise
             except Exception:  # the model may not take tensors of another class: run it as it is
                 call.ran, call.leaked = [], False
+                if before is not None:
+                    before.put_back()
                 output = self._vote_checked(model, base, call, args, kwargs, images)
                 self.tracking = False
                 return output
             else:
                 clear_buffers(model)
+                self.tracked_once = True
                 if not call.leaked and not wrote:
                     return output
                 check_call(self, model, args, kwargs)  # which says where the path is
@@ -360,6 +366,23 @@ def split_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> An
         if not torch.compiler.is_compiling() and is_in_backward():
             injection.check_recomputation(call.cuts)
     return injection.split(module.__dict__["_cropvote_index"], output, call) if call.cuts.at else output
+
+
+class _State:
+    """What a call changes besides its result: the buffers, and the random numbers."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self.numbers = torch.get_rng_state()
+        self.on_device = (torch.cuda.get_rng_state(images.device), images.device) if images.is_cuda else None
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+        torch.set_rng_state(self.numbers)
+        if self.on_device is not None:
+            torch.cuda.set_rng_state(*self.on_device)
 
 
 def _last(memo: dict[Any, Any], most: int) -> dict[Any, Any]:

@@ -1,0 +1,326 @@
+"""Which views pay on a trained network: try candidates on validation data, and compare each with the plain network."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .costs import profile
+from .cuts import After, format_sites, parts_of
+from .errors import InputTypeError, OptionError, SiteError, ViewsError
+from .images import INPUT
+from .layouts import sides
+from .probe.sites import sites
+from .surgery import inject_crop_vote
+from .surgery.arguments import sites_after
+from .surgery.inject import settings
+from .views import Views, five_crop, hflip
+
+__all__ = ["RankedSites", "Ranking", "rank_sites"]
+
+PLAIN = "plain"
+#: Sites with less of the network's work behind them are not tried: views hardly differ there.
+LEAST_TAIL = 0.01
+#: A candidate is recommended only if chance alone would make it win so clearly less often than this.
+SIGNIFICANT = 0.05
+
+Metric = Callable[[Tensor, Tensor], float]
+
+
+class RankedSites(NamedTuple):
+    """How one candidate did.
+
+    Fields:
+        name: the sites and their views as text, such as "layer2=five"; "plain" for the network without views.
+        sites: the views at each site, for ``inject_crop_vote(model, after=...)``; empty for the plain network.
+        score: the metric, by default the accuracy.
+        won: samples that it got right and the plain network wrong.
+        lost: samples that it got wrong and the plain network right.
+        p: of McNemar's exact test on these two: how likely so uneven a split is by chance alone.
+        work: multiply-adds per image over the plain network's.
+    """
+
+    name: str
+    sites: dict[str, Views]
+    score: float
+    won: int
+    lost: int
+    p: float
+    work: float
+
+
+class Ranking:
+    """The table that :func:`rank_sites` makes: ``print`` it, or take its ``rows``.
+
+    Fields:
+        rows: one :class:`RankedSites` each; the plain network first, then the best.
+        samples: how many samples were scored.
+        metric: the metric's name.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from cropvote.ranking import rank_sites
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+        >>> ranking = rank_sites(net.eval(), [(torch.rand(4, 3, 32, 32), torch.arange(4))], progress=False)
+        >>> ranking.rows[0].name, ranking.samples
+        ('plain', 4)
+    """
+
+    def __init__(self, rows: list[RankedSites], right: dict[str, Tensor], samples: int, metric: str) -> None:
+        plain, *others = rows
+        self.rows = [plain, *sorted(others, key=lambda row: -row.score)]
+        self.samples, self.metric = samples, metric
+        self._right = right
+
+    def __getitem__(self, name: str) -> RankedSites:
+        """Return the row of a name.
+
+        Raises:
+            OptionError: no row has it.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise OptionError("CV822", f"the table has no row {name!r}; it has {', '.join(row.name for row in self.rows)}.")
+
+    def compare(self, name: str, other: str) -> tuple[int, int, float]:
+        """Return how many samples one row won and lost against another, and the p of McNemar's exact test.
+
+        Raises:
+            OptionError: no row has such a name.
+        """
+        one, two = self._right[self[name].name], self._right[self[other].name]
+        won, lost = int((one & ~two).sum()), int((~one & two).sum())
+        return won, lost, mcnemar(won, lost)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """Return the arguments of :func:`inject_crop_vote` for the candidate that pays; None if none does.
+
+        It is the best one that beats the plain network by McNemar's test, and also every cheaper candidate that does.
+        """
+        row = self._best_row()
+        return None if row is None else {"after": row.sites}
+
+    def _best_row(self) -> RankedSites | None:
+        pay = [row for row in self.rows[1:] if self._beats(row, self.rows[0])]
+        chosen = None
+        for row in sorted(pay, key=lambda row: row.work):
+            if chosen is None or self._beats(row, chosen):
+                chosen = row
+        return chosen
+
+    def _beats(self, row: RankedSites, other: RankedSites) -> bool:
+        _, _, p = self.compare(row.name, other.name)
+        return row.score > other.score and p < SIGNIFICANT
+
+    def advice(self) -> str:
+        """Return the recommendation in a sentence."""
+        row = self._best_row()
+        if row is None:
+            return "Nothing beats the plain network clearly: leave it as it is, or train it through views."
+        won, lost, p = self.compare(row.name, PLAIN)
+        return (
+            f"Use {row.name}: {won} won and {lost} lost against the plain network (p {p:.2g}), at {row.work:.2f} times "
+            f"its work; nothing that costs more beats it clearly."
+        )
+
+    def __str__(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+            for line in cells
+        ]
+        return "\n".join([f"{self.samples} samples", "", *lines, "", self.advice()])
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown."""
+        head, *cells = self._cells()
+        ruler = ["---", *["---:"] * (len(head) - 1)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *cells))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as plain lists, numbers and strings, for JSON."""
+        rows = [
+            {**row._asdict(), "sites": {name: views.to_dict() for name, views in row.sites.items()}}
+            for row in self.rows
+        ]
+        return {"samples": self.samples, "metric": self.metric, "rows": rows, "advice": self.advice()}
+
+    def plot(self, path: Any) -> None:
+        """Draw the metric over the work, a point for each candidate, into a file (.png, .svg, .pdf).
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            OptionError: a path where no picture can be written.
+        """
+        from .plots import plot_ranking
+
+        plot_ranking(self, path)
+
+    def _cells(self) -> list[list[str]]:
+        percent = self.metric == "accuracy"
+        cells = [["views", self.metric + ", %" * percent, "won", "lost", "p", "work"]]
+        for row in self.rows:
+            score = f"{100 * row.score:.2f}" if percent else f"{row.score:.4g}"
+            against = ["", "", ""] if row.name == PLAIN else [str(row.won), str(row.lost), f"{row.p:.2g}"]
+            cells.append([row.name, score, *against, f"{row.work:.2f}"])
+        return cells
+
+
+@torch.no_grad()
+def rank_sites(
+    model: nn.Module,
+    data: Iterable[Any],
+    candidates: Sequence[After] | None = None,
+    *,
+    metric: Metric | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Ranking:
+    """Try views on a trained network and validation data, and compare each with the plain network.
+
+    Every candidate votes with the same weights, batch by batch; the model itself is left as it is. By default the
+    candidates are the mirrored input, and for the last site of each size of map five crops, aligned to the strides
+    behind it (see :meth:`Views.aligned`), by themselves and with the mirrored input.
+
+    Choose on validation data and report on other data: the best of many candidates is best by luck in part.
+
+    Args:
+        model: a trained image classifier that was not injected, in eval mode during the comparison.
+        data: batches (images, targets, ...), such as a DataLoader; read once.
+        candidates: what to try, each as ``after`` of :func:`inject_crop_vote` takes it.
+        metric: a function (outputs, targets) -> float of all samples together, higher being better: outputs (N, K) are
+            the votes, on the CPU in float32. By default the accuracy of integer targets, (N,). Won, lost and p compare
+            the most likely classes in any case; for targets that are not classes they are 0, 0 and 1, and there is no
+            best.
+        device: where to run; where the model is by default.
+        progress: show a progress bar, if tqdm is installed.
+
+    Returns:
+        A :class:`Ranking`: print it, or inject its ``best``.
+
+    Raises:
+        SiteError: a candidate names an invalid site.
+        OptionError: no data, or targets that are not classes without a ``metric``.
+        InputTypeError: batches that are not (images, targets).
+
+    Example:
+        >>> import torch, torchvision
+        >>> from cropvote import hflip
+        >>> from cropvote.ranking import rank_sites
+        >>> model = torchvision.models.resnet18(num_classes=7).eval()
+        >>> data = [(torch.rand(4, 3, 64, 64), torch.arange(4))]
+        >>> print(rank_sites(model, data, [{"input": hflip()}], progress=False))
+        4 samples
+        ...
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError("CV801", f"model must be an nn.Module, got {type(model).__name__}.")
+    outputs: list[list[Tensor]] = []
+    targets: list[Tensor] = []
+    networks: list[tuple[str, dict[str, Views], nn.Module, float]] = []
+    for images, wanted in _batches(data, progress):
+        if not networks:
+            networks = _networks(model, tuple(images.shape[1:]), candidates, device)
+            outputs = [[] for _ in networks]
+        place = next(networks[0][2].parameters(), images).device
+        for rows, (_, _, network, _) in zip(outputs, networks, strict=True):
+            rows.append(network(images.to(place)).float().cpu())
+        targets.append(wanted.cpu())
+    if not networks:
+        raise OptionError("CV860", "data gave no batch.")
+    truth = torch.cat(targets)
+    votes = [torch.cat(rows) for rows in outputs]
+    are_classes = truth.dim() == 1 and not truth.is_floating_point()
+    if metric is None and not are_classes:
+        raise OptionError("CV861", f"targets of shape {tuple(truth.shape)}, {truth.dtype} need a metric=.")
+    right = [vote.argmax(1) == truth if are_classes else torch.zeros(len(truth), dtype=torch.bool) for vote in votes]
+    table: list[RankedSites] = []
+    for (name, chosen, _, work), vote, hits in zip(networks, votes, right, strict=True):
+        score = float(hits.double().mean()) if metric is None else float(metric(vote, truth))
+        won, lost = int((hits & ~right[0]).sum()), int((~hits & right[0]).sum())
+        table.append(RankedSites(name, chosen, score, won, lost, mcnemar(won, lost), work))
+    named = {row.name: hits for row, hits in zip(table, right, strict=True)}
+    return Ranking(table, named, len(truth), "accuracy" if metric is None else getattr(metric, "__name__", "metric"))
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Return the two-sided p of McNemar's exact test: of won against lost, if both were equally likely.
+
+    Example:
+        >>> mcnemar(9, 1)
+        0.021484375
+    """
+    total, fewer = won + lost, min(won, lost)
+    if won == lost:
+        return 1.0
+    logs = [math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) for i in range(fewer + 1)]
+    return min(1.0, round(2 * math.fsum(math.exp(x - total * math.log(2)) for x in logs), 15))
+
+
+def _batches(data: Iterable[Any], progress: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    if progress:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            pass
+        else:
+            data = tqdm(data, desc="rank_sites", unit="batch")
+    for batch in data:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(x, Tensor) for x in batch[:2]):
+            raise InputTypeError("CV862", f"data must give batches (images, targets), got {type(batch).__name__}.")
+        if len(batch[0]) != len(batch[1]):
+            raise InputTypeError("CV862", f"a batch has {len(batch[0])} images and {len(batch[1])} targets.")
+        yield batch[0], batch[1]
+
+
+def _networks(
+    model: nn.Module,
+    size: tuple[int, ...],
+    candidates: Sequence[After] | None,
+    device: str | torch.device | None,
+) -> list[tuple[str, dict[str, Views], nn.Module, float]]:
+    """Return the name, the sites, the network and the work of the plain network and of each candidate."""
+    plain = copy.deepcopy(model).eval()
+    if device is not None:
+        plain = plain.to(device)
+    tried: list[After] = _default_candidates(plain, size) if candidates is None else list(candidates)
+    tensors = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
+    networks: list[tuple[str, dict[str, Views], nn.Module, float]] = [(PLAIN, {}, plain, 1.0)]
+    for after in tried:
+        chosen = sites_after(plain, after)
+        network = inject_crop_vote(copy.deepcopy(plain, dict(tensors)), after=chosen, input_size=size)
+        table = list(profile(plain, size, sites=[chosen], views=None))
+        networks.append((format_sites(chosen), chosen, network, table[-1].ratio))
+        settings(network).eval_output = "vote"
+    return networks
+
+
+def _default_candidates(model: nn.Module, size: tuple[int, ...]) -> list[After]:
+    """Return the mirrored input, and aligned crops at the last site of each size of map, with it and without."""
+    tried: list[After] = [{INPUT: hflip()}]
+    costs = {row.site: row for row in profile(model, size, views=hflip())}
+    last: dict[tuple[int, ...], str] = {}
+    for site in sites(model, size, views=hflip()):
+        if site.name != INPUT and costs[site.name].tail_share >= LEAST_TAIL:
+            last[sides(site.shape, site.layout)] = site.name
+    plans = [plan for name in last.values() for plan in ({name: five_crop()}, {INPUT: hflip(), name: five_crop()})]
+    tried.extend(_aligned(model, plan, size) for plan in plans)
+    return [plan for plan in tried if plan]
+
+
+def _aligned(model: nn.Module, plan: Mapping[str, Views], size: tuple[int, ...]) -> dict[str, Views]:
+    """Return a plan with aligned views; empty if the network does not take them."""
+    try:
+        trial = inject_crop_vote(copy.deepcopy(model), after=plan, input_size=size, align=True)
+    except (SiteError, ViewsError):
+        return {}
+    return dict(zip(plan, parts_of(settings(trial).views), strict=True))
