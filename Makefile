@@ -1,4 +1,4 @@
-# make demo   set up .venv if needed, then train plain and voting networks on toy faces and compare them
+# make demo   set up .venv if needed; ten views of a real face vote, then plain and voting networks learn toy faces
 # make test   set up .venv if needed, then lint, types and the tests (under 10 minutes on 2 cores)
 # make test-all   the same, the slow tests, and every family of timm on real images (an hour)
 
@@ -16,7 +16,8 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/fer48/compare.py --sites none layer1 --seeds 0 --width 8 --batch 32 --epochs 10 --out runs/demo
+	$(BIN)/python examples/fer48/demo.py --out runs/demo
+	$(BIN)/python examples/fer48/compare.py --sites none layer1 --seeds 0 --width 8 --batch 32 --epochs 8 --out runs/demo
 
 check: setup
 	$(BIN)/ruff check .

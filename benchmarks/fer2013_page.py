@@ -179,7 +179,7 @@ def short_table(runs: list[Found]) -> str:
         f"every network; {one['faces']:,} faces of PrivateTest, scored once; mean ± sd of seeds {seeds}. Won : lost, "
         "for each seed: the faces that only this network, or only the plain one, gets right (p of McNemar's exact "
         f"test). Made by `python benchmarks/fer2013.py` with torch {one['versions']['torch']} on one "
-        f"{one['versions']['device'].removeprefix('cuda: ')}; all of it: [results](docs/results.md).",
+        f"{one['versions']['device'].removeprefix('cuda: ')}; all of it: [results](results.md).",
     ]
     return "\n".join(lines)
 

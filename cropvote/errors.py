@@ -41,9 +41,8 @@ __all__ = [
 class CropVoteError(Exception):
     """Base of every error that cropvote raises.
 
-    Args:
-        code: of the entry in the troubleshooting page, such as "CV101".
-        message: what was asked, what was found, and what to do.
+    It holds a code, under which the troubleshooting page explains it, and a message: what was asked, what was found, and
+    what to do. ``str(error)`` is both.
 
     Example:
         >>> from cropvote import CropVoteError, ten_crop

@@ -10,7 +10,7 @@ import griffe
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 #: Where the first screen ends.
-END = "## Where to split"
+END = "## Where to go on"
 #: README's links, as they are from the site.
 LINKS = {"](docs/": "](", "](examples/fer48/README.md)": "](guides/fer48.md)"}
 

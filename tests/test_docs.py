@@ -19,6 +19,7 @@ import at_test_time
 import cropvote
 import faces
 import fer2013_page
+import finetune_page
 import until_sure
 import worth_page
 from cropvote import errors, profile
@@ -75,12 +76,14 @@ def test_the_tables_of_stopping_votes_are_those_of_the_stored_figures(name):
 
 def test_the_table_of_views_at_test_time_is_that_of_the_stored_figures():
     assert at_test_time.table() in (DOCS / "guides" / "test-time-only.md").read_text()
+    assert finetune_page.table() in (DOCS / "guides" / "fine-tuning.md").read_text()
 
 
 def test_readmes_table_is_that_of_the_stored_figures():
     stored = json.loads(fer2013_page.STORED.read_text())
+    assert fer2013_page.short_table(stored["full"]) in (DOCS / "method.md").read_text()
     text = (ROOT / "README.md").read_text()
-    assert fer2013_page.short_table(stored["full"]) in text
+    assert len(text.splitlines()) <= 120
     assert worth_page.short_table() in text
     assert worth_page.facts() in text
 
@@ -94,7 +97,7 @@ def test_the_home_page_is_readmes_first_screen():
     text = hooks.first_screen()
     assert text.startswith("# cropvote")
     assert "## See it run" in text
-    assert "## Where to split" not in text
+    assert "## Where to go on" not in text
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("https://") or (DOCS / target).exists(), target
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import skimage.data
+import skimage.io
 import torch
 from safetensors.torch import load_file
 
+import demo
+import predict
 from cropvote import per_view, settings
 from cropvote.uncertainty import agreement
 from keeping import load_model
@@ -44,3 +48,25 @@ def test_the_card_holds_the_stored_figures():
         assert f"| {way} | {100 * accuracy:.1f} (" in text
     assert card["accuracy"]["ten views"] == pytest.approx(0.709, abs=0.001)
     assert "no clear grant" in text
+
+
+def test_the_demo_shows_a_real_face(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("cv2")
+    monkeypatch.setattr("sys.argv", ["demo.py", "--out", str(tmp_path / "demo")])
+    demo.main()
+    told = capsys.readouterr().out
+    assert "trained on FER2013; 70.9 % of PrivateTest" in told
+    assert re.search(r"astronaut \[.*\]: happy \d+ %, (9|10) of 10 views agree", told)
+    assert (tmp_path / "demo" / "00001-astronaut.png").stat().st_size > 50_000
+
+
+def test_predictions_without_a_model_take_the_shipped_one(tmp_path, capsys):
+    skimage.io.imsave(tmp_path / "photo.png", skimage.data.astronaut()[65:161, 176:272])
+    predict.main([str(tmp_path / "photo.png"), "--device", "cpu"])
+    told = capsys.readouterr()
+    assert ": happy" in told.out
+    assert "trained on FER2013" in told.err
+    for i in range(5):
+        skimage.io.imsave(tmp_path / f"{i}.png", skimage.data.astronaut()[65:161, 176:272])
+    predict.main([str(tmp_path), "--device", "cpu"])
+    assert "all 6 faces are happy: a network that gives every face the same answer" in capsys.readouterr().err

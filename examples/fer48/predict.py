@@ -1,10 +1,12 @@
 """Say what a finished network sees in faces: class, probability, and how many of the ten views agree.
 
-    python examples/fer48/predict.py --model runs/FER2013-layer1-0 face.jpg faces/ --csv faces.csv
-    python examples/fer48/predict.py --model runs/FER2013-layer1-0 --detect photo.jpg --views pictures/
-    python examples/fer48/predict.py --model runs/FER2013-layer1-0 --webcam
+    python examples/fer48/predict.py --detect photo.jpg --views pictures/
+    python examples/fer48/predict.py face.jpg faces/ --csv faces.csv
+    python examples/fer48/predict.py --webcam
+    python examples/fer48/predict.py --model runs/RAF-DB-layer1-0 face.jpg
 
-A picture is taken for a cropped face; with --detect faces are looked for first (pip install cropvote[detect]).
+Without --model it is the network in examples/fer48/weights, trained on FER2013. A picture is taken for a cropped face;
+with --detect faces are looked for first (pip install cropvote[detect]).
 """
 
 from __future__ import annotations
@@ -35,8 +37,12 @@ from keeping import KeptError, load_model
 from learner import look
 from machines import Machine, MachineError, machine
 
+#: The network that comes with this example.
+WEIGHTS = Path(__file__).parent / "weights"
 #: Faces that go through the network at once.
 BATCH = 256
+#: From so many faces on, the same answer for all of them is worth a warning.
+MANY = 5
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         with machine(options.device) as here:
             model, card = load_model(options.model)
             model = model.to(here.device)
+            print(describe(card), file=sys.stderr)
             detector = Detector() if options.detect or options.webcam is not None else None
             if options.webcam is not None and detector is not None:
                 return show(model, card, here, detector, options.webcam)
@@ -79,6 +86,7 @@ def write(
         Path(options.views).mkdir(parents=True, exist_ok=True)
     columns = ["image", "box", *answers(card), "problem"]
     failed = found = 0
+    answered: set[str] = set()
     with ExitStack() as stack:
         table = None
         if options.csv:
@@ -93,6 +101,7 @@ def write(
         for faces in batched(faces_in(paths, detector, bar), BATCH):
             for face, row in zip(faces, predict(model, card, faces, here), strict=True):
                 failed, found = failed + bool(face.problem), found + (not face.problem)
+                answered.update([row["class"]] if "class" in row else [])
                 where = ",".join(map(str, face.box)) if face.box else ""
                 if table is not None:
                     table.writerow({"image": face.source, "box": where, **row, "problem": face.problem})
@@ -100,7 +109,19 @@ def write(
                     bar.write(in_words(face, row, card), file=sys.stderr if face.problem else sys.stdout)
                 if options.views and face.pixels is not None:
                     draw(model, card, face, here, Path(options.views), found)
+    if found >= MANY and len(answered) == 1:
+        print(
+            f"all {found} faces are {answered.pop()}: a network that gives every face the same answer says nothing, "
+            f"and neither do ten views that agree on it.",
+            file=sys.stderr,
+        )
     return failed, found
+
+
+def describe(card: dict[str, Any]) -> str:
+    """Return what a network learnt and how good it was, as text."""
+    data = "toy faces, drawn by code: it knows nothing of real ones" if card["data"] == "toy" else card["data"]
+    return f"network: {card['folder']}, trained on {data}; {card['summary']}"
 
 
 def predict(model: nn.Module, card: dict[str, Any], faces: list[Face], here: Machine) -> list[dict[str, Any]]:
@@ -119,7 +140,7 @@ def read_rows(logits: Tensor, card: dict[str, Any]) -> list[dict[str, Any]]:
     voted = vote(logits.flatten(0, 1), views, card["vote"])
     if card["target"] != "expression":
         return [{name: round(float(value), 4) for name, value in zip(outputs, row, strict=True)} for row in voted]
-    shares = voted.softmax(1)
+    shares = (voted / card.get("temperature", 1.0)).softmax(1)  # calibrated, if the card says how
     agreed = (logits.argmax(2) == voted.argmax(1, keepdim=True)).double().mean(1)  # with the vote
     return [
         {
@@ -211,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE|FOLDER", help="pictures, or folders of them")
-    add("--model", required=True, metavar="RUN", help="the folder of a finished run, or its model.safetensors")
+    add("--model", default=str(WEIGHTS), metavar="RUN", help="a finished run's folder, or its model.safetensors")
     add("--csv", metavar="FILE", help="a row for every face, instead of lines")
     add("--views", metavar="FOLDER", help="a picture of the ten views of every face, and what each of them says")
     add("--detect", action="store_true", help="look for faces in the pictures first")

@@ -1,0 +1,46 @@
+"""Ten views of a real face vote: NASA's portrait of Eileen Collins, in the public domain, and the shipped network.
+
+    python examples/fer48/demo.py --out runs/demo
+
+The picture comes with scikit-image, the detector with OpenCV; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import predict
+from data.pictures import shrink
+from detecting import DetectError, Detector
+from keeping import load_model
+from machines import machine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where the picture of the views goes")
+    out = Path(parser.parse_args().out)
+    try:
+        from skimage.data import astronaut
+
+        photograph = astronaut()
+        box = Detector().boxes(photograph)[0]
+    except (ImportError, DetectError) as error:
+        sys.exit(f"demo.py: {error}. It needs scikit-image and OpenCV: pip install scikit-image cropvote[detect].")
+    model, card = load_model(predict.WEIGHTS)
+    face = predict.Face("astronaut", np.asarray(shrink(photograph, box)).transpose(2, 0, 1), box)
+    out.mkdir(parents=True, exist_ok=True)
+    with machine("cpu") as here:
+        (row,) = predict.predict(model, card, [face], here)
+        predict.draw(model, card, face, here, out, 1)
+    print(predict.describe(card))
+    print(predict.in_words(face, row, card))
+    print(f"the ten views, and what each of them says: {out / '00001-astronaut.png'}")
+
+
+if __name__ == "__main__":
+    main()
