@@ -1,6 +1,7 @@
 """Views at test time alone: networks that somebody else trained, without any training of ours.
 
     python benchmarks/at_test_time.py run --data cifar10_jpeg.npz     benchmarks/results/test_time.json
+    python benchmarks/at_test_time.py run --data cifar10_jpeg.npz --networks resnet56 --shown    the table's rows alone
     python benchmarks/at_test_time.py table                           its figures, as a table
 
 ResNet-20 and ResNet-56 of CIFAR-10, on all 10,000 test pictures as JPEGs: plain, with the mirrored input, ten crops of
@@ -70,14 +71,19 @@ def classes(model: torch.nn.Module, images: Tensor, sites: dict[str, Views]) -> 
     return torch.cat(found).argmax(1)
 
 
-def run(data: str) -> None:
+def run(data: str, networks: list[str], shown: bool, path: Path) -> None:
     images, labels = cifar.read_pictures(data, "test")
     stored: dict[str, Any] = {"versions": {"torch": torch.__version__, "python": platform.python_version()}, "rows": []}
-    for name, blocks in NETWORKS.items():
-        model = cifar.CifarResNet(blocks).eval()
+    if path.exists():
+        kept = [row for row in json.loads(path.read_text())["rows"] if row["network"] not in networks]
+        stored["rows"] = kept
+    for name in networks:
+        model = cifar.CifarResNet(NETWORKS[name]).eval()
         model.load_state_dict(load_file(Path(data).with_name(f"{name}.safetensors")))
         right = {}
         for way, sites in [("plain", {}), *ways()]:
+            if shown and way not in SHOWN:
+                continue
             hits = classes(model, images, sites) == labels
             right[way] = hits
             table = profile(model, 32, sites=[sites or "layer1"])
@@ -94,7 +100,7 @@ def run(data: str) -> None:
                     ]
             stored["rows"].append(row)
             print(row, flush=True)
-            STORED.write_text(json.dumps(stored, indent=1) + "\n")
+            path.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 #: The rows of the guide's table.
@@ -126,8 +132,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("step", choices=("run", "table"))
     parser.add_argument("--data", default="", metavar="FILE")
+    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--shown", action="store_true", help="only the ways that the guide shows")
+    parser.add_argument("--results", type=Path, default=STORED, metavar="FILE")
     options = parser.parse_args()
     if options.step == "run":
-        run(options.data)
+        run(options.data, options.networks, options.shown, options.results)
     else:
         print(table())

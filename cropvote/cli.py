@@ -1,4 +1,4 @@
-"""The command line: ``cropvote sites MODEL``, and ``profile``, ``suggest`` and ``rank``."""
+"""The command line: ``cropvote sites MODEL``, ``profile``, ``suggest``, ``rank``, and ``cropvote doctor``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ Nothing is downloaded: the weights are random.
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, or 2 after a one-line error."""
     arguments = _parser().parse_args(argv)
+    if arguments.command == "doctor":
+        from .doctor import report
+
+        print(report())
+        return 0
     from .commands import run  # which loads PyTorch: not needed for --help
 
     return run(arguments)
@@ -37,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    doctor = "versions, devices, and whether checks work here: for a bug report"
+    commands.add_parser("doctor", help=doctor, description=doctor).set_defaults(command="doctor")
     for name, summary, description in (
         ("sites", "the places where a split is sound", "List the places where a split is sound."),
         ("profile", "work and memory of a split at each of them", "Count what a split costs at each site."),

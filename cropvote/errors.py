@@ -41,7 +41,7 @@ __all__ = [
 class CropVoteError(Exception):
     """Base of every error that cropvote raises.
 
-    It holds a code, under which the troubleshooting page explains it, and a message: what was asked, what was found, and
+    It holds a code, under which the troubleshooting page explains it, and a message: what was asked, what was found,
     what to do. ``str(error)`` is both.
 
     Example:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
-from cropvote import profile, sites, suggest_site
+from cropvote import doctor, profile, sites, suggest_site
+from cropvote._torch import unavailable
 from cropvote.cli import main
 
 
@@ -129,3 +131,19 @@ def test_memory_is_that_of_python(capsys):
     said = json.loads(capsys.readouterr().out)
     model = timm.create_model("vit_tiny_patch16_224")
     assert said == json.loads(json.dumps(profile(model, sites=["blocks.9"]).to_dict()))
+
+
+def test_the_doctor_tells_versions_and_whether_checks_work(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("cropvote ")
+    assert f"torch {torch.__version__}" in told
+    assert f"timm {timm.__version__}" in told
+    assert told.endswith("checks: this PyTorch is followed\n")
+    monkeypatch.setattr(doctor, "check_taint_is_followed", unavailable_check)
+    main(["doctor"])
+    assert "checks: [CV490]" in capsys.readouterr().out
+
+
+def unavailable_check():
+    raise unavailable("a test")

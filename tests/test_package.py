@@ -72,6 +72,7 @@ ORDER = [
     "ranking",
     "folders",
     "commands",
+    "doctor",
     "cli",
 ]
 
@@ -83,7 +84,7 @@ def file_of(module: str) -> Path:
 def absolute(module: str, node: ast.ImportFrom) -> str:
     """The name below ``cropvote`` of what a module imports relatively."""
     folder = f"cropvote.{module}".split(".")[: -node.level]
-    return ".".join([*folder, node.module]).removeprefix("cropvote.")
+    return ".".join([*folder, node.module] if node.module else folder[1:]).removeprefix("cropvote.")
 
 
 def test_public_names_are_sorted_documented_and_there():
