@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import check_data
 import compare
+import demo
 import export
 import predict
 import robustness
@@ -319,7 +320,7 @@ def test_every_script_has_help_with_an_example(capsys):
 def test_the_readmes_commands_are_commands():
     """Every line of the README's code is understood by its script, and names only options that there are."""
     scripts = {"train": training, "compare": compare, "robustness": robustness, "predict": predict, "export": export}
-    scripts |= {"check_data": check_data, "toy": toy}
+    scripts |= {"check_data": check_data, "demo": demo, "toy": toy}
     text = (EXAMPLE / "README.md").read_text()
     lines = [line.partition("#")[0].split() for line in text.splitlines() if "examples/fer48/" in line]
     commands = [line for line in lines if line[:1] in (["python"], ["torchrun"])]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import skimage.data
 import skimage.io
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -50,10 +51,9 @@ def test_the_card_holds_the_stored_figures():
     assert "no clear grant" in text
 
 
-def test_the_demo_shows_a_real_face(tmp_path, capsys, monkeypatch):
+def test_the_demo_shows_a_real_face(tmp_path, capsys):
     pytest.importorskip("cv2")
-    monkeypatch.setattr("sys.argv", ["demo.py", "--out", str(tmp_path / "demo")])
-    demo.main()
+    demo.main(["--out", str(tmp_path / "demo")])
     told = capsys.readouterr().out
     assert "trained on FER2013; 70.9 % of PrivateTest" in told
     assert re.search(r"astronaut \[.*\]: happy \d+ %, (9|10) of 10 views agree", told)
@@ -70,3 +70,17 @@ def test_predictions_without_a_model_take_the_shipped_one(tmp_path, capsys):
         skimage.io.imsave(tmp_path / f"{i}.png", skimage.data.astronaut()[65:161, 176:272])
     predict.main([str(tmp_path), "--device", "cpu"])
     assert "all 6 faces are happy: a network that gives every face the same answer" in capsys.readouterr().err
+
+
+def test_timm_makes_it_with_its_weights(monkeypatch, tmp_path):
+    model = timm.create_model("fer_resnet18", pretrained=True).eval()
+    kept = load_file(WEIGHTS / "model.safetensors")
+    assert all(torch.equal(value, kept[name].to(value.dtype)) for name, value in model.state_dict().items())
+    other = timm.create_model("fer_resnet18", pretrained=True, num_classes=3)
+    assert other.fc.out_features == 3
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
+    with pytest.raises(ValueError, match="width 32, not 64"):
+        timm.create_model("fer_resnet18", pretrained=True, width=64)
+    monkeypatch.setattr("model.WEIGHTS", tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="come with a checkout"):
+        timm.create_model("fer_resnet18", pretrained=True)

@@ -20,10 +20,14 @@ from keeping import load_model
 from machines import machine
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where the picture of the views goes")
-    out = Path(parser.parse_args().out)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    out = Path(parse(argv).out)
     try:
         from skimage.data import astronaut
 

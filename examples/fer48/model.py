@@ -1,15 +1,18 @@
 """The paper's baseline: ResNet-18 for 48x48 faces, with a 3x3 stride-1 stem and no max-pool.
 
-Importing this file makes it known to timm: ``timm.create_model("fer_resnet18", num_classes=7)``.
+Importing this file makes it known to timm: ``timm.create_model("fer_resnet18", pretrained=True)``.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
+
+WEIGHTS, PRETRAINED_WIDTH = Path(__file__).parent / "weights" / "model.safetensors", 32
 
 
 class FerResNet18(nn.Module):
@@ -60,12 +63,25 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs))
 
 
-# No weights are published, so there is no url; timm reads the size, the mean and the names from here.
+# There is no url: the weights lie beside this file. timm reads the size, the mean and the names from here.
 _CFG = {"input_size": (3, 48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "first_conv": "conv1", "classifier": "fc"}
 default_cfgs = generate_default_cfgs({"fer_resnet18.untrained": {"num_classes": 7, "pool_size": (6, 6), **_CFG}})
 
 
 @register_model
 def fer_resnet18(pretrained: bool = False, **options: Any) -> FerResNet18:
-    """The network of the paper: 11,172,423 parameters with 7 classes at width 64; narrower for small machines."""
+    """The network of the paper: 11,172,423 parameters with 7 classes at width 64; narrower for small machines.
+
+    With ``pretrained=True`` it has width 32 and the weights of ``examples/fer48/weights``, trained on FER2013.
+
+    Raises:
+        FileNotFoundError: the weights are not there: they come with a checkout, not with the package.
+        ValueError: another width than that of the weights.
+    """
+    if pretrained:
+        if not WEIGHTS.exists():
+            raise FileNotFoundError(f"{WEIGHTS}: the weights of fer_resnet18 come with a checkout of the repository.")
+        if options.setdefault("width", PRETRAINED_WIDTH) != PRETRAINED_WIDTH:
+            raise ValueError(f"the weights of fer_resnet18 have width {PRETRAINED_WIDTH}, not {options['width']}.")
+        options["pretrained_cfg_overlay"] = {"file": str(WEIGHTS), **(options.get("pretrained_cfg_overlay") or {})}
     return build_model_with_cfg(FerResNet18, "fer_resnet18", pretrained, **options)
