@@ -28,9 +28,9 @@ class Settings:
         train_output: ``"views"`` (a row per view) or ``"vote"`` (a row per sample) in training mode.
         eval_output: the same in eval mode.
         train_views: this many of the views, drawn again for every batch in training mode; ``None`` for all. They are
-            drawn from PyTorch's global random numbers and the process's rank, so that checkpointing draws the same
-            views when it runs again, and processes draw their own. With several sites they are spread evenly over
-            the views of the first.
+            drawn from PyTorch's global random state and the process's rank, so activation checkpointing redraws
+            the same views on recomputation, and each process draws its own. With several sites they are spread evenly
+            over the views of the first.
         eval_views: in eval mode only these views are cut, run and voted over: their indices, ``"centre"``,
             ``"centre+mirror"``, or ``None`` for all. A model trained with all its views may vote with a few.
         enabled: ``False`` runs the plain network: no split, no vote.

@@ -26,7 +26,7 @@ __all__ = ["RankedSites", "Ranking", "rank_sites"]
 PLAIN = "plain"
 #: Sites with less of the network's work behind them are not tried: views hardly differ there.
 LEAST_TAIL = 0.01
-#: A candidate is recommended only if chance alone would make it win so clearly less often than this.
+#: A candidate is recommended only if the p-value of its McNemar test is below this.
 SIGNIFICANT = 0.05
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -41,7 +41,7 @@ class RankedSites(NamedTuple):
         score: the metric, by default the accuracy.
         won: samples that it got right and the plain network wrong.
         lost: samples that it got wrong and the plain network right.
-        p: of McNemar's exact test on these two: how likely so uneven a split is by chance alone.
+        p: McNemar's exact p-value for won against lost: how likely a result at least this uneven is by chance alone.
         work: multiply-adds per image over the plain network's.
     """
 
@@ -103,7 +103,8 @@ class Ranking:
     def best(self) -> dict[str, Any] | None:
         """Return the arguments of :func:`inject_crop_vote` for the candidate that pays; None if none does.
 
-        It is the best one that beats the plain network by McNemar's test, and also every cheaper candidate that does.
+        Among the candidates that beat the plain network by McNemar's test, it starts with the cheapest, and moves to a
+        costlier one only if that one beats the current choice by the same test.
         """
         row = self._best_row()
         return None if row is None else {"after": row.sites}
@@ -124,11 +125,11 @@ class Ranking:
         """Return the recommendation in a sentence."""
         row = self._best_row()
         if row is None:
-            return "Nothing beats the plain network clearly: leave it as it is, or train it through views."
+            return "No candidate clearly beats the plain network: leave it as it is, or train it with views."
         won, lost, p = self.compare(row.name, PLAIN)
         return (
             f"Use {row.name}: {won} won and {lost} lost against the plain network (p {p:.2g}), at {row.work:.2f} times "
-            f"its work; nothing that costs more beats it clearly."
+            f"its work; no costlier candidate clearly beats it."
         )
 
     def __str__(self) -> str:
@@ -188,7 +189,7 @@ def rank_sites(
     """Try views on a trained network and validation data, and compare each with the plain network.
 
     Every candidate votes with the same weights, batch by batch; the model itself is left as it is. By default the
-    candidates are the mirrored input, and for the last site of each size of map five crops, aligned to the strides
+    candidates are the mirrored input, and at the last site of each map size, five crops aligned to the strides
     behind it (see :meth:`Views.aligned`), by themselves and with the mirrored input.
 
     Choose on validation data and report on other data: the best of many candidates is best by luck in part.

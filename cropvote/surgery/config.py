@@ -19,7 +19,7 @@ __all__ = ["to_config"]
 def to_config(model: nn.Module) -> dict[str, Any]:
     """Return what was injected into a model, as plain data for JSON.
 
-    The model is made to vote again with ``inject_crop_vote(model, **config)``. Weights are not part of it.
+    ``inject_crop_vote(model, **config)`` applies the same injection to another model. Weights are not included.
 
     Args:
         model: an injected model, also inside DataParallel, DistributedDataParallel or a compiled wrapper.

@@ -56,13 +56,13 @@ def inject_crop_vote(
     hook of the site sees the views. A batch is taken for independent samples: layers that mix them beyond BatchNorm
     (a mean over the batch, say) mix the views too. A model may return several tensors, in a tuple, a dict or a
     dataclass: the predictions are voted over (those with "logits" in their names, or else all 2-D tensors, which must
-    be of one K), and the rest is left as it is, per view where it was computed behind the site. For transformers, the
-    views are cut from the grid of tokens, and the prefix tokens stand in every view. Plain attention does not see the
-    order of its tokens, so that mirrored views repeat the others (:func:`five_crop` is enough); behind the last
+    have the same K), and the rest is returned as it is, with a row per view where it was computed behind the site.
+    For transformers, the views are cut from the grid of tokens, and the prefix tokens are kept in every view. Plain attention ignores the
+    order of its tokens, so mirrored views repeat the others (:func:`five_crop` is enough); behind the last
     attention all views are alike.
 
     Whether the site is valid (every path from the input to the output passes through it, once, and the network behind
-    it takes the smaller maps) is checked on a fake copy before anything is changed, where an input size is known: timm
+    it takes the smaller maps) is checked on a fake copy before anything is changed, if an input size is known: timm
     models carry one, ``input_size`` gives one. Otherwise it is checked at the first call, before its result is seen.
 
     Args:
