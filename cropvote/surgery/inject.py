@@ -58,8 +58,8 @@ def inject_crop_vote(
     dataclass: the predictions are voted over (those with "logits" in their names, or else all 2-D tensors, which must
     have the same K), and the rest is returned as it is, with a row per view where it was computed behind the site.
     For transformers, the views are cut from the grid of tokens, and the prefix tokens are kept in every view. Plain
-    attention ignores the order of its tokens, so mirrored views repeat the others (:func:`five_crop` is enough); behind the last
-    attention all views are alike.
+    attention ignores the order of its tokens, so mirrored views repeat the others (:func:`five_crop` is enough);
+    behind the last attention all views are alike.
 
     Whether the site is valid (every path from the input to the output passes through it, once, and the network behind
     it takes the smaller maps) is checked on a fake copy before anything is changed, if an input size is known: timm
