@@ -111,7 +111,7 @@ def has_compiled_forward(module: nn.Module) -> bool:
 
 def original(module: nn.Module) -> nn.Module | None:
     """Return the module inside the wrapper that torch.compile returns, or None."""
-    children = vars(module).get("_modules")
+    children = module.__dict__.get("_modules")  # not vars(), which the compiler of PyTorch 2.6 does not know
     return children.get("_orig_mod") if isinstance(children, dict) else None  # a scripted module has its own kind
 
 

@@ -54,7 +54,7 @@ def test_a_checkpoint_of_another_process(tmp_path):
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"cropvote": json.dumps(to_config(model))})
     code = f"""
 import json, sys
-sys.path[:0] = {[str(HERE), str(HERE.parent / "examples" / "fer48")]!r}
+sys.path[:0] = {[str(HERE), str(HERE.parent), str(HERE.parent / "examples" / "fer48")]!r}
 import networks, torch
 from safetensors import safe_open
 from safetensors.torch import load_file
