@@ -11,7 +11,7 @@ __all__: list[str] = []
 #: The names of :data:`cropvote.cuts.NAMES`; that module, and PyTorch, are loaded once a command runs.
 VIEWS = ("ten", "five", "hflip", "d4")
 EXAMPLES = """MODEL is timm:NAME, torchvision:NAME, or package.module:function, which is called without arguments.
-Nothing is downloaded: the weights are random.
+Nothing is downloaded: the weights are random, or those of --checkpoint.
 
   cropvote sites timm:resnet18
   cropvote profile torchvision:resnet50 --size 224
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    doctor = "versions, devices, and whether checks work here: for a bug report"
+    doctor = "versions and devices, for a bug report"
     commands.add_parser("doctor", help=doctor, description=doctor).set_defaults(command="doctor")
     for name, summary, description in (
         ("sites", "the places where a split is sound", "List the places where a split is sound."),
