@@ -128,6 +128,20 @@ def table(network: str = "resnet20") -> str:
     return "\n".join(lines)
 
 
+def deeper() -> str:
+    """Return what the guide says of ResNet-56."""
+    rows = {row["way"]: row for row in json.loads(STORED.read_text())["rows"] if row["network"] == "resnet56"}
+    best = "mirrored input, layer2: five crops of 14"
+    ways = ["plain", "mirrored input", "layer2: five crops of 13", "layer2: five crops of 14", best]
+    figures = [f"{100 * rows[way]['accuracy']:.1f}" for way in ways]
+    won, lost, p = rows[best]["against mirrored input"]
+    return (
+        f"ResNet-56, in the same way: plain {figures[0]} %, mirrored input {figures[1]} %, five crops of 13 behind "
+        f"`layer2` {figures[2]} %, of 14 {figures[3]} %, mirrored input and five crops of 14 {figures[4]} %, which is no "
+        f"better than the mirrored input alone ({won} : {lost}, p {p:.2g})."
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("step", choices=("run", "table"))
@@ -140,3 +154,4 @@ if __name__ == "__main__":
         run(options.data, options.networks, options.shown, options.results)
     else:
         print(table())
+        print(deeper())
