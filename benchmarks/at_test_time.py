@@ -137,8 +137,8 @@ def deeper() -> str:
     won, lost, p = rows[best]["against mirrored input"]
     return (
         f"ResNet-56, in the same way: plain {figures[0]} %, mirrored input {figures[1]} %, five crops of 13 behind "
-        f"`layer2` {figures[2]} %, of 14 {figures[3]} %, mirrored input and five crops of 14 {figures[4]} %, which is no "
-        f"better than the mirrored input alone ({won} : {lost}, p {p:.2g})."
+        f"`layer2` {figures[2]} %, of 14 {figures[3]} %, mirrored input and five crops of 14 {figures[4]} %, which is "
+        f"no better than the mirrored input alone ({won} : {lost}, p {p:.2g})."
     )
 
 
