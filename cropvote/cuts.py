@@ -66,7 +66,7 @@ AnyViews = Views | ViewProduct
 
 
 def join_parts(parts: Sequence[Views]) -> AnyViews:
-    """Return the views of all sites together: those of the only site, or the product."""
+    """Return the views of a single site, or the product of the views of several."""
     return parts[0] if len(parts) == 1 else ViewProduct(parts)
 
 

@@ -43,7 +43,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 def read_folder(model: nn.Module, folder: Path, size: tuple[int, ...], batch: int, limit: int | None) -> Any:
     """Return a loader of the pictures in folders named after their classes, prepared as the model expects them.
 
-    A timm model says how; other models get their input's size and ImageNet's mean and standard deviation.
+    A timm model says how; other models get their input's size and ImageNet's mean and standard deviation,
+    or 0.5 and 0.5 if they are grey.
 
     Raises:
         OptionError: no such folder, or no pictures in it.
@@ -57,11 +58,13 @@ def read_folder(model: nn.Module, folder: Path, size: tuple[int, ...], batch: in
         from timm.data.config import resolve_data_config
         from timm.data.transforms_factory import create_transform
 
-        transform = create_transform(**resolve_data_config({}, model=model))
+        transform = create_transform(**resolve_data_config({"input_size": size}, model=model))
     else:
+        grey = [transforms.Grayscale()] if size[0] == 1 else []
+        mean, std = (MEAN, STD) if size[0] == 3 else ([0.5], [0.5])
         transform = transforms.Compose(
-            [transforms.Resize(size[1]), transforms.CenterCrop(size[1:]), transforms.ToTensor(),
-             transforms.Normalize(MEAN, STD)]
+            [*grey, transforms.Resize(max(size[1:])), transforms.CenterCrop(size[1:]), transforms.ToTensor(),
+             transforms.Normalize(mean, std)]
         )  # fmt: skip
     try:
         pictures: Any = datasets.ImageFolder(folder, transform)

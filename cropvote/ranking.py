@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -300,7 +301,12 @@ def _networks(
         chosen = sites_after(plain, after)
         network = inject_crop_vote(copy.deepcopy(plain, dict(tensors)), after=chosen, input_size=size)
         table = list(profile(plain, size, sites=[chosen], views=None))
-        networks.append((format_sites(chosen), chosen, network, table[-1].ratio))
+        name, known = format_sites(chosen), {name for name, _, _, _ in networks}
+        copies = itertools.count(2)
+        unique = name
+        while unique in known:  # other views may read the same: as many, of the same size
+            unique = f"{name} ({next(copies)})"
+        networks.append((unique, chosen, network, table[-1].ratio))
         settings(network).eval_output = "vote"
     return networks
 

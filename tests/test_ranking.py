@@ -10,15 +10,17 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+import timm
 import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
 import networks
-from cropvote import five_crop, hflip, inject_crop_vote, profile
+from cropvote import Views, five_crop, hflip, inject_crop_vote, profile
 from cropvote.cli import main
 from cropvote.errors import InputTypeError, OptionError, SiteError
+from cropvote.folders import read_folder
 from cropvote.ranking import RankedSites, Ranking, mcnemar, rank_sites
 
 DATA = [(torch.randn(n, 3, 48, 48, generator=torch.Generator().manual_seed(n)), torch.arange(n) % 7) for n in (9, 7, 4)]
@@ -168,3 +170,22 @@ def test_a_checkpoint_runs_no_code(folder, capsys):
     assert done.returncode == 2
     assert "CV908" in done.stderr
     assert not (folder / "pwned").exists()
+
+
+def test_candidates_that_read_the_same_are_kept_apart():
+    """Four views of the same size each, at other positions."""
+    one, two = Views([(0, 0), (0, 1), (1, 0), (1, 1)]), Views([(0.5, 0), (0.5, 1), (0, 0.5), (1, 0.5)])
+    ranking = rank_sites(networks.fer(), DATA, [{"layer2": one}, {"layer2": two}], progress=False)
+    assert len({row.name for row in ranking.rows}) == 3
+    for row in ranking.rows[1:]:
+        alone = rank_sites(networks.fer(), DATA, [row.sites], progress=False).rows[1]
+        assert (row.score, row.won, row.lost) == (alone.score, alone.won, alone.lost)
+        assert ranking.compare(row.name, "plain") == (row.won, row.lost, row.p)
+
+
+@pytest.mark.parametrize("size", [(3, 32, 64), (1, 40, 40)])
+def test_pictures_are_as_large_as_the_model_is_told(folder, size):
+    timm_model = timm.create_model("resnet10t", in_chans=size[0], num_classes=2)
+    for model in ([timm_model] if size[0] == 3 else []) + [torchvision.models.resnet18(num_classes=2)]:
+        images, _ = next(iter(read_folder(model, folder / "data", size, 4, None)))
+        assert images.shape == (4, *size)

@@ -148,7 +148,7 @@ class Meter:
         return (large - small) / (BATCHES[1] - BATCHES[0]) / MIB
 
     def _run(self, splits: list[Split], batch: int, grad: bool = False, indices: Sequence[int] | None = None) -> _Run:
-        """Count one call, split at these sites, of whose views only those of ``indices`` are cut."""
+        """Count one call, split at these sites; only the views in ``indices`` are cut."""
         cuts = make_cuts(join_parts([split.views for split in splits]), indices) if splits else PLAIN
         maps: list[tuple[int, ...]] = []
         kept: dict[int, Any] = {}

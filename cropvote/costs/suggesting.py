@@ -47,7 +47,7 @@ def suggest_site(
 ) -> Suggestion:
     """Return the earliest valid site inside the network whose cost is within a budget.
 
-    The earlier the split, the more accurate and the dearer, in the paper's experiments. The images themselves are not
+    In the paper's experiments, an earlier split is more accurate and more expensive. The images themselves are not
     suggested: ``after="input"`` is test-time augmentation, at the price of every view. Nor is a site with less than
     1 % of the work behind it, where the views have hardly a way to differ. Of sites that follow each other at the same
     work and shape (a convolution, its norm, its activation; a map and the tokens made of it) it is the last.
@@ -75,12 +75,12 @@ def suggest_site(
     """
     budget = _budget(max_macs_ratio, max_memory_mib)
     views, example = views_and_example(model, input_size, views)
-    found, dearer = on_fake_copy(model, lambda fake: _search(Meter(record_trace(fake, example), views), budget))
+    found, costlier = on_fake_copy(model, lambda fake: _search(Meter(record_trace(fake, example), views), budget))
     asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
     if found is None:
-        raise SiteError("CV151", _none_fits(type(model).__name__, asked, budget, dearer, len(views)))
+        raise SiteError("CV151", _none_fits(type(model).__name__, asked, budget, costlier, len(views)))
     site, cost = found
-    before = f"; {dearer[-1].site!r}, before it, has {_format_cost(dearer[-1])}" if dearer else ""
+    before = f"; {costlier[-1].site!r}, before it, has {_format_cost(costlier[-1])}" if costlier else ""
     reason = f"the earliest site that costs at most {asked}: it has {_format_cost(cost)}{before}"
     if len(cost.shape) == 2 and any(view.mirror for view in views.entries):
         reason += (
@@ -103,9 +103,9 @@ def _budget(max_macs_ratio: float | None, max_memory_mib: float | None) -> dict[
 
 
 def _search(meter: Meter, budget: dict[str, float]) -> tuple[tuple[str, SiteCost] | None, list[SiteCost]]:
-    """Return the first site within the budget, and the costs of the dearer sites before it."""
+    """Return the first site within the budget, and the costs of the costlier sites before it."""
     names = [name for name in candidates(meter.trace) if name != INPUT]
-    dearer: list[SiteCost] = []
+    costlier: list[SiteCost] = []
     for i, name in enumerate(names):
         site = judge_site(meter.trace, name, meter.views)
         if site.reason or meter.cost(site).tail_share < LEAST_TAIL:
@@ -115,20 +115,20 @@ def _search(meter: Meter, budget: dict[str, float]) -> tuple[tuple[str, SiteCost
             for equal in reversed(_of_equal_work(meter, names[i:])):
                 cost = meter.cost(judge_site(meter.trace, equal, meter.views))
                 if _fits(cost, budget) and not why_not_swapped(meter.trace, [equal]):
-                    return (equal, cost), dearer
+                    return (equal, cost), costlier
             continue
-        dearer.append(cost)
-    return None, dearer
+        costlier.append(cost)
+    return None, costlier
 
 
-def _none_fits(kind: str, asked: str, budget: dict[str, float], dearer: list[SiteCost], total: int) -> str:
+def _none_fits(kind: str, asked: str, budget: dict[str, float], costlier: list[SiteCost], total: int) -> str:
     """Return the message that no site is within the budget."""
-    if not dearer:
+    if not costlier:
         return (
             f"no site inside this {kind} is valid for these views and has work behind it: see cropvote.sites(model, "
             f"all=True)."
         )
-    cheapest = min(dearer, key=lambda cost: tuple(getattr(cost, field) for field in budget))
+    cheapest = min(costlier, key=lambda cost: tuple(getattr(cost, field) for field in budget))
     fewer = " or ".join(f"views={name}" for name, count in {"five_crop()": 5, "hflip()": 2}.items() if count < total)
     advice = f" Fewer views cost less: {fewer}." if fewer else ""
     return (

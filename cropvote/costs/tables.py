@@ -209,10 +209,10 @@ def profile(
         wanted = candidates(trace) if sites is None else [*dict.fromkeys([INPUT, *names])]
         rows: list[tuple[SiteCost, After, Layout | None]] = []
         for site in judge_sites(trace, wanted, views):
-            if not site.reason:
+            if site.reason and site.name in names:
+                checked_splits(trace, {site.name: views})  # raises the refusal
+            if not site.reason or site.name in names:
                 rows.append((meter.cost(site), site.name, site.layout))
-            elif site.name in names:
-                checked_splits(trace, {site.name: views})  # raises
         if sites is None and not rows:
             why = why_not_votable(trace) or "see cropvote.sites(model, all=True)."
             raise SiteError("CV150", f"no site of this {type(model).__name__} is valid: {why}")

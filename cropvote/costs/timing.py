@@ -38,7 +38,7 @@ def measure_times(
     if device is not None:
         try:
             twin = twin.to(device)
-        except (RuntimeError, AssertionError) as error:  # PyTorch's, if there is no such device
+        except (RuntimeError, AssertionError) as error:  # raised by PyTorch if the device does not exist
             raise OptionError("CV825", f"device={str(device)!r} cannot be used: {first_line(error)}") from error
     tensors = [*twin.parameters(), *twin.buffers()]
     where = tensors[0].device if tensors else torch.device(device or "cpu")
