@@ -109,7 +109,8 @@ def keep(
     accuracy: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         labels = task.splits[split][1]
-        hits = {way: rows.argmax(1) == labels for way, rows in ask(learner, arm.last, split).items()}
+        with learner.scored():
+            hits = {way: rows.argmax(1) == labels for way, rows in ask(learner, arm.last, split).items()}
         right[split] = {way: base64.b64encode(np.packbits(hit.numpy()).tobytes()).decode() for way, hit in hits.items()}
         accuracy[split] = {way: round(float(hit.double().mean()), 6) for way, hit in hits.items()}
     name = named(task, arm, budget, seed)
@@ -126,8 +127,9 @@ def keep(
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     runs = Path(options.runs)
     runs.mkdir(parents=True, exist_ok=True)
-    weights = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous()
-               for k, v in learner.model.state_dict().items()}  # fmt: skip
+    with learner.scored() as model:
+        weights = {k: (v.half() if v.is_floating_point() else v).cpu().clone() for k, v in model.state_dict().items()}
+    weights = {k: v.contiguous() for k, v in weights.items()}
     save_file(weights, runs / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.safetensors")
     shown = ", ".join(f"{way} {100 * share:.2f}" for way, share in accuracy["val"].items())
     print(f"{name}  {seconds:.0f} s  loss {loss:.3f}  validation: {shown}", flush=True)
@@ -156,6 +158,8 @@ def run_next(options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     task = TASKS[options.task](options.data, options.width, options.limit)
     chosen = [task.families[i] for i in options.families] if options.families else task.families
+    if options.arms:
+        chosen = [arms for arms in ([a for a in family if a.name in options.arms] for family in chosen) if arms]
     for seed, (place, arms) in itertools.product(options.seeds, enumerate(chosen)):
         with lock(Path(options.runs) / f"{task.name}-{options.width}-{arms[0].name}-{seed}-{place}.lock") as mine:
             if mine:
@@ -180,6 +184,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[10, 20, 40, 80], help="in plain epochs of work")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--families", type=int, nargs="+", help="which of the task's lists of runs, from 0 on")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="of their runs, those of these names")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop then; an unfinished run is lost")
     parser.add_argument("--results", default=str(STORED), metavar="FILE")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "worth"), metavar="FOLDER")

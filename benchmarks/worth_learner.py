@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cropvote import CropVoteLoss, Views, hflip, vote
@@ -28,6 +31,7 @@ class Learner:
         self.model = task.make().to(device).to(memory_format=layout)
         self.stages = task.stages(self.model)
         self.images, self.labels = (tensor.to(device) for tensor in task.splits["train"])
+        self.sure = torch.eye(int(self.labels.max()) + 1, device=device)  # of each class
         self.loss = CropVoteLoss(nn.CrossEntropyLoss(label_smoothing=task.smoothing))
         self.rate = torch.zeros((), device=device)
         decayed, others = [], []
@@ -40,7 +44,9 @@ class Learner:
             self.optimizer = torch.optim.AdamW(groups, self.rate, fused=self.cuda, capturable=self.cuda)
         self.rates = torch.zeros(steps, device=device)  # of the steps of a phase ...
         self.order = torch.zeros(steps * 128, dtype=torch.long, device=device)  # ... and its pictures
+        self.shares = torch.zeros(steps, device=device)  # what a mixed picture keeps of itself, by step
         self.at = torch.zeros(1, dtype=torch.long, device=device)
+        self.averaged = [t.detach().clone() for t in self._floats()] if task.average else []
         self.total = torch.zeros((), device=device)
         self.steps: dict[Network, list[Callable[[], Any]]] = {}
         self.pool: Any = None
@@ -57,19 +63,29 @@ class Learner:
         drawn = itertools.combinations(range(len(views)), count)
         return [{**dict(first), site: views.take(some)} for some in drawn]
 
-    def step(self, sites: dict[str, Views], batch: int) -> None:
+    def step(self, sites: dict[str, Views], batch: int, teach: float = 0.0) -> None:
         self.rate.copy_(self.rates.index_select(0, self.at).squeeze())  # nothing here may wait for the device
         rows = self.order.index_select(0, self.at * batch + torch.arange(batch, device=self.device))
         self.at += 1
         x = self.task.alter(self.images[rows])
         if self.cuda:
             x = x.contiguous(memory_format=torch.channels_last)
+        labels = self.labels[rows]
+        if self.task.mixup:
+            share = self.shares.index_select(0, self.at - 1)
+            x, shares = x.lerp(x.roll(1, 0), 1 - share), self.sure.index_select(0, labels)
+            labels = shares.lerp(shares.roll(1, 0), 1 - share)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda, cache_enabled=False):
-            loss = self.loss(rows_of(self.stages, x, sites), self.labels[rows])
+            found = rows_of(self.stages, x, sites)
+            loss = self.loss(found, labels)
+        if teach:
+            loss = loss + teach * divergence(found.unflatten(0, (batch, -1)).float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         self.total += loss.detach()
+        if self.averaged:
+            torch._foreach_lerp_(self.averaged, self._floats(), 1 - self.task.average)
 
     def prepare(self, network: Network) -> list[Callable[[], Any]]:
         """The steps of a network, one for each draw of its views."""
@@ -77,20 +93,20 @@ class Learner:
             return self.steps[network]
         choices = self.choices(network)
         if not self.cuda:
-            self.steps[network] = [lambda s=s: self.step(s, network.batch) for s in choices]
+            self.steps[network] = [lambda s=s: self.step(s, network.batch, network.teach) for s in choices]
             return self.steps[network]
         kept = self.state()
         stream, graphs = torch.cuda.Stream(), []
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(4):
-                self.step(choices[0], network.batch)
+                self.step(choices[0], network.batch, network.teach)
             for sites in choices:
                 graph = torch.cuda.CUDAGraph()
                 self.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.synchronize()
                 graph.capture_begin(pool=self.pool)
-                self.step(sites, network.batch)
+                self.step(sites, network.batch, network.teach)
                 graph.capture_end()
                 self.pool = self.pool or graph.pool()
                 graphs.append(graph)
@@ -111,6 +127,9 @@ class Learner:
         draw = random.Random(seed)  # noqa: S311
         self.rates[: len(rates)] = rates.to(self.device)
         self.order[: len(order)] = order.to(self.device)
+        if self.task.mixup:
+            drawn = np.random.default_rng(seed).beta(self.task.mixup, self.task.mixup, len(rates))
+            self.shares[: len(rates)] = torch.from_numpy(drawn).to(self.shares)
         self.at.zero_()
         self.total.zero_()
         for i in range(len(rates)):
@@ -137,19 +156,41 @@ class Learner:
     def _tensors(self) -> list[Tensor]:
         moments = [value for p in self.model.parameters() for value in self.optimizer.state.get(p, {}).values()
                    if isinstance(value, Tensor)]  # fmt: skip
-        return [*(t.detach() for t in self.model.state_dict().values()), *moments]
+        return [*(t.detach() for t in self.model.state_dict().values()), *self.averaged, *moments]
+
+    @torch.no_grad()
+    def _floats(self) -> list[Tensor]:
+        """The weights and statistics, which can be averaged."""
+        return [t.detach() for t in self.model.state_dict().values() if t.is_floating_point()]
+
+    @contextlib.contextmanager
+    def scored(self) -> Iterator[nn.Module]:
+        """The network as it is scored: with its averaged weights, where a task asks for them."""
+        kept = self.state()
+        if self.averaged:
+            torch._foreach_copy_(self._floats(), self.averaged)
+        yield self.model.eval()
+        self.restore(kept)
 
     def start(self, seed: int) -> None:
         """Fresh weights, and moments as if there had been no step."""
         torch.manual_seed(seed)
         self.model.load_state_dict(self.task.make().state_dict())
-        self.restore([*self.model.state_dict().values()])
+        if self.averaged:
+            torch._foreach_copy_(self.averaged, self._floats())
+        self.restore([*(t.clone() for t in self.model.state_dict().values()), *(t.clone() for t in self.averaged)])
+
+
+def divergence(views: Tensor) -> Tensor:
+    """KL divergence of every view's prediction from the mean one of its sample, which learns nothing; (n, v, k)."""
+    each = views.log_softmax(-1)
+    mean = each.exp().mean(1, keepdim=True).detach()
+    return F.kl_div(each, mean.expand_as(each), reduction="sum") / (each.shape[0] * each.shape[1])
 
 
 @torch.no_grad()
 def ask(learner: Learner, network: Network, split: str, batch: int = 512) -> dict[str, Tensor]:
     """By each way of asking the network: (n, k), logits or votes."""
-    learner.model.eval()
     images = learner.task.splits[split][0]
     sites = network.sites or {"input": hflip()}
     found = []
