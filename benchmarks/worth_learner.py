@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cropvote import CropVoteLoss, Views, hflip, vote
 from worth_tasks import Network, Task, rows_of
 
-#: Views of ten that stand in the order of ten_crop().
+#: Some of the ten views in the order of ten_crop(), or of the five in that of five_crop().
 FEW = {"centre": [4], "centre + mirror": [4, 9], "five crops": [0, 1, 2, 3, 4]}
 
 
@@ -201,7 +201,8 @@ def ask(learner: Learner, network: Network, split: str, batch: int = 512) -> dic
     rows = torch.cat(found)
     if not network.sites:
         return {"plain": rows[:, 0], "mirrored input": rows.mean(1)}
-    ways = {name: rows[:, views].mean(1) for name, views in FEW.items()}
-    ways["ten views"] = rows.mean(1)
-    ways["ten views, hard"] = vote(rows.flatten(0, 1), rows.shape[1], "hard")
+    ways = {name: rows[:, views].mean(1) for name, views in FEW.items() if max(views) < rows.shape[1]}
+    everything = "ten views" if rows.shape[1] == 10 else "five crops"
+    ways[everything] = rows.mean(1)
+    ways[f"{everything}, hard"] = vote(rows.flatten(0, 1), rows.shape[1], "hard")
     return ways

@@ -19,7 +19,6 @@ import at_test_time
 import cropvote
 import faces
 import fer2013_page
-import finetune_page
 import until_sure
 import worth_page
 from cropvote import errors, profile
@@ -77,7 +76,7 @@ def test_the_tables_of_stopping_votes_are_those_of_the_stored_figures(name):
 def test_the_table_of_views_at_test_time_is_that_of_the_stored_figures():
     assert at_test_time.table() in (DOCS / "guides" / "test-time-only.md").read_text()
     assert at_test_time.deeper() in (DOCS / "guides" / "test-time-only.md").read_text()
-    assert finetune_page.table() in (DOCS / "guides" / "fine-tuning.md").read_text()
+    assert worth_page.tuned() in (DOCS / "guides" / "fine-tuning.md").read_text()
 
 
 def test_readmes_table_is_that_of_the_stored_figures():
