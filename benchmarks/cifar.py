@@ -75,6 +75,7 @@ def read_pictures(path: str | Path, split: str) -> tuple[Tensor, Tensor]:
 
 def to_input(images: Tensor) -> Tensor:
     """uint8 (n, 3, H, W) -> float32, normalised as the published weights expect it."""
+
     def column(values: tuple[float, ...]) -> Tensor:  # made on the device: a CUDA graph may copy nothing to it
         return torch.stack([torch.full((), value, device=images.device) for value in values]).view(1, 3, 1, 1)
 

@@ -167,8 +167,8 @@ def tuned() -> str:
         f"{table(TUNED, 'test, %')}\n\n"
         f"ResNet-20, trained by others on CIFAR-10's original pictures, fine-tuned on 10,000 JPEGs of them for the "
         f"multiply-adds of {TUNED.budget:g} plain epochs, and scored on the 10,000 test pictures; mean ± sd of seeds "
-        f"{', '.join(map(str, TUNED.seeds('none')))}; p of McNemar's exact test; torch {one['versions']['torch']}, CPU. "
-        f"Made by `python benchmarks/worth.py next --task finetune --budgets {TUNED.budget:g}`."
+        f"{', '.join(map(str, TUNED.seeds('none')))}; p of McNemar's exact test; torch {one['versions']['torch']}, "
+        f"CPU. Made by `python benchmarks/worth.py next --task finetune --budgets {TUNED.budget:g}`."
     )
 
 
@@ -246,14 +246,15 @@ def not_faces() -> str:
         {len(PICTURES.seeds("layer1=ten"))}); {one["device"]}. **The advice is the same.** With a third of the work, two
         views a step are {behind} points behind plain with its mirrored input. Crops aligned with the stride behind
         `layer2`, two of five a step, reach {means[0]:.1f}, crops that are not {means[1]:.1f} (10 epochs of work, seeds
-        {", ".join(map(str, both))}). Pretrained networks are the subject of [fine-tuning](guides/fine-tuning.md) and [test time
-        only](guides/test-time-only.md)."""
+        {", ".join(map(str, both))}). Pretrained networks are the subject of [fine-tuning](guides/fine-tuning.md) and
+        [test time only](guides/test-time-only.md)."""
 
 
 def did_not_help() -> list[str]:
     taught, two = ("layer1=ten:2 teach 1", "ten views"), ("layer1=ten:2", "ten views")
+    settings = ((FACES, "FER2013", 7.5), (FACES, "FER2013", 30), (PICTURES, "CIFAR-10", 10))
     gains = [f"{ahead(study, *taught, budget, two)} points ({name}, {budget} epochs of work)"
-             for study, name, budget in ((FACES, "FER2013", 7.5), (FACES, "FER2013", 30), (PICTURES, "CIFAR-10", 10))]  # fmt: skip
+             for study, name, budget in settings]  # fmt: skip
     long = next(line for line in stored() if line["task"] == "longest")
     scores = {split: 100 * long["accuracy"][split]["ten views"] for split in ("val", "test")}
     first = f"""
