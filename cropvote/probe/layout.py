@@ -14,7 +14,7 @@ from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, state
 from ..views import Views
 from .taint import TaintMode
 from .trace import Trace, fake_arguments
-from .trial import Split, try_splits
+from .trial import Split, try_padded, try_splits
 
 __all__: list[str] = []
 
@@ -37,7 +37,7 @@ def find_layout(
     if axes is not None:
         return _layout_of_axes(shape, axes, stated)
     said = stated_layout(trace.model)
-    if stated is None and said and _can_shrink(trace, site, views, said):
+    if stated is None and said and (_fit(trace, site, views, said) or _can_shrink(trace, site, views, said)):
         return said, None
     able = [layout for layout in LAYOUTS if _can_shrink(trace, site, views, layout)]
     if stated and (stated in able or not able):
@@ -50,7 +50,7 @@ def find_layout(
         )
     if len(able) == 1:
         return able[0], None
-    if not able and _are_smaller(views, shape):
+    if not able and _are_smaller(views, shape, "NCHW"):
         return "NCHW", try_splits(trace, [Split(site, views, "NCHW")], explain)
     return "NCHW", Reason(
         "CV114",
@@ -147,10 +147,18 @@ def grow(trace: Trace, axis: int) -> dict[nn.Module, Shape]:
     return shapes
 
 
-def _are_smaller(views: Views, shape: Shape) -> bool:
-    """Return whether the views are smaller than a map in both axes, if the channels come first."""
-    size = sides(shape, "NCHW")
+def _are_smaller(views: Views, shape: Shape, layout: Layout) -> bool:
+    """Return whether the views are smaller than a map in both axes."""
+    size = sides(shape, layout)
     return all(crop < side for crop, side in zip(views.crop_size(*size), size, strict=True))
+
+
+def _fit(trace: Trace, site: str, views: Views, layout: Layout) -> bool:
+    """Return whether the views are smaller than a site's map, and the network behind the site takes them."""
+    with suppress(ViewsError):
+        smaller = _are_smaller(views, trace.shape(site), layout)
+        return smaller and not try_padded(trace, [Split(site, views, layout)])
+    return False
 
 
 def _can_shrink(trace: Trace, site: str, views: Views, layout: Layout) -> bool:
@@ -163,10 +171,7 @@ def _can_shrink(trace: Trace, site: str, views: Views, layout: Layout) -> bool:
         scale = (Fraction(smaller[0], size[0]), Fraction(smaller[1], size[1]))
         if not try_splits(trace, [Split(site, Views([(0, 0)], scale=scale), layout)]):
             return True
-    try:
-        return layout == "NCHW" and _are_smaller(views, shape) and not try_splits(trace, [Split(site, views, layout)])
-    except ViewsError:
-        return False
+    return layout == "NCHW" and _fit(trace, site, views, layout)
 
 
 def _find_tokens(trace: Trace, site: str, stated: Layout | None) -> tuple[Layout, Reason | None]:

@@ -85,6 +85,17 @@ def pad_to_prime(views: Views) -> Views:
     return Views(entries + entries[:1] * (count - len(entries)), scale=views.scale, stride=views.stride)
 
 
+def try_padded(trace: Trace, splits: list[Split], explain: bool = False) -> Reason | None:
+    """Return why the model cannot be split so, if it cannot, asked with a prime number of views; a yes is kept."""
+    key = "splits", tuple(splits)
+    if key in trace.memo:
+        return None
+    reason = try_splits(trace, [Split(name, pad_to_prime(views), layout) for name, views, layout in splits], explain)
+    if reason is None:
+        trace.memo[key] = True
+    return reason
+
+
 def try_splits(trace: Trace, splits: list[Split], explain: bool = False) -> Reason | None:
     """Return why the model cannot be split so, if it cannot.
 

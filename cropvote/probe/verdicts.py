@@ -11,7 +11,7 @@ from ..views import Views
 from .layout import find_layout
 from .reasons import why_not_here
 from .trace import Trace
-from .trial import Split, pad_to_prime, try_splits
+from .trial import Split, try_padded
 
 __all__ = ["Site"]
 
@@ -60,7 +60,7 @@ def judge(
         sites: the views at each site.
         stated: the layout that the user stated for each.
         known: the layout and the shape of each map in the other mode: a map of the same shape has the same layout.
-        explain: see :func:`try_splits`.
+        explain: see :func:`~cropvote.probe.trial.try_splits`.
 
     Raises:
         ViewsError: only the size of a map is at fault.
@@ -80,8 +80,7 @@ def judge(
         splits.append(Split(name, views, layout))
         if reason:
             return Verdict(splits, reason)
-    padded = [Split(name, pad_to_prime(views), layout) for name, views, layout in splits]
-    return Verdict(splits, try_splits(trace, padded, explain))
+    return Verdict(splits, try_padded(trace, splits, explain))
 
 
 def judge_site(trace: Trace, name: str, views: Views) -> Site:
