@@ -174,7 +174,12 @@ def vote_output(call: Call, output: Any, images: Tensor) -> Any:
                 "the network returned a tensor without data, which a check left in a cache or an attribute outside the "
                 "model: empty that store, and call the model again.",
             )
-        return vote(rows, count, call.how) if call.voted else rows
+        if not call.voted:
+            return rows
+        votes = vote(rows, count, call.how)
+        if not torch.compiler.is_compiling():  # for CropVoteLoss: by which rule, and whether training gives rows
+            votes._cropvote = call.how, call.settings.train_output != "vote"  # type: ignore[attr-defined]
+        return votes
 
     return replace((), output) if isinstance(output, Tensor) else map_tensors(replace, output)
 

@@ -5,16 +5,37 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from .errors import InputTypeError
 from .views import View, Views, d4, five_crop, hflip, ten_crop
 
 __all__: list[str] = []
 
-#: Where to split: a site's name, or several sites and the views of each.
-After = str | Mapping[str, Views]
-#: What views are called in words.
+#: Views, or the name of some.
+ViewsOrName = Views | Literal["ten", "five", "hflip", "d4"]
 NAMES: dict[str, Callable[[], Views]] = {"ten": ten_crop, "five": five_crop, "hflip": hflip, "d4": d4}
+#: Where to split: a site's name, or several sites and the views of each.
+After = str | Mapping[str, ViewsOrName]
+
+
+def as_views(value: object) -> Views:
+    """Return the views meant: these, those of a name, or ten crops for None.
+
+    Raises:
+        InputTypeError: it is neither views nor a name.
+    """
+    if isinstance(value, Views):
+        return value
+    if value is None:
+        return ten_crop()
+    if isinstance(value, str) and value in NAMES:
+        return NAMES[value]()
+    called = f" Did you mean {getattr(value, '__name__', 'it')}()?" if callable(value) else ""
+    raise InputTypeError(
+        "CV806",
+        f"views must be a Views, such as ten_crop(), or one of {', '.join(map(repr, NAMES))}, got {value!r}.{called}",
+    )
 
 
 def format_sites(sites: Mapping[str, Views]) -> str:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .call import Call, call_by, cut_views, running, vote_output
+from .cuts import ViewsOrName
 from .errors import InputTypeError, SurgeryError
 from .layouts import Layout, check_layout
 from .options import EvalViews, Output, Settings
-from .views import Views
 from .voting import How
 
 __all__ = ["CropVote"]
@@ -26,7 +26,7 @@ class CropVote(nn.Module):
     Args:
         tail: the network behind the split; its input is a map, its output one row of K predictions per map (or a
             tuple, dict or dataclass that holds such rows, named "logits" where it holds other 2-D tensors too).
-        views: the views, :func:`ten_crop` by default.
+        views: the views or their name ("ten", "five", "hflip", "d4"), :func:`ten_crop` by default.
         vote: the rule, see :func:`vote`.
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
@@ -65,7 +65,7 @@ class CropVote(nn.Module):
         self,
         tail: nn.Module,
         *,
-        views: Views | None = None,
+        views: ViewsOrName | None = None,
         vote: How = "soft",
         train_output: Output = "views",
         eval_output: Output = "vote",

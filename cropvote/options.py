@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from .cuts import AnyViews, Cuts, ViewProduct, make_cuts, make_random_cuts, parts_of
+from .cuts import AnyViews, Cuts, ViewProduct, ViewsOrName, as_views, make_cuts, make_random_cuts, parts_of
 from .errors import InputTypeError, OptionError, SurgeryError
-from .views import CENTRE, Views, ten_crop
+from .views import CENTRE
 from .voting import How, check_rule
 
 __all__ = ["Settings"]
@@ -61,7 +61,7 @@ class Settings:
     def __init__(
         self,
         *,
-        views: AnyViews | None = None,
+        views: AnyViews | ViewsOrName | None = None,
         vote: How = "soft",
         train_output: Output = "views",
         eval_output: Output = "vote",
@@ -70,7 +70,7 @@ class Settings:
         enabled: bool = True,
     ) -> None:
         fields = {
-            "views": ten_crop() if views is None else views,
+            "views": views if isinstance(views, ViewProduct) else as_views(views),
             "vote": vote,
             "train_output": train_output,
             "eval_output": eval_output,
@@ -128,8 +128,6 @@ class Settings:
 
 
 def _check(fields: dict[str, Any]) -> None:
-    if not isinstance(fields["views"], (Views, ViewProduct)):
-        raise InputTypeError("CV806", f"views must be a Views, such as ten_crop(), got {fields['views']!r}.")
     check_rule(fields["vote"])
     for name in ("train_output", "eval_output"):
         if not isinstance(fields[name], str) or fields[name] not in get_args(Output):

@@ -45,9 +45,10 @@ def vote_until_sure(
     """Vote with a few views of every sample, and with all views of those samples for which these were not sure.
 
     A sample is sure where the probability of its winner (the softmax of the vote) is above ``confidence``; with 1
-    every sample goes on to all views. With ``how="hard"`` and ``confidence=None`` it is sure where the views that are
-    left cannot change the winner: the vote's class is then the one of all views, always. The network in front of
-    the split runs a second time for the samples that go on.
+    every sample goes on to all views. With ``how="sigmoid"``, for several labels an image, it is sure where each label
+    is: where the probability of the label, or of its absence, is above ``confidence``. With ``how="hard"`` and
+    ``confidence=None`` it is sure where the views that are left cannot change the winner: the vote's class is then the
+    one of all views, always. The network in front of the split runs a second time for the samples that go on.
 
     Args:
         model: an injected model in eval mode, a :class:`CropVote` layer, or a network that holds one at its end.
@@ -83,11 +84,11 @@ def vote_until_sure(
     _check(model, options, x, rule, confidence)
     chosen, total = eval_indices(options.views, first, "first"), len(options.views)
     rows = _rows(model, options, x, chosen)
-    if rows.shape[2] == 1:
+    if rows.shape[2] == 1 and rule != "sigmoid":
         raise RowsError("CV604", "vote_until_sure compares classes, and the model has one output: vote over all views.")
     votes = vote(rows.flatten(0, 1), len(chosen), rule)
     used = torch.full((len(x),), len(chosen), device=votes.device)
-    unsure = torch.nonzero(~_sure(rows, votes, total, confidence)).flatten()
+    unsure = torch.nonzero(~_sure(rows, votes, total, confidence, rule)).flatten()
     if len(chosen) == total or len(unsure) == 0:
         return SureVotes(votes, used)
     others = tuple(i for i in range(total) if i not in chosen)
@@ -125,7 +126,7 @@ def choose_confidence(
     Raises:
         RowsError: the logits are not (N, V, K), or there are none.
         InputTypeError: ``targets`` are not one class per sample.
-        OptionError: views that are not there, or a negative loss.
+        OptionError: views that are not there, a negative loss, or a rule that elects no class.
 
     Example:
         >>> import torch
@@ -149,6 +150,8 @@ def choose_confidence(
         raise OptionError(
             "CV845", f"first is centre and mirror of ten views; of {total}, name the indices of the first vote."
         )
+    if how in ("sigmoid", "mean", "median"):
+        raise OptionError("CV606", f"choose_confidence is for one class per sample, and the rule is {how!r}.")
     chosen = checked_indices(total, (4, 9) if first is None else first, "first")
     whole = vote(per_view_logits.flatten(0, 1), total, how).argmax(1) == targets
     early = vote(per_view_logits[:, chosen].flatten(0, 1), len(chosen), how)
@@ -203,8 +206,10 @@ def _rows(model: nn.Module, options: Settings, x: Tensor, indices: tuple[int, ..
     return unflatten_views(rows, len(indices))
 
 
-def _sure(rows: Tensor, votes: Tensor, total: int, confidence: float | None) -> Tensor:
+def _sure(rows: Tensor, votes: Tensor, total: int, confidence: float | None, rule: How) -> Tensor:
     """(N,) bool: whose vote stands."""
+    if confidence is not None and rule == "sigmoid":
+        return votes.abs().sigmoid().min(1).values > confidence
     if confidence is not None:
         return votes.softmax(1).max(1).values > confidence
     counts = torch.nn.functional.one_hot(rows.argmax(2), rows.shape[2]).sum(1)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from .errors import InputTypeError, OptionError, RowsError
 from .splitting import flatten_views, unflatten_views
@@ -15,7 +16,7 @@ from .views import Views
 
 __all__ = ["CropVoteLoss", "repeat_targets", "vote"]
 
-Rule = Literal["soft", "probs", "hard", "mean", "median"]
+Rule = Literal["soft", "probs", "hard", "sigmoid", "mean", "median"]
 How = Rule | Callable[[Tensor], Tensor]
 
 
@@ -27,12 +28,13 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
     | "soft"     | mean of the logits                                  | logits (the paper's average of FC outputs)  |
     | "probs"    | log of the mean softmax                             | log-probabilities                           |
     | "hard"     | log((counts + mean softmax) / (V + 1))              | log-probabilities: majority, ties by mean   |
+    | "sigmoid"  | logit of the mean sigmoid                           | logits of independent labels                |
     | "mean"     | mean                                                | a regression's outputs                      |
     | "median"   | median; the mean of the middle two where V is even  | a regression's outputs                      |
     | a callable | (N, V, K) -> (N, K)                                 | its own                                     |
 
-    "probs" and "hard" take each row for the classes of one label; where an image may have several, as for
-    ``BCEWithLogitsLoss``, vote "soft". A view whose highest logits are equal counts for the first of them.
+    "probs" and "hard" take the outputs for the classes of one label. Where an image may have several labels, as with
+    ``BCEWithLogitsLoss``, vote "soft" or "sigmoid". A view whose highest logits are equal counts for the first of them.
     Half-precision rows are voted on, and returned, in float32: ties would be decided by rounding otherwise. NaN in a
     row gives NaN. "hard" resolves ties of the counts as finely as the precision of its output does.
 
@@ -79,7 +81,7 @@ def vote(logits: Tensor, views: int | Views, how: How = "soft") -> Tensor:
         raise RowsError(
             "CV607",
             f"vote={how!r} weighs the classes of an image against each other, and there is one output: use "
-            f'"soft" for a logit, "mean" or "median" for a regression.',
+            f'"soft" or "sigmoid" for a logit, "mean" or "median" for a regression.',
         )
     numbers = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     ballots = unflatten_views(numbers, count)
@@ -117,6 +119,11 @@ def _hard(ballots: Tensor) -> Tensor:
     return torch.where(counts > 0, (counts + log_mean.exp()).log(), log_mean) - math.log(count + 1)
 
 
+def _sigmoid(ballots: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) of the mean probability p, from sums of p and of 1 - p that do not round to 0."""
+    return logsigmoid(ballots).logsumexp(dim=1) - logsigmoid(-ballots).logsumexp(dim=1)
+
+
 def _median(ballots: Tensor) -> Tensor:
     count = ballots.shape[1]
     ordered = ballots.sort(dim=1).values
@@ -130,6 +137,7 @@ _RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "soft": _mean,
     "probs": _probs,
     "hard": _hard,
+    "sigmoid": _sigmoid,
     "mean": _mean,
     "median": _median,
 }
@@ -207,8 +215,10 @@ class CropVoteLoss(nn.Module):
 
     Raises:
         RowsError: the number of rows is not a multiple of the targets, or not ``views`` times as many; or the shapes
-            after the first axis do not match.
+            after the first axis do not match; or a loss of independent labels gets a vote of "probs" or "hard".
         InputTypeError: outputs, targets or weights that are not tensors, or a criterion that is not callable.
+        RowsError: in ``backward()``, if the outputs are the votes of a model in eval mode: it would learn from its
+            votes, with its norms frozen. Call ``model.train()`` first.
 
     Example:
         >>> import torch
@@ -254,11 +264,38 @@ class CropVoteLoss(nn.Module):
             )
         targets = _with_axes_of(outputs, targets, isinstance(self.criterion, ELEMENTWISE))
         per_target = 1 if rows == samples else rows // samples
+        if not torch.compiler.is_compiling():
+            self._check_vote(outputs)
         loss = self.criterion(outputs, targets if per_target == 1 else repeat_targets(targets, per_target))
         return loss if weights is None else _weighted_mean(loss, weights, samples, per_target)
 
+    def _check_vote(self, outputs: Tensor) -> None:
+        """Refuse a model's vote that this loss cannot be meant for."""
+        how, learns_from_rows = getattr(outputs, "_cropvote", ("", False))
+        if how in ("probs", "hard") and isinstance(self.criterion, MULTI_LABEL):
+            raise RowsError(
+                "CV316",
+                f"the outputs are a vote of {how!r}, log-probabilities of classes that exclude each other, and "
+                f'{type(self.criterion).__name__} takes independent labels: vote="sigmoid" or "soft".',
+            )
+        if learns_from_rows and outputs.requires_grad:
+            outputs.register_hook(_refuse_eval_mode)
+
     def extra_repr(self) -> str:
         return "" if self.views is None else f"views={self.views}"
+
+
+#: Losses of labels that do not exclude each other.
+MULTI_LABEL = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.MultiLabelMarginLoss)
+
+
+def _refuse_eval_mode(gradient: Tensor) -> None:
+    raise RowsError(
+        "CV315",
+        "the model is in eval mode, so it would learn from its votes, with its norms frozen and its dropout off: call "
+        "model.train() before training (from_pretrained and Lightning leave a loaded model in eval mode). To keep the "
+        "norms frozen on purpose, call .eval() on them after model.train().",
+    )
 
 
 #: Losses that compare outputs and targets one by one; class indices are nothing to them.

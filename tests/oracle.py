@@ -158,7 +158,17 @@ def _median(views: list[list[float]]) -> list[float]:
     return [statistics.median(view[k] for view in views) for k in range(len(views[0]))]
 
 
-RULES = {"soft": _soft, "probs": _probs, "hard": _hard, "mean": _soft, "median": _median}
+def _logistic(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
+
+
+def _sigmoid(views: list[list[float]]) -> list[float]:
+    yes = _soft([[_logistic(value) for value in view] for view in views])
+    no = _soft([[_logistic(-value) for value in view] for view in views])
+    return [_log(p) - _log(q) for p, q in zip(yes, no, strict=True)]
+
+
+RULES = {"soft": _soft, "probs": _probs, "hard": _hard, "sigmoid": _sigmoid, "mean": _soft, "median": _median}
 
 
 def vote(rows: Tensor, how: str) -> Tensor:

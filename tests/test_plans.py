@@ -252,7 +252,8 @@ def test_channels_last_maps(name):
     [
         ({}, {}, "CV850"),
         (TWO, {"views": ten_crop()}, "CV850"),
-        ({"layer1": "hflip"}, {}, "CV850"),
+        ({"layer1": "half"}, {}, "CV806"),
+        ({"layer1": None}, {}, "CV850"),
         ({"layer1": hflip(), "layer9": hflip()}, {}, "CV153"),
         (
             {"layer1": hflip(), "layer1.1": five_crop()},
@@ -269,7 +270,7 @@ def test_channels_last_maps(name):
         (TWO, {"layout": {"layer3": "NHWC"}}, "CV113"),
         (TWO, {"eval_views": [10]}, "CV817"),
         (TWO, {"train_views": 11}, "CV815"),
-        ({"layer1": 3, 4: hflip()}, {}, "CV850"),
+        ({"layer1": 3}, {}, "CV806"),
         (
             {"conv1": five_crop(), "layer4": Views([(0, 0), (1, 1)], scale=0.99)},
             {},
@@ -302,3 +303,12 @@ def test_injecting_twice_names_the_sites():
 def test_the_picture_of_the_views(tmp_path):
     plot_views(voting(), IMAGES[0], tmp_path / "views.png")
     assert (tmp_path / "views.png").stat().st_size > 10_000
+
+
+def test_views_by_name():
+    named = inject_crop_vote(networks.fer(), after={"input": "hflip", "layer2": "five"}, input_size=48)
+    made = inject_crop_vote(networks.fer(), after={"input": hflip(), "layer2": five_crop()}, input_size=48)
+    assert settings(named).views == settings(made).views
+    assert torch.equal(named.eval()(IMAGES), made.eval()(IMAGES))
+    one = inject_crop_vote(networks.fer(), after="layer1", views="five", input_size=48)
+    assert settings(one).views == five_crop()

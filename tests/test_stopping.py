@@ -77,7 +77,7 @@ def test_with_confidence_1_it_is_the_full_vote(plan):
         assert torch.allclose(votes, model(IMAGES), atol=1e-5)
         assert used.tolist() == [10] * 6
         sure = torch.tensor([[0.0, 500.0]] * 10)  # a probability of exactly 1 is not above 1
-        assert not _sure(sure[None], vote(sure, 10), 20, 1.0).any()
+        assert not _sure(sure[None], vote(sure, 10), 20, 1.0, "soft").any()
 
 
 def test_the_network_runs_again_only_for_what_is_wanted():
@@ -109,6 +109,18 @@ def test_a_layer_and_a_network_that_holds_one():
         assert torch.allclose(again.votes, votes, atol=1e-6)
 
 
+def test_with_several_labels_every_label_must_be_sure():
+    model = voting(vote="sigmoid")
+    with torch.no_grad():
+        logits = per_view(model, IMAGES)
+        few = vote(logits[:, [4, 9]].flatten(0, 1), 2, "sigmoid").sigmoid()
+        least = torch.maximum(few, 1 - few).min(1).values
+        votes, used = vote_until_sure(model, IMAGES, confidence=between(least))
+        assert used.tolist() == [2 if p > between(least) else 10 for p in least]
+        wanted = oracle.vote(logits, "sigmoid").float()
+    assert torch.allclose(votes[used == 10], wanted[used == 10], atol=1e-5)
+
+
 @given(st.data())
 def test_the_exact_stop_never_changes_a_winner(data):
     """Whatever the views that are left say; and where it goes on, some of them could change it."""
@@ -116,7 +128,7 @@ def test_the_exact_stop_never_changes_a_winner(data):
     row = st.lists(st.integers(-3, 3), min_size=classes, max_size=classes)
     rows = torch.tensor(data.draw(st.lists(row, min_size=first, max_size=first))).float()[None]
     total = first + left
-    sure = bool(_sure(rows, vote(rows[0], first, "hard"), total, None)[0])
+    sure = bool(_sure(rows, vote(rows[0], first, "hard"), total, None, "hard")[0])
     now = int(vote(rows[0], first, "hard").argmax())
     changed = False
     for other in range(classes):

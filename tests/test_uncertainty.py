@@ -103,3 +103,13 @@ def test_pictures(tmp_path):
         plot_views(one, image, tmp_path / "views.png")
     with pytest.raises(InputTypeError, match="CV841"):
         plot_agreement(torch.randn(4, 10, 7), tmp_path / "agreement.png", targets=torch.zeros(3))
+
+
+def test_of_independent_labels_each_is_a_pair_of_classes():
+    logits = 3 * torch.randn(4, 10, 5, generator=torch.Generator().manual_seed(0)).double()
+    for function in FUNCTIONS:
+        found = function(logits, multilabel=True)
+        pairs = torch.stack([logits, torch.zeros_like(logits)], dim=-1)  # softmax of (x, 0) is sigmoid(x)
+        wanted = torch.stack([function(pairs[:, :, label]) for label in range(5)], dim=1)
+        assert torch.allclose(found, wanted, atol=1e-12)
+    assert agreement(logits[:, :, :1], multilabel=True).shape == (4, 1)

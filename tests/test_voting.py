@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from cropvote import CropVoteError, CropVoteLoss, repeat_targets, ten_crop, vote
+from cropvote import CropVoteError, CropVoteLoss, inject_crop_vote, repeat_targets, ten_crop, vote
 from cropvote.errors import InputTypeError, RowsError
 from strategies import logits, quick
 
-RULES = ["soft", "probs", "hard", "mean", "median"]
+RULES = ["soft", "probs", "hard", "sigmoid", "mean", "median"]
 rules = pytest.mark.parametrize("how", RULES)
 
 
@@ -320,3 +320,43 @@ def test_a_samples_weight_is_that_of_each_of_its_views(rows):
         loss(outputs, targets, weights[:1])
     with pytest.raises(RowsError):
         CropVoteLoss(nn.CrossEntropyLoss())(outputs, targets, weights)
+
+
+# ---------------------------------------------------------------- votes that a loss cannot be meant for
+
+
+def _voting(how: str = "soft", **options) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    return inject_crop_vote(net, after="0", vote=how, input_size=12, **options)
+
+
+def test_a_model_left_in_eval_mode_does_not_learn_from_its_votes() -> None:
+    """As from_pretrained and Lightning leave it: the norms would be frozen, and nothing would say so."""
+    loss, x, y = CropVoteLoss(nn.CrossEntropyLoss()), seeded(4, 3, 12, 12), torch.arange(4)
+    model = _voting().eval()
+    scored = loss(model(x), y)  # a validation loss that nobody differentiates
+    with pytest.raises(RowsError, match="CV315"):
+        scored.backward()
+    loss(model.train()(x), y).backward()
+    norms_frozen = model.train()
+    norms_frozen[1].eval()
+    loss(norms_frozen(x), y).backward()
+    assert model[0].weight.grad is not None
+
+
+def test_a_model_that_trains_through_its_vote_may() -> None:
+    model = _voting(train_output="vote").eval()
+    CropVoteLoss(nn.CrossEntropyLoss())(model(seeded(4, 3, 12, 12)), torch.arange(4)).backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("criterion", [nn.BCEWithLogitsLoss(), nn.MultiLabelSoftMarginLoss()])
+def test_a_vote_of_classes_is_nothing_to_a_loss_of_labels(criterion: nn.Module) -> None:
+    loss, x, labels = CropVoteLoss(criterion), seeded(4, 3, 12, 12), (seeded(4, 5) > 0).float()
+    for how in ("probs", "hard"):
+        with torch.no_grad(), pytest.raises(RowsError, match="CV316"):
+            loss(_voting(how).eval()(x), labels)
+    for how in ("soft", "sigmoid"):
+        with torch.no_grad():
+            assert loss(_voting(how).eval()(x), labels).isfinite()

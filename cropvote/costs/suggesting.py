@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..cuts import ViewsOrName
 from ..errors import OptionError, SiteError
 from ..images import INPUT
 from ..layouts import sides
@@ -14,7 +15,6 @@ from ..probe.sites import candidates, views_and_example
 from ..probe.subclasses import why_not_swapped
 from ..probe.trace import record_trace
 from ..probe.verdicts import Site, judge_site
-from ..views import Views
 from .meters import Meter, SiteCost
 
 __all__ = ["Suggestion", "suggest_site"]
@@ -43,7 +43,7 @@ def suggest_site(
     *,
     max_macs_ratio: float | None = None,
     max_memory_mib: float | None = None,
-    views: Views | None = None,
+    views: ViewsOrName | None = None,
 ) -> Suggestion:
     """Return the earliest valid site inside the network whose cost is within a budget.
 
@@ -57,7 +57,7 @@ def suggest_site(
         input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
         max_macs_ratio: at most this many times the plain network's multiply-adds.
         max_memory_mib: at most this many MiB kept per image for the backward pass.
-        views: the views, :func:`ten_crop` by default.
+        views: the views or their name, :func:`ten_crop` by default.
 
     Returns:
         A :class:`Suggestion`: the site, the reason, and its cost.

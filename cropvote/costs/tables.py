@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cuts import After
+from ..cuts import After, ViewsOrName
 from ..errors import InputTypeError, OptionError, SiteError
 from ..images import INPUT
 from ..layouts import Layout
@@ -146,7 +146,7 @@ def profile(
     model: nn.Module,
     input_size: int | tuple[int, ...] | None = None,
     sites: Sequence[After] | None = None,
-    views: Views | None = None,
+    views: ViewsOrName | None = None,
     *,
     measure: bool = False,
     device: str | torch.device | None = None,
@@ -166,7 +166,7 @@ def profile(
         input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
         sites: only these sites, by name; all valid ones by default. A plan over several sites, as ``after`` of
             :func:`inject_crop_vote` takes it, is a row too.
-        views: the views, :func:`ten_crop` by default.
+        views: the views or their name, :func:`ten_crop` by default.
         measure: also measure milliseconds per image, in eval mode: the median of rounds that take turns.
         device: where to measure; where the model is by default.
         batch: how many images to measure with.

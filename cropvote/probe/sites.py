@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from torch import nn
 
+from ..cuts import ViewsOrName, as_views
 from ..errors import InputTypeError, OptionError, Reason, SiteError, ViewsError
 from ..images import INPUT, Example, example_of
 from ..layouts import Layout
@@ -27,7 +28,7 @@ def sites(
     model: nn.Module,
     input_size: int | tuple[int, ...] | None = None,
     *,
-    views: Views | None = None,
+    views: ViewsOrName | None = None,
     all: bool = False,
 ) -> list[Site]:
     """Return the valid sites of a model, in the order in which its forward reaches them.
@@ -38,7 +39,7 @@ def sites(
     Args:
         model: an image classifier that was not injected; looked at in its present mode.
         input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
-        views: the views to be used, :func:`ten_crop` by default.
+        views: the views to be used, or their name ("ten", "five", "hflip", "d4"); :func:`ten_crop` by default.
         all: also list the modules that are not valid sites, with the reason.
 
     Returns:
@@ -65,7 +66,7 @@ def sites(
 
 
 def views_and_example(
-    model: nn.Module, input_size: int | tuple[int, ...] | None, views: Views | None
+    model: nn.Module, input_size: int | tuple[int, ...] | None, views: ViewsOrName | None
 ) -> tuple[Views, Example]:
     """Return the views and the call meant by what a user asks about a model.
 
@@ -75,9 +76,7 @@ def views_and_example(
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError("CV801", f"model must be an nn.Module, got {type(model).__name__}.")
-    views = ten_crop() if views is None else views
-    if not isinstance(views, Views):
-        raise InputTypeError("CV806", f"views must be a Views, such as ten_crop(), got {views!r}.")
+    views = as_views(views)
     example = example_of(model, input_size)
     if example is None:
         raise OptionError(

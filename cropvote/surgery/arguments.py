@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from .._torch import has_compiled_forward, is_compiled, original
-from ..cuts import After
+from ..cuts import After, ViewsOrName, as_views
 from ..errors import InputTypeError, OptionError, SiteError, SurgeryError, UnknownSiteError
 from ..images import INPUT
 from ..layouts import Layout, check_layout
-from ..options import Settings
 from ..swapping import own_forward, split_module
 from ..views import Views
 from .injection import Injection
@@ -24,7 +23,7 @@ MARKS = ("_cropvote", "_cropvote_split")
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def sites_after(model: nn.Module, after: After, views: Views | None = None) -> dict[str, Views]:
+def sites_after(model: nn.Module, after: After, views: ViewsOrName | None = None) -> dict[str, Views]:
     """Return the sites and their views, in the order in which the model defines them.
 
     Raises:
@@ -34,20 +33,19 @@ def sites_after(model: nn.Module, after: After, views: Views | None = None) -> d
     """
     if not isinstance(after, Mapping):
         check_name(model, after)
-        return {after: Settings(views=views).views}  # type: ignore[dict-item]  # of one site
+        return {after: as_views(views)}
     if not after:
         raise OptionError("CV850", 'after names no site: give {"layer1": hflip(), "layer3": five_crop()}, say.')
     if views is not None:
         raise OptionError("CV850", "views are those of a single site; with several, after holds the views of each.")
+    chosen: dict[str, Views] = {}
     for name, of_site in after.items():
         check_name(model, name)
-        if not isinstance(of_site, Views):
-            called = f" (did you mean {getattr(of_site, '__name__', 'it')}()?)" if callable(of_site) else ""
-            raise InputTypeError(
-                "CV850", f"after[{name!r}] must be a Views, such as five_crop(), got {of_site!r}{called}."
-            )
+        if of_site is None:
+            raise InputTypeError("CV850", f"after[{name!r}] must be a Views, such as five_crop(), got None.")
+        chosen[name] = as_views(of_site)
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    return {name: after[name] for name in sorted(after, key=lambda name: -1 if name == INPUT else order[name])}
+    return {name: chosen[name] for name in sorted(chosen, key=lambda name: -1 if name == INPUT else order[name])}
 
 
 def user_layouts_of(sites: dict[str, Views], layout: Layout | Mapping[str, Layout] | None) -> dict[str, Layout | None]:

@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import nn
 
-from ..cuts import After, join_parts
+from ..cuts import After, ViewsOrName, join_parts
 from ..errors import InputTypeError, OptionError, PlainModelError, SurgeryError
 from ..images import INPUT, example_of
 from ..layer import CropVote
@@ -16,7 +16,6 @@ from ..layouts import Layout
 from ..options import EvalViews, Output, Settings
 from ..probe.sites import check_sites
 from ..swapping import check_restorable, restore_forward, split_module, swap_forward
-from ..views import Views
 from ..voting import How
 from .arguments import MARKS, check_model, injected_inside, injection_of, sites_after, unwrap, user_layouts_of
 from .config import read_layout, read_views
@@ -31,7 +30,7 @@ def inject_crop_vote(
     model: Model,
     after: After,
     *,
-    views: Views | None = None,
+    views: ViewsOrName | None = None,
     vote: How = "soft",
     input_size: int | tuple[int, ...] | None = None,
     train_output: Output = "views",
@@ -69,7 +68,7 @@ def inject_crop_vote(
         model: an image classifier that maps a batch of images to (N, K).
         after: the site's name in ``model.named_modules()``, or ``"input"`` to split the images themselves; or a dict of
             such names, in any order, and the views at each.
-        views: the views at a single site, :func:`ten_crop` by default.
+        views: the views at a single site or their name ("ten", "five", "hflip", "d4"), :func:`ten_crop` by default.
         vote: the rule, see :func:`vote`.
         input_size: the images' size: a side, (H, W), or (C, H, W).
         train_output: ``"views"`` or ``"vote"`` in training mode.
