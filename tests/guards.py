@@ -55,7 +55,7 @@ def views_outermost(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_views_at_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(verdicts, "pad_to_prime", lambda views: views)
+    patch.setattr(trial, "pad_to_prime", lambda views: views)
 
 
 def channels_first(patch: pytest.MonkeyPatch) -> None:
