@@ -109,7 +109,7 @@ def train(name: str, data: str, minutes: float, out: Path, known: frozenset[str]
                     continue
                 if begun - started + taken.get(site, 0) > 60 * minutes:
                     spent = (begun - started) / 60
-                    print(f"{spent:.1f} minutes: {file.stem} and later runs are left for the next call.")
+                    print(f"{spent:.1f} minutes: {file.stem} and what follows are left for the next call.")
                     return
                 asked = dataclasses.replace(config, out=str(out / config.recipe), final_test=True)
                 with machine(config.device, config.precision, config.fast) as here:

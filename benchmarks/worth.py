@@ -12,8 +12,8 @@ weights are scored. Runs with the same network and seed share the constant part:
 of 20 continues from there to 15. So a network can also train plain first and with views in the last quarter ("late").
 
 Every finished run adds a line to benchmarks/results/worth.jsonl: its settings, and for every way to predict, which
-images it got right (one bit each, base64), so any two runs can be compared later. Weights and logits stay in --runs. The
-same command can be started several times in parallel; the processes share the runs. Nothing is chosen by test images.
+images it got right (one bit each, base64), so any two runs can be compared later. Weights and logits stay in --runs.
+The same command can be started several times in parallel; the processes share the runs. Test images choose nothing.
 """
 
 from __future__ import annotations
