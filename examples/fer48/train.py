@@ -163,7 +163,7 @@ def count_steps(config: Config, labels: Tensor, here: Machine) -> int:
     """Count the full batches of an epoch; a different few faces are left over each time."""
     steps = len(epoch_rows(labels, config.per_class, torch.Generator())) // config.batch
     if steps == 0:
-        raise TrainError(f"{len(labels)} training faces are fewer than one batch of {config.batch}.")
+        raise TrainError(f"{len(labels)} training faces are less than one batch of {config.batch}.")
     if config.batch % here.size:
         raise TrainError(f"--batch {config.batch} is shared by {here.size} processes: give a multiple of {here.size}.")
     return steps
