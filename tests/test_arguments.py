@@ -1,4 +1,4 @@
-"""A call's arguments beside the images: of no sample, of the samples, flags; in any order, given at first or later."""
+"""A call's other arguments: global ones, one value per sample, flags; in any order, at the first or a later call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AROUND = "CV101"
 
 
 class Heated(networks.Net):
-    """Takes a second argument: a temperature for all, or a number per sample."""
+    """Takes a second argument: a temperature for all samples, or one per sample."""
 
     def forward(self, x, temperature):
         return super().forward(x) / temperature
@@ -43,7 +43,7 @@ def test_an_argument_of_the_samples_may_not_go_around():
 
 
 class Reversed(networks.Net):
-    """Its first tensor is no image, and joins behind the site."""
+    """Its first tensor is not an image, and joins after the site."""
 
     def forward(self, numbers, x):
         return super().forward(x) * numbers
@@ -56,7 +56,7 @@ def test_a_first_tensor_that_is_no_image_is_named():
 
 
 class Clip(networks.Net):
-    """Its one tensor has five axes, and a path leads around the site."""
+    """Its only tensor has five axes, and there is a path around the site."""
 
     def forward(self, x):
         x = self.front(x.mean(1))
@@ -70,7 +70,7 @@ def test_a_path_around_in_a_model_of_one_argument_names_none():
 
 
 class Met(networks.Net):
-    """Takes more of every sample: some in front of the site, some behind it."""
+    """Takes more arguments per sample: some used before the site, some after it."""
 
     def forward(self, x, before, *behind, scale):
         x = super().forward(x + before[:, :, None, None])

@@ -1,4 +1,4 @@
-"""Some views in eval mode, a few at random in training, a few at a time; and the logits of each."""
+"""Calls with some of the views in eval mode, or a few random ones in training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_some_views_vote_as_their_columns_do(how, asked, columns):
     assert torch.allclose(model(IMAGES), vote(logits[:, columns].flatten(0, 1), len(columns), how=how), atol=1e-6)
     wanted = oracle.vote(expected_rows()[:, columns], how)
     assert torch.allclose(model(IMAGES).double(), wanted, atol=1e-5)
-    settings(model).eval_output = "views"  # always in the order of the views
+    settings(model).eval_output = "views"  # always in view order
     assert torch.allclose(model(IMAGES), logits[:, columns].flatten(0, 1), atol=1e-6)
 
 
@@ -60,7 +60,7 @@ def test_only_the_views_asked_for_are_computed():
     settings(model).eval_views = None
     model(IMAGES)
     assert tail == [6, 9, 30]
-    assert model.train()(IMAGES).shape == (30, 7)  # training has them all
+    assert model.train()(IMAGES).shape == (30, 7)  # training uses all views
 
 
 @pytest.mark.parametrize("site", ["input", "layer1", "layer3"])
@@ -146,10 +146,10 @@ def test_some_views_compiled_and_exported(backend, site):
 
 
 def test_the_roots_mode_decides_for_the_split_too():
-    """A frozen stage stands in eval mode inside a model in training, and the two have as many views."""
+    """A frozen stage is in eval mode inside a training model, with the same number of views in both modes."""
     model = networks.still(voting(eval_views=[4, 9], train_views=2, eval_output="views"))
     every = expected_rows().float()
-    assert len({tuple(oracle.whose(model(IMAGES), every)[0]) for _ in range(12)}) > 3  # drawn, not the two of eval mode
+    assert len({tuple(oracle.whose(model(IMAGES), every)[0]) for _ in range(12)}) > 3  # drawn, not eval mode's two
     model.training = False
     for module in (model.layer2, *model.layer2):
         module.training = True

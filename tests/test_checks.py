@@ -1,4 +1,4 @@
-"""What a check on a fake copy can follow, what it says of what it cannot, and how to go without it."""
+"""What the check on a fake copy can follow, its errors for the rest, and how to skip it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cropvote.probe import fakes, taint, trace
 from cropvote.surgery import inject
 from networks import IMAGES
 
-# --- going without ----------------------------------------------------------------------------------------------------
+# --- without a check --------------------------------------------------------------------------------------------------
 
 
 class Asserting(networks.Net):
-    """Reads values of its data, which a check does not have."""
+    """Reads values of its data, which do not exist in a check."""
 
     def forward(self, x):
         assert not torch.isnan(x).any()
@@ -46,14 +46,14 @@ def test_a_model_that_cannot_be_followed_votes_without_a_check(monkeypatch):
         assert torch.allclose(model(images), wanted(images), atol=1e-6)
     assert copy.deepcopy(model)(IMAGES).shape == (3, 7)
     model.site = networks.Net().site
-    with pytest.raises(RowsError):  # the splits that ran are counted all the same
+    with pytest.raises(RowsError):  # the splits that ran are still counted
         model(IMAGES)
     with pytest.raises(InputTypeError):
         inject_crop_vote(networks.Net(), after="site", check=None)
 
 
 class Scaled(networks.Net):
-    """Its scale is a parameter, which it reads as a number."""
+    """Reads its scale, a parameter, as a number."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ def test_parameters_of_one_number_may_be_read():
 
 @pytest.mark.parametrize("when", ["before", "after", "both"])
 def test_the_own_forward_bound_on_the_instance_is_no_other_forward(when):
-    """As accelerate leaves it behind, and ``model.forward = model.forward``."""
+    """Accelerate leaves this behind, and so does ``model.forward = model.forward``."""
     model = networks.Net().eval()
     if when != "after":
         model.forward = model.forward
@@ -145,7 +145,7 @@ def test_views_that_would_be_valid_are_named():
 
 
 class Fixed(networks.Net):
-    """Its linear layer takes maps of one size."""
+    """Its linear layer takes a single map size."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +203,7 @@ def canary():
     ],
 )
 def test_the_canary_says_that_checks_are_unavailable(canary, broken, monkeypatch):
-    """And everything else works."""
+    """Everything else still works."""
     broken(monkeypatch)
     with pytest.raises(CheckUnavailableError, match="CV490"):
         inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
@@ -227,7 +227,7 @@ def test_an_error_of_the_library_is_not_blamed_on_the_model(monkeypatch):
     ],
 )
 def test_the_rest_works_where_a_private_name_is_gone(gone, missing):
-    """``from cropvote import split_views`` is no ImportError; a check says what is missing."""
+    """``from cropvote import split_views`` still works; a check says what is missing."""
     code = f"""
 import torch
 import {gone} as module

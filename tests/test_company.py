@@ -1,4 +1,4 @@
-"""What other code does to an injected model: scripting, copies of its own making, classes with a will of their own."""
+"""Other code on an injected model: scripting, custom copies, classes that restrict subclassing or attributes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from networks import IMAGES
 
 
 def test_scripting_a_voting_model_raises():
-    """It would compile the plain forward, and the vote would be gone."""
+    """Scripting would compile the plain forward, without the vote."""
     model = inject_crop_vote(networks.fer(), after="layer1", input_size=48)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,7 +81,7 @@ def test_copies_made_by_the_models_own_code_vote():
 def test_new_instances_of_the_swapped_class_are_plain():
     model = inject_crop_vote(networks.plain(), after="0", input_size=48)
     assert type(model)(nn.Flatten())(IMAGES).shape == (3, 3 * 48 * 48)
-    assert model[:2](IMAGES).shape == (30, 8, 40, 40)  # the views that the split makes
+    assert model[:2](IMAGES).shape == (30, 8, 40, 40)  # the views made by the split
 
 
 def test_a_graph_module_is_refused():
@@ -108,7 +108,7 @@ def test_many_classes_do_not_share_a_recompile_limit():
 
 
 class Keyed(nn.Module):
-    """Takes no subclass without a key."""
+    """Subclasses need a key."""
 
     def __init_subclass__(cls, *, key, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -153,7 +153,7 @@ def test_settings_cannot_be_deleted():
 
 
 class Extractor(nn.Module):
-    """A torchvision feature extractor, which is a graph module (and whose deep copies are in training mode)."""
+    """A torchvision feature extractor, a graph module whose deep copies are in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class VmapHead(networks.Net):
 
 
 class MaskedEncoder(networks.Net):
-    """An encoder that, with a mask and without gradients, would go by nested tensors."""
+    """An encoder that would use nested tensors with a mask and without gradients."""
 
     def __init__(self) -> None:
         super().__init__()

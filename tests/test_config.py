@@ -1,4 +1,4 @@
-"""What was injected is plain data: stored beside the weights, and made again in another process."""
+"""An injection as plain data: stored with the weights, and restored in another process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_stored_injection_gives_the_same_outputs(options):
 
 
 def test_a_checkpoint_of_another_process(tmp_path):
-    """Weights and injection in one safetensors file."""
+    """Store weights and injection in one safetensors file."""
     model = inject_crop_vote(networks.fer(), after={"layer1": hflip(), "layer3": five_crop()}, input_size=48).eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Splits that are lost, copied or left behind after the check: where the number of rows alone would not show it."""
+"""Splits that are lost, copied or left behind after the check, without a change in the number of rows."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_first_vote_of_few_views_misses_no_split_either():
 
 
 class Dropping(nn.Module):
-    """A stage that a flag, set after the check, leaves out."""
+    """Skips a stage if a flag is set after the check."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_a_stage_that_is_compiled_by_itself_is_not_missed():
 
 
 def test_a_replaced_stage_is_missed_under_a_compiler():
-    """Where the splits that ran cannot be counted: the ones that are left can be."""
+    """The splits that ran cannot be counted there, but the remaining ones can."""
     model = voting(eval_views="centre+mirror")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_a_replaced_stage_is_missed_under_a_compiler():
 
 
 def test_a_copy_of_a_stage_is_a_plain_stage():
-    """Its split belongs to no model: a call says so, without the vote it is the plain model, and the undo is exact."""
+    """Its split belongs to no model: a vote is an error, the disabled model is plain, and the undo is exact."""
     plain = networks.fer()(IMAGES)
     for after in (TWO, "layer3"):
         model = voting(after)
@@ -144,7 +144,7 @@ def test_layers_do_not_nest():
 
 
 def test_a_site_inside_a_layer_is_not_missed():
-    """Two votes, one in the other: each call counts its own splits."""
+    """With one vote inside another, each call counts its own splits."""
     torch.manual_seed(0)
     site = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
     tail = nn.Sequential(site, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
@@ -156,7 +156,7 @@ def test_a_site_inside_a_layer_is_not_missed():
 
 
 def test_a_layer_has_the_last_word_where_its_views_are_read():
-    """A head behind the vote would be another thing behind each view."""
+    """A head after the vote would give other results if run on each view."""
     torch.manual_seed(0)
     tail = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CropVote(tail))
@@ -195,7 +195,7 @@ def test_a_confidence_is_chosen_for_views_that_are_named():
 
 
 class Pooling(nn.Module):
-    """A learned query, expanded to the batch, that attends to the map: what ViTs with attention pooling do."""
+    """A learned query, expanded to the batch, that attends to the map, as in ViTs with attention pooling."""
 
     def __init__(self) -> None:
         super().__init__()

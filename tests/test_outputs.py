@@ -1,4 +1,4 @@
-"""Models that return more than one tensor: which are voted over, and which are left alone."""
+"""Models that return several tensors: which are voted over, and which are left unchanged."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Answer:
 @dataclass
 class Scores:
     scores: Tensor
-    scale: InitVar[int] = 1  # no field ...
-    classes: ClassVar[Tensor] = torch.eye(7)  # ... nor this, although it looks like predictions
+    scale: InitVar[int] = 1  # not a field ...
+    classes: ClassVar[Tensor] = torch.eye(7)  # ... and neither is this, although it looks like predictions
 
 
 class Several(networks.Net):
-    """Two heads behind the site, one in front of it, the maps of both sides, and something else."""
+    """Two heads after the site, one before it, the maps of both sides, and something else."""
 
     def __init__(self, pack) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ PACKS = {
 
 
 def leaves(output):
-    """The tensors of an output, in order, by means of their own."""
+    """Return the tensors of an output, in order, without the library."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Answer):
@@ -74,7 +74,7 @@ def leaves(output):
     return [leaf for item in output for leaf in leaves(item)] if isinstance(output, (tuple, list)) else []
 
 
-#: Per pack, which leaves are voted over.
+#: Which leaves of each pack are voted over.
 VOTED = {
     "tensor": [True],
     "tuple": [True, True, False, False],
@@ -104,11 +104,11 @@ def test_the_predictions_are_voted_over_and_the_rest_is_left_alone(kind):
         if voted:
             assert torch.allclose(ours, (whole + mirrored) / 2, atol=1e-6)
         elif ours.shape[0] == len(IMAGES):
-            assert torch.equal(ours, whole)  # from in front of the site
+            assert torch.equal(ours, whole)  # from before the site
         else:
             assert torch.allclose(
                 ours, torch.stack([whole, mirrored], 1).flatten(0, 1), atol=1e-6
-            )  # behind it: per view
+            )  # from after it: per view
     for row, voted in zip(leaves(model.train()(IMAGES)), VOTED[kind], strict=True):
         assert not voted or len(row) == 2 * len(IMAGES)
 
@@ -144,7 +144,7 @@ def test_a_container_that_cannot_be_copied_is_refused():
 
 
 def test_names_are_told_apart():
-    """Two tensors whose dotted names would be the same."""
+    """Two tensors have the same dotted name."""
 
     def pack(rows, twice, early, front, behind):
         return {"a": {"b": rows + early.mean(0)}, "a.b": rows}
@@ -218,10 +218,10 @@ HEADS = [
 
 @pytest.mark.parametrize(("kind", "size", "views", "site", "rows"), HEADS)
 def test_auxiliary_heads_in_training(kind, size, views, site, rows):
-    """Each head behind the site gives a row per view; a head in front of it stays as it is; the loss takes both."""
+    """Heads after the site give a row per view; heads before it are unchanged; the loss takes both."""
     images, targets = torch.randn(2, 3, size, size), torch.tensor([1, 3])
     model = getattr(torchvision.models, kind)(num_classes=7, init_weights=False).train()
-    layout = "NCHW" if kind == "inception_v3" else None  # its head's kernel takes no smaller map, so it must be told
+    layout = "NCHW" if kind == "inception_v3" else None  # its head's kernel is too large for a trial: state it
     inject_crop_vote(model, after=site, views=views, input_size=size, layout=layout)
     output = model(images)
     assert {head: len(getattr(output, head)) for head in rows} == rows
@@ -233,7 +233,7 @@ def test_auxiliary_heads_in_training(kind, size, views, site, rows):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_a_tuple_is_traced():
-    """While tracing, sizes are tensors, no two of which are one key."""
+    """While tracing, sizes are tensors, which never match as dict keys."""
     model = inject_crop_vote(Several(lambda rows, twice, *_: (rows, twice)).eval(), after="site", input_size=48)
     for ours, theirs in zip(torch.jit.trace(model, IMAGES)(IMAGES[:2]), model(IMAGES[:2]), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Views over several sites: the order, what is computed, the checks, the costs, and the promises of a single site."""
+"""Views over several sites: order, computation, checks, costs, and the same guarantees as for a single site."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_images_as_the_first_site():
 
 
 def test_the_order_is_that_of_ten_crop():
-    """Mirrored early, cropped late: each row shows the same part of the map as ten_crop's."""
+    """With early mirroring and late cropping, each row shows the same part of the map as in ten_crop."""
     maps = x = torch.randn(2, 3, 6, 12)
     for cut in make_cuts(ViewProduct([hflip(), five_crop()])).at:
         maps = cut_views(cut, maps, "NCHW")
@@ -95,7 +95,7 @@ def test_the_order_is_that_of_ten_crop():
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
 def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
-    """Every subset, followed by hand through the groups of maps that each cut takes and gives."""
+    """Follow every subset through the groups of maps before and after each cut."""
     views = ViewProduct([grid(1, n, scale=(1, 0.5)) for n in sizes])
     every = list(itertools.product(*map(range, sizes)))
     wanted = sorted(data.draw(st.sets(st.integers(0, len(every) - 1), min_size=1)))
@@ -181,7 +181,7 @@ def test_checkpoints_of_the_parts_draw_the_same_again(reentrant):
     assert torch.allclose(gradient(True), gradient(False), atol=1e-7)
 
 
-# --- the promises ----------------------------------------------------------------------------------------------------
+# --- guarantees ------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_call_checks_where_no_size_is_known():
@@ -197,7 +197,7 @@ def test_the_first_call_checks_where_no_size_is_known():
 
 
 class Reversed(nn.Module):
-    """Its forward reaches the second module first."""
+    """Its forward runs the second module first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ def test_the_forward_says_the_order_not_the_definition():
 
 
 def test_tokens_behind_tokens():
-    """A transformer's grid of 6x6 is cropped to 5x5 at one block, and mirrored at the next."""
+    """A transformer's 6x6 grid is cropped to 5x5 after one block, and mirrored after the next."""
     model = inject_crop_vote(networks.tokens(), after={"blocks.0": five_crop(), "blocks.1": hflip()}, input_size=48)
 
     def crops(x: torch.Tensor) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""rank_sites: candidates on validation data, against injections by hand and SciPy's binomial test."""
+"""rank_sites: candidates on validation data, against manual injections and SciPy's binomial test."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_metric_of_ones_own():
 
 
 def made(right: dict[str, int], work: dict[str, float]) -> Ranking:
-    """A ranking of 100 samples, of which each row gets the first so many right."""
+    """Return a ranking on 100 samples; each row gets its first ``right`` samples right."""
     hits = {name: torch.arange(100) < count for name, count in right.items()}
     base = hits["plain"]
     rows = []
@@ -118,7 +118,7 @@ def test_misuse(data, options, kind, code):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of six pictures, and the weights of a network for two classes."""
+    """Write two classes of six pictures, and the weights of a network for two classes."""
     generator = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -173,7 +173,7 @@ def test_a_checkpoint_runs_no_code(folder, capsys):
 
 
 def test_candidates_that_read_the_same_are_kept_apart():
-    """Four views of the same size each, at other positions."""
+    """Both have four views of the same size, at different positions."""
     one, two = Views([(0, 0), (0, 1), (1, 0), (1, 1)]), Views([(0.5, 0), (0.5, 1), (0, 0.5), (1, 0.5)])
     ranking = rank_sites(networks.fer(), DATA, [{"layer2": one}, {"layer2": two}], progress=False)
     assert len({row.name for row in ranking.rows}) == 3

@@ -1,4 +1,4 @@
-"""What every view says: per_view."""
+"""per_view: the output of every view."""
 
 from __future__ import annotations
 

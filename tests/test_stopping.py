@@ -37,12 +37,12 @@ def voting(after="layer2", **options: object) -> nn.Module:
 
 
 def between(confidences: torch.Tensor, below: int = 3) -> float:
-    """A confidence that so many samples do not reach, and the others exceed."""
+    """Return a confidence that ``below`` samples do not reach and the others exceed."""
     return float(confidences.sort().values[below - 1 : below + 1].mean())
 
 
 def by_hand(logits: torch.Tensor, first: list[int], confidence: float, how: str) -> tuple[torch.Tensor, list[int]]:
-    """Sample by sample, from all logits."""
+    """Compute the vote sample by sample, from all logits."""
     votes, used = [], []
     for sample in logits:
         few = oracle.vote(sample[None, first], how)[0]
@@ -111,7 +111,7 @@ def test_a_layer_and_a_network_that_holds_one():
 
 @given(st.data())
 def test_the_exact_stop_never_changes_a_winner(data):
-    """Whatever the views that are left say; and where it goes on, some of them could change it."""
+    """No output of the remaining views could change it; where it continues, some output could."""
     classes, first, left = (data.draw(st.integers(least, most)) for least, most in ((2, 4), (1, 9), (1, 5)))
     row = st.lists(st.integers(-3, 3), min_size=classes, max_size=classes)
     rows = torch.tensor(data.draw(st.lists(row, min_size=first, max_size=first))).float()[None]
@@ -205,7 +205,7 @@ def test_what_it_cannot_do_raises():
 
 @given(st.data())
 def test_the_threshold_keeps_the_accuracy_and_is_the_least(data):
-    """Tried out, every threshold that lies at a sample's confidence."""
+    """Try every threshold at a sample's confidence."""
     samples = data.draw(st.integers(1, 12))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
     logits = 3 * torch.randn(samples, 10, 3, generator=generator).round(decimals=1)

@@ -1,4 +1,4 @@
-"""Calls with one image or one view: the data is tracked, at no cost but Python's, and no trace of it remains."""
+"""Calls with one image or one view track the data, at only Python's cost, and leave no trace of it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_what_is_remembered_is_bounded():
 
 
 class Opening(networks.Net):
-    """Opens a path around the site in one call, by a way of its own."""
+    """Opens a path around the site with the function ``way``."""
 
     way = None
 
@@ -156,7 +156,7 @@ def test_ways_around_the_site_with_one_image(way):
 
 
 def test_a_path_that_is_there_once_is_not_returned():
-    """A check afterwards runs a copy whose count has gone on."""
+    """A check afterwards runs on a copy with a later count."""
 
     class Counting(networks.Net):
         count = 0
@@ -176,7 +176,7 @@ def test_a_path_that_is_there_once_is_not_returned():
 
 
 class Scaled(torch.Tensor):
-    """A weight that has an override of its own, as a quantised one."""
+    """A weight with its own override, like a quantised one."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -303,7 +303,7 @@ def test_a_change_in_the_middle_of_a_call_has_no_effect_on_it(change):
 
 @pytest.mark.parametrize("change", [{"eval_views": [2, 3]}, {"enabled": False}, "train"])
 def test_a_checkpoint_that_would_run_again_otherwise_is_refused(change):
-    """A part with the split and what follows, which the backward pass runs again."""
+    """The checkpointed part, the split and what follows, runs again in the backward pass."""
 
     class Checkpointed(networks.Net):
         def forward(self, x):
@@ -398,7 +398,7 @@ def test_ways_of_data_that_pytorch_has_beside_functions(leak):
 
 
 def test_a_call_that_is_run_again_changes_nothing_twice():
-    """A model that refuses tensors of another class: BatchNorm counts one call, and as many numbers are drawn."""
+    """If a model rejects other tensor classes, BatchNorm still counts one call, and random numbers are drawn once."""
 
     class Refusing(networks.Net):
         def __init__(self):
