@@ -75,7 +75,7 @@ def test_the_papers_sizes_are_aligned(site):
 
 
 def test_an_aligned_injection_votes_over_those_crops():
-    """A map of 15 x 15 before a stride of 2: crops of 13 (margin 2) as by default, and of 11 with scale 0.7."""
+    """A 15 x 15 map before a stride of 2: scale 0.7 gives crops of 11, with a margin of 4."""
     torch.manual_seed(0)
     tail = [nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)]
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *tail).eval()

@@ -126,7 +126,7 @@ def test_a_missing_extra_is_named(missing, line, message, tmp_path):
 
 
 def test_memory_is_that_of_python(capsys):
-    """The command line has no weights but gives the same memory, also with PyTorch's attention for the CPU."""
+    """The command line builds models without weights, yet the memory (also of CPU attention) is that of Python."""
     main(["profile", "timm:vit_tiny_patch16_224", "--sites", "blocks.9", "--json"])
     said = json.loads(capsys.readouterr().out)
     model = timm.create_model("vit_tiny_patch16_224")

@@ -89,7 +89,7 @@ def test_a_graph_module_is_refused():
         inject_crop_vote(torch.fx.symbolic_trace(networks.plain()), after="0")
 
 
-def test_a_module_that_carries_a_split_is_no_root():
+def test_a_module_that_carries_a_split_is_not_a_root():
     outer = networks.fer()
     inject_crop_vote(outer, after="layer1.0", input_size=48)
     with pytest.raises(SurgeryError, match="CV407"):
@@ -119,7 +119,7 @@ class KeyedSite(Keyed, key=1):
         return 2 * x
 
 
-def test_a_class_that_takes_no_subclass_leaves_the_model_alone():
+def test_a_class_that_cannot_be_subclassed_leaves_the_model_unchanged():
     model = networks.Net().eval()
     model.site = KeyedSite()
     before = networks.snapshot(model)
@@ -135,7 +135,7 @@ class Frozen(networks.Net):
         super().__setattr__(name, value)
 
 
-def test_a_class_that_guards_its_attributes_votes():
+def test_a_class_with_read_only_attributes_votes():
     model = inject_crop_vote(Frozen().eval(), after="site", input_size=48)
     assert model(IMAGES).shape == (3, 7)
     assert type(remove_crop_vote(model)) is Frozen
@@ -183,7 +183,7 @@ class MaskedEncoder(networks.Net):
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("make", "site"), [(Extractor, "body.maxpool"), (VmapHead, "site"), (MaskedEncoder, "site")])
-def test_what_stands_in_models_is_no_obstacle(make, site):
+def test_common_parts_of_models_are_supported(make, site):
     model = make().eval()
     with torch.no_grad():
         wanted = oracle.vote(oracle.tail_rows(model, site, IMAGES), "soft")
@@ -191,7 +191,7 @@ def test_what_stands_in_models_is_no_obstacle(make, site):
         assert torch.allclose(model(IMAGES).double(), wanted, atol=1e-5)
 
 
-def test_a_counter_of_operations_does_not_count_the_check():
+def test_an_operation_counter_does_not_count_the_check():
     model = inject_crop_vote(networks.fer(), after="layer2")
     counts = []
     for _ in range(2):
@@ -201,7 +201,7 @@ def test_a_counter_of_operations_does_not_count_the_check():
     assert counts[0] == counts[1]
 
 
-def test_a_refusal_in_training_leaves_what_was_checked():
+def test_a_refusal_in_training_keeps_earlier_checks():
     model = inject_crop_vote(networks.LateGate().eval(), after="site", input_size=48)
     before = model(IMAGES)
     with pytest.raises(SiteError, match="CV101"):

@@ -137,6 +137,6 @@ def test_sites_with_the_names_of_fields():
     assert to_config(inject_crop_vote(Named(), **to_config(model))) == to_config(model)
 
 
-def test_stored_floats_are_rounded_as_given_ones():
+def test_stored_floats_are_rounded_like_given_ones():
     data = {"scale": [2 / 3, 2 / 3], "stride": 1, "views": [[1 / 3, 1 / 3, False, 0]]}
     assert Views.from_dict(data) == Views([(1 / 3, 1 / 3)], scale=2 / 3)

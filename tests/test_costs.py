@@ -79,7 +79,7 @@ class Counted(nn.Module):
         return self.fc(self.tail(self.front(x)).mean((2, 3)))
 
 
-def test_against_paper_and_pencil():
+def test_against_a_manual_count():
     table = profile(Counted(), 24)
     front, tail, fc = 24 * 24 * 8 * 27, 12 * 12 * 16 * 72, 16 * 7
     cut = 10 * 10 * 16 * 72  # the tail on a view of 20 x 20
@@ -202,7 +202,7 @@ def test_the_peak_is_that_of_pytorchs_memory_profiler(site):
 # ---- what it profiles ------------------------------------------------------------------------------------------------
 
 
-def test_every_valid_site_has_a_row_and_the_model_stays():
+def test_every_valid_site_has_a_row_and_the_model_is_unchanged():
     model = networks.fer()
     before = networks.snapshot(model)
     table = profile(model, 48)
@@ -211,7 +211,7 @@ def test_every_valid_site_has_a_row_and_the_model_stays():
     assert networks.same(networks.snapshot(model), before)
 
 
-def test_without_weights_and_with_a_size_of_its_own():
+def test_without_weights_and_with_the_models_own_size():
     try:
         with torch.device("meta"):
             empty = timm.create_model("vit_tiny_patch16_224", num_classes=7)
@@ -226,7 +226,7 @@ def test_without_weights_and_with_a_size_of_its_own():
     assert rows[1]["baseline"].gmacs == pytest.approx(1.2537, rel=1e-3)  # timm's own figure is 1.3
 
 
-def test_an_injected_model_is_looked_at_as_it_was():
+def test_an_injected_model_is_profiled_as_the_plain_one():
     model = inject_crop_vote(networks.fer(), after="layer1", input_size=48)
     assert profile(model, 48, sites=["layer2"]).to_dict() == profile(networks.fer(), 48, sites=["layer2"]).to_dict()
     assert model(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
@@ -250,7 +250,7 @@ def test_other_views():
         ({"input_size": 48, "sites": [], "measure": True, "rounds": 0}, "CV824"),
     ],
 )
-def test_profiles_of_nonsense(arguments, message):
+def test_invalid_profile_arguments(arguments, message):
     with pytest.raises(CropVoteError, match=message):
         profile(networks.fer(), **arguments)
     with pytest.raises(InputTypeError, match="CV801"):
@@ -306,7 +306,7 @@ def test_no_site_at_all_says_why():
         profile(timm.create_model("resnet10t", features_only=True), 64)
 
 
-def test_a_plan_costs_what_its_parts_do():
+def test_a_plan_costs_the_sum_of_its_parts():
     """In the paper's network, the front runs once, the middle twice, the tail ten times on 5/6 of the side."""
     two = {"layer1": hflip(), "layer3": five_crop()}
     table = profile(networks.fer(), 48, sites=["layer1", two])

@@ -38,7 +38,7 @@ def test_the_api_page_has_every_public_name_once():
     assert sorted({*listed[1].split(", "), "CropVoteError"}) == sorted(errors.__all__)
 
 
-def test_the_method_cards_table_is_the_librarys():
+def test_the_method_cards_table_matches_the_library():
     text, table = (DOCS / "method.md").read_text(), profile(fer_resnet18(), 48, sites=["layer1", "layer2", "layer3"])
     for row in table:
         name = "– (plain)" if row.site == "baseline" else f"`{row.site}`"
@@ -47,7 +47,7 @@ def test_the_method_cards_table_is_the_librarys():
         assert line in text
 
 
-def test_the_comparisons_figures_are_those_of_the_speed_page():
+def test_the_comparisons_figures_match_the_speed_page():
     """Compare with the first table of docs/speed.md (float32, eager)."""
     speed = {
         row[0]: row[2::2] for row in _rows((DOCS / "speed.md").read_text().partition("### Inference, bfloat16")[0])
@@ -67,19 +67,19 @@ def _rows(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["until_sure.json", "until_sure_fer2013.json"])
-def test_the_tables_of_stopping_votes_are_those_of_the_stored_figures(name):
+def test_the_tables_of_stopping_votes_match_the_stored_figures(name):
     runs = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["runs"]
     assert until_sure.table(runs) in (DOCS / "beyond.md").read_text()
     assert not any(str(value).startswith("/") for run in runs for value in run["config"].values())
 
 
-def test_the_table_of_views_at_test_time_is_that_of_the_stored_figures():
+def test_the_table_of_views_at_test_time_matches_the_stored_figures():
     assert at_test_time.table() in (DOCS / "guides" / "test-time-only.md").read_text()
     assert at_test_time.deeper() in (DOCS / "guides" / "test-time-only.md").read_text()
     assert worth_page.tuned() in (DOCS / "guides" / "fine-tuning.md").read_text()
 
 
-def test_readmes_table_is_that_of_the_stored_figures():
+def test_readmes_table_matches_the_stored_figures():
     stored = json.loads(fer2013_page.STORED.read_text())
     assert fer2013_page.short_table(stored["full"]) in (DOCS / "method.md").read_text()
     text = (ROOT / "README.md").read_text()
@@ -165,7 +165,7 @@ def test_the_faces_guide_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_site_is_built_strictly_and_asks_nothing_of_the_network(tmp_path):
+def test_the_site_builds_strictly_and_loads_nothing_external(tmp_path):
     """No page loads a style, script, font or picture from another site."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     subprocess.run(build, cwd=ROOT, check=True)

@@ -71,7 +71,7 @@ def stored(tmp_path, runs, monkeypatch):
     return json.loads((tmp_path / "fer2013.json").read_text())["small"]
 
 
-def test_accuracies_are_counted_by_hand(runs, stored):
+def test_accuracies_match_a_manual_count(runs, stored):
     for run, found in zip(runs, stored, strict=True):
         rows = {(row["way"], row["vote"]): row for row in found["rows"]}
         if run.site == "none":
@@ -129,7 +129,7 @@ def test_until_sure_is_chosen_on_validation_faces_alone(runs, stored):
         assert row["accuracy"] == pytest.approx(hits.mean())
 
 
-def test_the_confidence_does_not_know_the_test_labels(runs):
+def test_the_confidence_does_not_depend_on_the_test_labels(runs):
     """The cost shows how many stop: other test labels do not change it, other validation labels do."""
     moved = []
     for run in runs[2:]:
@@ -153,7 +153,7 @@ def test_views_are_added_by_validation_and_counted_on_test(runs, stored):
     assert found["order"] == taken
 
 
-def test_the_calibration_error_by_its_formula(runs, stored):
+def test_the_calibration_error_matches_its_formula(runs, stored):
     """The mean over faces of the gap between their bin's confidence and accuracy (Naeini et al. 2015)."""
     probs = torch.softmax(runs[2].logits("test").mean(1), 1).double().numpy()
     sure, hits = probs.max(1), right(runs[2], list(range(10)))
@@ -176,7 +176,7 @@ def test_the_page_holds_every_network_and_its_pictures(stored, tmp_path):
         assert f"figures/fer2013_{stem}.svg" in text
 
 
-def test_the_results_are_those_of_the_stored_figures(tmp_path, monkeypatch):
+def test_the_results_page_matches_the_stored_figures(tmp_path, monkeypatch):
     stored, written = json.loads(results.STORED.read_text()), page.PAGE.read_text()
     monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(page, "FIGURES", tmp_path)
@@ -189,7 +189,7 @@ def test_the_results_are_those_of_the_stored_figures(tmp_path, monkeypatch):
         assert len(runs) == 3
 
 
-def test_the_figures_in_the_texts_are_the_stored_ones():
+def test_the_figures_in_the_text_match_the_stored_ones():
     """Another seed changes them, and then the sentences must change too."""
     full = json.loads(results.STORED.read_text())["full"]
     runs = {site: [run for run in full if run["config"]["after"] == site and run["config"]["recipe"] == "fer2013"]

@@ -36,7 +36,7 @@ def test_the_network_is_the_papers():
     assert network.eval()(torch.zeros(2, 3, 48, 48)).shape == (2, 7)
 
 
-def test_the_network_computes_what_torchvisions_does_behind_the_stem():
+def test_the_network_equals_torchvisions_after_the_stem():
     network, reference = fer_resnet18().eval(), resnet18(num_classes=7).eval()
     reference.conv1, reference.maxpool = network.conv1, nn.Identity()
     reference.load_state_dict(network.state_dict())
@@ -44,7 +44,7 @@ def test_the_network_computes_what_torchvisions_does_behind_the_stem():
     assert torch.allclose(network(x), reference(x), atol=1e-5)
 
 
-def test_timm_makes_the_network_and_votes_without_being_told_a_size():
+def test_timm_creates_the_network_and_votes_without_a_stated_size():
     network = timm.create_model("fer_resnet18", num_classes=3, in_chans=1, width=8)
     assert network(torch.zeros(2, 1, 48, 48)).shape == (2, 3)
     assert network.get_classifier() is network.fc
@@ -140,7 +140,7 @@ def test_misuse_is_one_line(arguments, message, capsys, tmp_path):
     assert message in refused(capsys, *arguments, "--out", tmp_path / "run")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is available")
 def test_missing_cuda_is_one_line(capsys):
     assert "PyTorch sees no CUDA device" in refused(capsys, "--device", "cuda")
 
@@ -187,12 +187,12 @@ def test_concordance_of_constant_predictions_is_0():
         assert score(logits, aims, ("valence", "arousal"))["mean"]["concordance"] == 0
 
 
-def test_an_interval_as_a_person_reads_it():
+def test_the_interval_as_text():
     assert with_interval(1.0, 8) == "100.0 % (95 %: 67.6–100.0)"
     assert with_interval(0.3, 100) == "30.0 % (95 %: 21.9–39.6)"
 
 
-def test_reading_leaves_a_batch_alone():
+def test_reading_does_not_depend_on_the_batch():
     """A face's rows do not depend on its batch."""
     model = inject_crop_vote(fer_resnet18(width=4), after="layer2", input_size=48).eval()
     images = torch.from_numpy(toy_faces(10, seed=0)[0]).unsqueeze(1)
@@ -220,7 +220,7 @@ def test_faces_and_labels_are_mixed_in_the_same_shares(options):
     assert Learner(Config(after="none", width=4), CLASSES, 1, HERE).mix is None
 
 
-def test_a_step_on_mixed_faces_is_one_on_their_shares():
+def test_the_loss_of_mixed_faces_uses_mixed_labels():
     """Compare a voting network's loss, every view against the mixed labels, with the formula."""
     torch.manual_seed(0)
     learner = Learner(Config(after="layer3", width=4, batch=8, rate=1e-8, mixup=0.4), CLASSES, 1, HERE)
@@ -234,7 +234,7 @@ def test_a_step_on_mixed_faces_is_one_on_their_shares():
     assert found == pytest.approx(float(-(rows * shares.unsqueeze(1)).sum(2).mean()), abs=1e-3)
 
 
-def test_the_readmes_table_is_that_of_the_stored_figures():
+def test_the_readmes_table_matches_the_stored_figures():
     script = ROOT / "benchmarks" / "toy.py"
     printed = subprocess.run([sys.executable, script, "table"], capture_output=True, text=True, check=True).stdout
     assert printed.strip() in (ROOT / "examples" / "fer48" / "README.md").read_text()

@@ -58,12 +58,12 @@ def test_a_balanced_epoch(per_class, each):
     assert torch.equal(epoch_rows(labels, per_class, generator()), rows)
 
 
-def test_a_class_that_no_face_has_is_left_out():
+def test_a_class_without_faces_is_left_out():
     rows = epoch_rows(torch.tensor([0, 0, 6, 6, 6]), -1, generator())
     assert len(rows) == 4
 
 
-def test_input_is_grey_in_three_channels_or_the_colours_as_they_are():
+def test_input_repeats_grey_in_three_channels_and_keeps_colours():
     grey = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
     assert to_input(grey).tolist() == [[[[-1.0, 1.0]]] * 3]
     colour = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
@@ -71,7 +71,7 @@ def test_input_is_grey_in_three_channels_or_the_colours_as_they_are():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_no_strength_changes_nothing(channels):
+def test_strength_zero_changes_nothing(channels):
     images = torch.from_numpy(toy_faces(3 * channels, seed=0)[0]).view(3, channels, 48, 48)
     assert torch.allclose(augment(images, NOTHING), to_input(images), atol=2e-6)
 

@@ -86,7 +86,7 @@ def test_the_same_names_in_another_folder_are_other_pictures(tmp_path, read):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "no seal", "seal", "empty"])
-def test_a_damaged_cache_is_built_anew(tmp_path, small, read, damage):
+def test_a_damaged_cache_is_rebuilt(tmp_path, small, read, damage):
     read(small)
     for folder in caches(tmp_path / "cache"):
         if damage == "truncated":

@@ -91,7 +91,7 @@ def test_agreement_is_with_the_vote():
 
 
 @pytest.mark.slow
-def test_names_that_are_no_text(compared, pictures, tmp_path, capsys):
+def test_names_that_are_not_valid_text(compared, pictures, tmp_path, capsys):
     (pictures / "0.png").rename(os.fsdecode(os.fsencode(pictures) + b"/\xff.png"))
     (pictures / "._1.png").write_bytes(b"left by another system")
     call(predict, "--model", compared / "layer3-0", pictures, "--csv", tmp_path / "out.csv", "--device", "cpu")
@@ -101,7 +101,7 @@ def test_names_that_are_no_text(compared, pictures, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_faces_are_looked_for(compared, tmp_path, capsys):
+def test_faces_are_detected(compared, tmp_path, capsys):
     """The astronaut's face (NASA, public domain) is found; a wall has none."""
     pytest.importorskip("cv2")
     Image.fromarray(astronaut()).save(tmp_path / "astronaut.png")
@@ -118,7 +118,7 @@ def test_faces_are_looked_for(compared, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_film_instead_of_a_camera(compared, tmp_path, capsys):
+def test_a_video_instead_of_a_camera(compared, tmp_path, capsys):
     cv2 = pytest.importorskip("cv2")
     path = tmp_path / "film.avi"
     film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (512, 512))

@@ -106,7 +106,7 @@ def test_a_plain_network(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plan_over_two_places(tmp_path):
+def test_a_plan_over_two_sites(tmp_path):
     """Mirroring after layer1 and cropping after layer3 is stored, loaded and read like any other run."""
     plan = "layer1=hflip,layer3=five"
     result = run(*SMALL, "--after", plan, "--out", tmp_path / "run")
@@ -121,7 +121,7 @@ def test_a_plan_over_two_places(tmp_path):
     assert title in (tmp_path / "run" / "MODEL_CARD.md").read_text()
 
 
-def test_retraining_learns_from_both_splits_for_as_long_as_was_best(tmp_path):
+def test_retraining_uses_both_splits_for_the_best_number_of_epochs(tmp_path):
     out = tmp_path / "run"
     training.main([str(a) for a in (*SMALL, "--retrain", "--final-test", "--out", out)])
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (out, out / "retrained"))
@@ -132,7 +132,7 @@ def test_retraining_learns_from_both_splits_for_as_long_as_was_best(tmp_path):
     assert second["epochs"] is None
 
 
-def test_all_faces_learnt_and_none_scored(tmp_path, capsys):
+def test_training_on_all_faces_without_scoring(tmp_path, capsys):
     result = run(*SMALL, "--learn", "train+val", "--out", tmp_path / "run")
     assert (result["split"], result["votes"], result["epochs"]) == (None, {}, None)
     said = capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
     assert (out / "mine.txt").read_text() == "kept"
 
 
-def test_stopping_by_hand_is_one_line(tmp_path, capsys, monkeypatch):
+def test_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -185,7 +185,7 @@ def test_a_run_is_not_overwritten_by_accident(finished, capsys):
         (("--split-seed", 3), r"started with split_seed 0, now 3"),
     ],
 )
-def test_another_run_is_not_gone_on_with(finished, capsys, options, message):
+def test_another_run_is_not_resumed(finished, capsys, options, message):
     assert message in refused(capsys, *SMALL, *options, "--out", finished, "--resume")
 
 
@@ -214,7 +214,7 @@ def test_a_state_that_is_a_program_is_not_run(tmp_path, capsys):
     assert "cannot be read" in refused(capsys, *SMALL, "--out", out, "--resume")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(finished, tmp_path, capsys, monkeypatch):
+def test_a_nan_loss_ends_the_run_and_keeps_the_last_good_state(finished, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     learn, calls = training.Learner.learn, []
 
@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_weights_of_another_set_go_to_the_classes_of_the_same_name(tmp_path):
+def test_weights_of_another_set_are_matched_by_class_name(tmp_path):
     """AffectNet's weights are reordered for RAF-DB; an unknown class or another width is an error."""
     affectnet = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "angry", "contempt")
     rafdb = ("surprise", "fear", "disgust", "happy", "sad", "angry", "neutral")
@@ -359,7 +359,7 @@ with machine("cpu") as here:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path):
+def test_two_processes_learn_the_same_as_one(tmp_path):
     """With BatchNorm frozen, the mean of the processes' gradients is the gradient of the full batch."""
     script = tmp_path / "same.py"
     script.write_text(LEARN_ONCE)

@@ -70,7 +70,7 @@ def test_the_mirror_row_is_the_plain_network_on_both_images(compared):
 
 
 @pytest.mark.parametrize(("won", "lost"), [(10, 2), (3, 3), (0, 5), (0, 0)])
-def test_mcnemar_is_a_fair_coin(won, lost):
+def test_mcnemar_is_a_binomial_test(won, lost):
     """The two-sided p is twice the tail of the binomial distribution."""
     labels = torch.zeros(won + lost + 4, dtype=torch.long)
     ours, plain = labels.clone(), labels.clone()
@@ -118,7 +118,7 @@ def test_other_data_are_not_compared_with_the_stored_runs(compared, monkeypatch,
     assert "have changed since it was trained" in refused(robustness, out / "none-0", "--device", "cpu")
 
 
-def test_comparing_what_is_not_scored_is_refused(capsys):
+def test_comparing_unscored_runs_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         call(compare, *SMALL, "--learn", "train+val")
     assert caught.value.code == 2
@@ -136,7 +136,7 @@ def test_the_comparison_on_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_comparison_as_a_person_reads_it(compared):
+def test_the_comparison_as_text(compared):
     text = (compared / "compare.md").read_text()
     assert text.startswith("| network | vote | accuracy, % |")
     for words in (
@@ -210,7 +210,7 @@ def test_robustness_of_finished_runs(compared, tmp_path):
 
 
 @pytest.mark.slow
-def test_robustness_refuses_networks_that_were_trained_otherwise(compared, tmp_path):
+def test_robustness_refuses_networks_with_other_training(compared, tmp_path):
     call(training, *SMALL, "--after", "none", "--width", 2, "--out", tmp_path / "narrow")
     said = refused(robustness, compared / "none-0", tmp_path / "narrow", "--device", "cpu", "--out", tmp_path / "out")
     other = refused(

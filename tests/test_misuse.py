@@ -175,7 +175,7 @@ def test_settings_are_checked_on_assignment():
     assert (live.vote, live.train_output, live.enabled) == ("soft", "vote", True)
 
 
-def test_settings_of_what_has_none():
+def test_settings_of_a_plain_model():
     with pytest.raises(SurgeryError, match="CV418"):
         settings(networks.fer())
     net = nn.Sequential(nn.Conv2d(3, 8, 1), CropVote(nn.Flatten()))
@@ -191,7 +191,7 @@ def test_a_call_without_a_tensor():
         inject_crop_vote(networks.fer(), after="layer1", input_size=48)([IMAGES])
 
 
-def test_a_split_that_did_not_run_is_noticed_where_n_is_divisible_by_v():
+def test_a_split_that_did_not_run_is_detected_if_v_divides_n():
     """With ten samples and ten views and no check, the vote would mix ten different images."""
     model = inject_crop_vote(networks.Skipping().eval(), after="site", input_size=48)
     images = torch.randn(10, 3, 48, 48)

@@ -123,7 +123,7 @@ def test_compiled(kind):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_what_is_no_field_of_a_dataclass_is_no_prediction():
+def test_only_fields_of_a_dataclass_are_predictions():
     model = inject_crop_vote(Several(lambda rows, *_: Scores(rows)).eval(), after="site", input_size=48)
     assert model(IMAGES).scores.shape == (3, 7)
     assert model.train()(IMAGES).scores.shape == (30, 7)
@@ -158,7 +158,7 @@ def test_only_floating_point_rows_are_predictions():
     assert [len(rows) for rows in model(IMAGES)] == [3, 30]
 
 
-def test_a_number_of_a_chain_is_refused():
+def test_a_single_number_among_the_outputs_is_refused():
     class Chain(nn.Sequential):
         def forward(self, x):
             rows = super().forward(x)
@@ -168,7 +168,7 @@ def test_a_number_of_a_chain_is_refused():
         inject_crop_vote(Chain(*networks.plain()).eval(), after="0", input_size=48)
 
 
-def test_what_is_no_tensor_stays():
+def test_other_values_than_tensors_are_kept():
     model = inject_crop_vote(Several(PACKS["dataclass"]).eval(), after="site", input_size=48)
     assert model(IMAGES).note == "a note"
     model = inject_crop_vote(Several(PACKS["dict"]).eval(), after="site", input_size=48)
@@ -181,7 +181,7 @@ def test_a_second_head_that_mixes_both_sides_is_refused():
         inject_crop_vote(model.eval(), after="site", input_size=48)
 
 
-def test_a_main_head_in_front_of_the_site_is_refused():
+def test_a_main_head_before_the_site_is_refused():
     with pytest.raises(SiteError, match="CV101"):
         inject_crop_vote(Several(lambda r, t, early, f, b: Pair(early, r)).eval(), after="site", input_size=48)
 
@@ -221,7 +221,7 @@ def test_auxiliary_heads_in_training(kind, size, views, site, rows):
     """Heads after the site give a row per view; heads before it are unchanged; the loss takes both."""
     images, targets = torch.randn(2, 3, size, size), torch.tensor([1, 3])
     model = getattr(torchvision.models, kind)(num_classes=7, init_weights=False).train()
-    layout = "NCHW" if kind == "inception_v3" else None  # its head's kernel is too large for a trial: state it
+    layout = "NCHW" if kind == "inception_v3" else None  # stated: its head's kernel does not fit smaller maps
     inject_crop_vote(model, after=site, views=views, input_size=size, layout=layout)
     output = model(images)
     assert {head: len(getattr(output, head)) for head in rows} == rows

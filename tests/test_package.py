@@ -175,7 +175,7 @@ def journey(run) -> list[tuple[str, str]]:
     return calls
 
 
-def test_the_way_through_a_call_is_short():
+def test_a_call_runs_through_few_files():
     """``model(x)`` runs through at most eight files, with at most 16 changes of file."""
     model = cropvote.inject_crop_vote(networks.fer(), after="layer1", input_size=48)
     images = torch.zeros(2, 3, 48, 48)

@@ -69,7 +69,7 @@ def by_hand(sites=BY_HAND, make=networks.fer) -> torch.Tensor:
     ],
     ids=["two", "any order of writing", "crops first", "crops of crops", "three sites"],
 )
-def test_the_rows_are_those_of_nested_replacements(plan, sites):
+def test_the_rows_match_nested_replacements(plan, sites):
     model, wanted = voting(plan), by_hand(sites)
     assert torch.allclose(per_view(model, IMAGES), wanted, atol=1e-5)
     assert torch.allclose(model(IMAGES), wanted.mean(1), atol=1e-5)
@@ -94,7 +94,7 @@ def test_the_order_is_that_of_ten_crop():
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
-def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
+def test_cuts_give_exactly_the_requested_views(sizes, data):
     """Follow every subset through the groups of maps before and after each cut."""
     views = ViewProduct([grid(1, n, scale=(1, 0.5)) for n in sizes])
     every = list(itertools.product(*map(range, sizes)))
@@ -115,7 +115,7 @@ def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
 
 
 @pytest.mark.parametrize("asked", ["centre", "centre+mirror", [4], [0, 5], [1, 2, 9], [7], list(range(10))])
-def test_only_the_views_asked_for_are_computed_at_each_site(asked):
+def test_only_the_requested_views_are_computed_at_each_site(asked):
     columns = {"centre": [4], "centre+mirror": [4, 9]}.get(asked, asked) if isinstance(asked, str) else asked
     model = voting(eval_views=asked)
     front, middle, tail = networks.counted(model.bn1), networks.counted(model.layer2), networks.counted(model.layer4)
@@ -149,7 +149,7 @@ def test_a_few_views_are_drawn_and_spread_over_the_first_site(count):
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_every_combination_is_drawn_as_often(count):
+def test_every_combination_is_drawn_equally_often(count):
     torch.manual_seed(0)
     seen = Counter()
     for _ in range(3000):
@@ -184,7 +184,7 @@ def test_checkpoints_of_the_parts_draw_the_same_again(reentrant):
 # --- guarantees ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_call_checks_where_no_size_is_known():
+def test_the_first_call_checks_if_no_size_is_known():
     plan = {"site": five_crop(), "front": hflip()}
     plain = networks.Net().eval()
     model = inject_crop_vote(copy.deepcopy(plain), after=plan)
@@ -208,7 +208,7 @@ class Reversed(nn.Module):
         return self.head(self.second(self.first(x)))
 
 
-def test_the_forward_says_the_order_not_the_definition():
+def test_the_order_is_that_of_the_forward_not_the_definition():
     plan = {"second": five_crop(), "first": hflip()}
     plain = Reversed().eval()
     model = inject_crop_vote(copy.deepcopy(plain), after=plan, input_size=(3, 24, 24))
@@ -277,7 +277,7 @@ def test_channels_last_maps(name):
         ),
     ],
 )
-def test_what_no_plan_can_be(plan, options, message):
+def test_invalid_plans_are_refused(plan, options, message):
     model = networks.fer()
     before = model(IMAGES)
     with pytest.raises(CropVoteError, match=message):

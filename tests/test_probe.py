@@ -74,7 +74,7 @@ def test_refused(make, site, reason, known):
         assert "alid sites: " in message or "No site of this" in message
 
 
-def test_a_site_that_is_never_called_is_refused_where_n_is_divisible_by_v():
+def test_a_site_that_is_never_called_is_refused_if_v_divides_n():
     """Ten rows of ten images could be taken for the ten views of one."""
     model = inject_crop_vote(networks.Unused().eval(), after="site")
     with pytest.raises(SiteError, match="CV104"):
@@ -209,7 +209,7 @@ def test_sites_without_a_size():
     assert sites(timm.create_model("resnet18"))
 
 
-def test_a_channels_last_map_is_found_to_be_one():
+def test_a_channels_last_map_is_recognised():
     """Mirroring its last axis would mirror the channels, and nothing would fail."""
     model = networks.ChannelsLast().eval()
     expected = model.fc(torch.stack([x.mean((1, 2)) for x in whole_and_mirrored(model)]).mean(0))
@@ -302,7 +302,7 @@ def test_a_model_that_cannot_be_copied_says_so():
         inject_crop_vote(Locked(), after="site", input_size=12)
 
 
-def test_a_child_that_stands_twice_does_not_carry_the_split():
+def test_a_child_used_twice_does_not_carry_the_split():
     """If a ReLU is in two Sequentials, the split goes to the Sequential, not to the ReLU."""
     relu = nn.ReLU()
     model = nn.Sequential(

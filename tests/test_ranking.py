@@ -33,7 +33,7 @@ def test_the_test_is_mcnemars(won, lost):
     assert mcnemar(won, lost) == pytest.approx(wanted, rel=1e-9)
 
 
-def test_scores_are_those_of_injections_by_hand():
+def test_scores_match_manual_injections():
     model = networks.fer()
     before = networks.snapshot(model)
     ranking = rank_sites(model, DATA, ["layer3", PLAN], progress=False)
@@ -63,7 +63,7 @@ def test_the_default_candidates_are_aligned_and_tried_with_the_mirrored_input():
     assert all(row.name.startswith(("input=hflip", "plain")) or "input" not in row.name for row in ranking.rows)
 
 
-def test_a_metric_of_ones_own():
+def test_a_custom_metric():
     def least_loss(outputs: torch.Tensor, targets: torch.Tensor) -> float:
         assert outputs.shape == targets.shape == (20, 7)
         return -torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets).item()
@@ -184,7 +184,7 @@ def test_candidates_that_read_the_same_are_kept_apart():
 
 
 @pytest.mark.parametrize("size", [(3, 32, 64), (1, 40, 40)])
-def test_pictures_are_as_large_as_the_model_is_told(folder, size):
+def test_pictures_have_the_size_given_for_the_model(folder, size):
     timm_model = timm.create_model("resnet10t", in_chans=size[0], num_classes=2)
     for model in ([timm_model] if size[0] == 3 else []) + [torchvision.models.resnet18(num_classes=2)]:
         images, _ = next(iter(read_folder(model, folder / "data", size, 4, None)))

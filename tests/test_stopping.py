@@ -80,7 +80,7 @@ def test_with_confidence_1_it_is_the_full_vote(plan):
         assert not _sure(sure[None], vote(sure, 10), 20, 1.0).any()
 
 
-def test_the_network_runs_again_only_for_what_is_wanted():
+def test_the_network_runs_again_only_for_unsure_samples():
     model = voting()
     front, tail = [], []
     model.layer1.register_forward_hook(lambda m, a, out: front.append(len(out)))
@@ -155,7 +155,7 @@ def test_batches_of_none_and_of_one_and_all_views_first():
         assert used.tolist() == [10] * 6
 
 
-def test_the_settings_stay_as_they_are():
+def test_the_settings_are_unchanged():
     model = voting(eval_views="centre")
     before = repr(settings(model))
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_misuse(options, message):
         vote_until_sure(voting(), IMAGES, **options)
 
 
-def test_what_it_cannot_do_raises():
+def test_unsupported_uses_raise():
     model = voting()
     one = networks.fer()
     one.fc = torch.nn.Linear(one.fc.in_features, 1)
@@ -204,7 +204,7 @@ def test_what_it_cannot_do_raises():
 
 
 @given(st.data())
-def test_the_threshold_keeps_the_accuracy_and_is_the_least(data):
+def test_the_threshold_is_the_lowest_that_keeps_the_accuracy(data):
     """Try every threshold at a sample's confidence."""
     samples = data.draw(st.integers(1, 12))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))

@@ -131,7 +131,7 @@ def test_a_tensor_that_a_check_left_is_remembered_and_never_returned():
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "inception_v3"])
-def test_a_check_leaves_nothing_that_only_the_garbage_collector_would_free(name, monkeypatch):
+def test_a_check_needs_no_garbage_collection(name, monkeypatch):
     """A garbage collection is slow; reference counting frees the fake tensors."""
     collected: list[object] = []
     monkeypatch.setattr(fakes, "gc", SimpleNamespace(collect=lambda *_: collected.append(1)))
@@ -157,7 +157,7 @@ def test_a_refused_model_is_freed_at_once():
         gc.enable()
 
 
-def test_a_hook_that_collects_is_noticed():
+def test_a_hook_that_collects_outputs_is_detected():
     model, seen = networks.Net().eval(), []
     model.front.register_forward_hook(lambda module, args, output: seen.append(output))
     with pytest.raises(SurgeryError, match="CV412"):
@@ -197,7 +197,7 @@ def test_a_forward_that_does_not_run_once_is_refused(make, site):
         inject_crop_vote(make().eval(), after=site, input_size=12)
 
 
-def test_scripted_children_are_no_sites_and_do_no_harm():
+def test_scripted_children_are_not_sites_but_harmless():
     model = networks.Net().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -207,13 +207,13 @@ def test_scripted_children_are_no_sites_and_do_no_harm():
 
 
 @pytest.mark.parametrize("arguments", [(None, 24), ("x", 24), (networks.Net(), 24, 10)])
-def test_sites_of_nonsense(arguments):
+def test_sites_with_invalid_arguments(arguments):
     with pytest.raises(InputTypeError, match=r"CV80[16]"):
         sites(*arguments[:2], **({"views": arguments[2]} if arguments[2:] else {}))
 
 
 @pytest.mark.parametrize("site", ["input", "0"])
-def test_rows_of_features_are_no_images(site):
+def test_feature_rows_are_not_images(site):
     model = inject_crop_vote(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 7)).eval(), after=site)
     with pytest.raises(SiteError, match=r"CV125|CV106"):
         model(torch.randn(3, 4))
@@ -230,7 +230,7 @@ def test_images_that_are_not_rgb(channels):
     assert torch.allclose(model(images), expected, atol=1e-6)
 
 
-def test_a_tail_without_a_weight_tells_its_channels_by_its_outputs():
+def test_a_tail_without_weights_shows_its_channels_in_its_outputs():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     assert [(site.name, site.layout) for site in sites(model, 24)] == [("input", "NCHW"), ("0", "NCHW")]
 
@@ -245,7 +245,7 @@ class AnyChannels(networks.Net):
         return nn.functional.adaptive_avg_pool2d(x.mean(1, keepdim=True), (1, 7)).flatten(1)
 
 
-def test_axes_that_cannot_be_told_have_to_be_said():
+def test_ambiguous_axes_must_be_stated():
     model = AnyChannels().eval()
     with pytest.raises(SiteError, match="CV114"):
         inject_crop_vote(model, after="act", views=hflip(), input_size=48)
@@ -272,7 +272,7 @@ class HeldNumbers(networks.Net):
 
 
 @pytest.mark.parametrize("kind", ["batch", "sides"])
-def test_numbers_held_from_in_front_of_a_site(kind):
+def test_numbers_kept_from_before_a_site(kind):
     model = HeldNumbers(kind).eval()
     early = ["front"] if kind == "sides" else []  # before the numbers are read
     assert [site.name for site in sites(model, 48)] == ["input", *early]
@@ -300,7 +300,7 @@ class Windowed(networks.Net):
     ("make", "site"),
     [(Transposed, "site"), (Windowed, "act")],
 )
-def test_what_looks_like_a_map_and_is_not(make, site):
+def test_outputs_that_only_look_like_maps(make, site):
     with pytest.raises(SiteError, match="CV115"):
         inject_crop_vote(make().eval(), after=site, views=hflip(), input_size=48)
 
@@ -334,7 +334,7 @@ class Emptied(networks.Net):
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-def test_a_map_without_values_is_no_site(tokens):
+def test_an_empty_map_is_not_a_site(tokens):
     with pytest.raises(SiteError, match=r"CV108.*input, front"):
         inject_crop_vote(Emptied(tokens).eval(), after="site", input_size=48)
     assert [site.name for site in sites(Emptied(tokens).eval(), 48)] == ["input", "front"]
@@ -352,7 +352,7 @@ class LinearLast(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (2, 3)).flatten(1))
 
 
-def test_where_the_channels_of_images_are_is_seen_without_a_convolution():
+def test_the_channel_axis_is_found_without_a_convolution():
     torch.manual_seed(0)
     model = LinearLast().eval()
     images = torch.randn(2, 24, 30, 3)
@@ -429,7 +429,7 @@ class WrittenLater(networks.Net):
 
 
 @pytest.mark.parametrize("kind", [ByKeyword, WrittenLater])
-def test_what_is_written_under_another_name_is_refused(kind):
+def test_writes_through_an_alias_are_refused(kind):
     model = kind().eval()
     model.site = nn.Identity() if kind is ByKeyword else Stashed(8, 8, 1)
     with pytest.raises(SiteError, match="CV109"):
@@ -449,7 +449,7 @@ class Aside(networks.Net):
 
 
 @pytest.mark.parametrize("views", ["centre", [0, 1], None])
-def test_a_head_in_front_of_the_site_is_left_alone(views):
+def test_a_head_before_the_site_is_unchanged(views):
     model = Aside().eval()
     wanted = model(IMAGES)["aux_logits"]
     voting = inject_crop_vote(model, after="site", vote="probs", eval_views=views, input_size=48)
@@ -492,7 +492,7 @@ def test_errors_of_the_model_that_are_hard_to_handle(kind):
         sites(kind().eval(), 12)
 
 
-def test_a_copy_without_a_buffer_is_checked_all_the_same():
+def test_a_copy_without_a_buffer_is_still_checked():
     assert "site" in [site.name for site in sites(Forgetful().eval(), 12)]
 
 

@@ -99,7 +99,7 @@ def test_two_forwards_before_a_backward():
     (first + second).sum().backward()
 
 
-def test_threads_do_not_meet():
+def test_threads_do_not_interfere():
     """Each call has its own state: eight threads with different batches get the same results as one."""
     model = inject_crop_vote(networks.fer(), after="layer2", input_size=48)
     batches = [torch.randn(1 + i, 3, 48, 48) for i in range(8)]
@@ -112,7 +112,7 @@ def test_threads_do_not_meet():
     assert all(torch.allclose(found[i], expected[i], atol=1e-5) for i in range(8))
 
 
-def test_a_timm_models_own_size_is_used():
+def test_a_timm_models_own_input_size_is_used():
     """This also holds if in_chans= changes it from the size in the configuration."""
     model = inject_crop_vote(timm.create_model("resnet18", in_chans=1, num_classes=7), after="layer1")
     assert {training for training, _ in model._cropvote.checked} == {True, False}

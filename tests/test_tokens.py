@@ -109,7 +109,7 @@ def test_images_of_another_size_give_another_grid(where):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_token_stands_where_its_patch_is(kind):
+def test_a_token_is_at_the_position_of_its_patch(kind):
     """The gradient of token (row, column) is largest at the image's patch (row, column)."""
     make, site, prefix = MODELS[kind]
     torch.manual_seed(0)

@@ -76,7 +76,7 @@ def test_half_precision_masks_and_no_samples():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_what_are_no_logits(function):
+def test_invalid_logits(function):
     with pytest.raises(CropVoteError, match="CV844"):
         function(torch.zeros(30, 7))
     with pytest.raises(CropVoteError, match="CV844"):

@@ -52,7 +52,7 @@ def assert_refused(spec: Spec, high: int, wide: int) -> None:
 @given(high=sides, wide=sides, spec=specs)
 @example(high=3, wide=9, spec=Spec([(Fraction(0), Fraction(0)), (Fraction(1), Fraction(0))], Fraction(5, 6), True))
 @example(high=9, wide=3, spec=Spec([(Fraction(0), Fraction(0)), (Fraction(1), Fraction(0))], Fraction(5, 6), True))
-def test_sizes_and_offsets_are_the_contracts_integers(high: int, wide: int, spec: Spec) -> None:
+def test_sizes_and_offsets_match_the_contract(high: int, wide: int, spec: Spec) -> None:
     """Sizes, offsets, and errors exactly as in the contract."""
     if oracle.is_error(high, wide, spec.positions, spec.scale):
         assert_refused(spec, high, wide)
@@ -130,7 +130,7 @@ def test_split_equals_the_slices(dtype: torch.dtype, data: st.DataObject, spec: 
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 24, 24), (1, 2, 4, 7), (3, 1, 13, 8), (2, 2, 48, 36)])
-def test_ten_crop_equals_the_ten_slices_written_by_hand(shape: tuple[int, ...]) -> None:
+def test_ten_crop_equals_ten_hand_written_slices(shape: tuple[int, ...]) -> None:
     x = numbered(*shape)
     assert torch.equal(split_views(x, ten_crop()), oracle.sample_major(oracle.ten_views(x)))
     assert torch.equal(split_views(x, five_crop()), oracle.sample_major(oracle.five_views(x)))

@@ -217,7 +217,7 @@ def test_a_wrong_number_of_targets_is_refused(rows: int, targets: int) -> None:
 
 
 @pytest.mark.parametrize("views", ["soft", torch.tensor(2), {"a": 1, "b": 2}, 2.0, True, None])
-def test_what_counts_no_views_is_refused(views) -> None:
+def test_an_invalid_number_of_views_is_refused(views) -> None:
     """A string also has a length."""
     with pytest.raises(CropVoteError):
         vote(torch.zeros(4, 3), views)
@@ -233,14 +233,14 @@ def test_a_class_that_every_view_masks_has_a_finite_gradient(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["probs", "hard"])
-def test_a_single_output_is_no_vote_of_classes(how: str) -> None:
+def test_a_single_output_cannot_use_class_votes(how: str) -> None:
     """Its log-probability is 0, whatever the output."""
     with pytest.raises(RowsError, match="CV607"):
         vote(seeded(10, 1), 10, how=how)
     assert torch.equal(vote(seeded(10, 1), 10), seeded(10, 1).mean(0, keepdim=True))
 
 
-def test_a_class_is_no_criterion() -> None:
+def test_a_class_is_not_a_criterion() -> None:
     with pytest.raises(InputTypeError, match="CV833"):
         CropVoteLoss(nn.CrossEntropyLoss)
 
@@ -259,7 +259,7 @@ def squares(rows, targets):
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), squares])
 @pytest.mark.parametrize("rows", [40, 4])
-def test_a_number_for_each_sample_meets_the_rows_of_one_output(criterion, rows):
+def test_one_number_per_sample_matches_rows_of_one_output(criterion, rows):
     """(rows, 1) against (rows,) would be (rows, rows), without an error."""
     outputs, targets = torch.randn(rows, 1), torch.randn(4)
     wanted = sum((outputs[i, 0] - targets[i * 4 // rows]) ** 2 for i in range(rows)) / rows
@@ -284,7 +284,7 @@ def test_shapes_that_would_be_broadcast_are_refused(outputs, targets):
             CropVoteLoss(criterion)(outputs, targets)
 
 
-def test_class_indices_are_nothing_to_a_loss_that_compares_one_by_one():
+def test_an_elementwise_loss_refuses_class_indices():
     """With as many classes as rows, they would be broadcast."""
     for criterion in (nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()):
         with pytest.raises(RowsError):
@@ -309,7 +309,7 @@ def test_class_indices_of_every_pixel_and_labels_of_every_class():
 
 
 @pytest.mark.parametrize("rows", [6, 2])
-def test_a_samples_weight_is_that_of_each_of_its_views(rows):
+def test_a_samples_weight_applies_to_each_of_its_views(rows):
     outputs, targets, weights = torch.randn(rows, 5), torch.tensor([1, 4]), torch.tensor([0.5, 2.0])
     losses = [nn.functional.cross_entropy(outputs[i], targets[i * 2 // rows]) for i in range(rows)]
     of_rows = [float(weights[i * 2 // rows]) for i in range(rows)]

@@ -57,7 +57,7 @@ CASES = [pytest.param(*case, marks=[pytest.mark.slow] * case[0].startswith(LARGE
 
 
 @pytest.mark.parametrize(("name", "site", "reason"), CASES, ids=[f"{name}-{site}" for name, site, _ in REFUSED])
-def test_what_is_no_site_is_refused_with_the_reason_and_the_valid_ones(name, site, reason):
+def test_invalid_sites_are_refused_with_the_reason_and_the_valid_ones(name, site, reason):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7).eval()
     with pytest.raises(SiteError, match=reason) as caught:
@@ -147,7 +147,7 @@ TOKENS = [f for f, known in FAMILIES.items() if any(v.get("layout") == "tokens" 
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[pytest.mark.slow] * bool(i % 4)) for i, f in enumerate(TOKENS)]
 )
-def test_tokens_stand_where_their_patches_are(family):
+def test_tokens_are_at_the_positions_of_their_patches(family):
     """The gradient of token (row, column) of the stated grid is largest at that image patch."""
     known, model = FAMILIES[family], build(family, fake=False)
     site = next(site for site, verdict in known["tried"].items() if verdict.get("layout") == "tokens")
@@ -165,7 +165,7 @@ def test_tokens_stand_where_their_patches_are(family):
         assert max(abs(found[0] - row), abs(found[1] - column)) <= 1  # after convolutions, a neighbour's may be larger
 
 
-def test_nothing_crashed_and_nothing_is_wrong():
+def test_no_result_is_a_crash_or_wrong():
     """Check the stored results, the page, and that no family of the swept versions is missing."""
     page = zoo_page.PAGE.read_text()
     for row in ("| crashed | 0 |", "| wrong | 0 |", "| accepted, but no true site by noise | 0 |"):
