@@ -35,7 +35,7 @@ def kind(reason: str) -> str:
 
 
 def page(stored: dict[str, Any], toolchain: str) -> str:
-    """docs/compatibility.md."""
+    """Return docs/compatibility.md."""
     seen, of_plans = (
         ", ".join(f"{library} {version}" for library, version in stored[key].items())
         for key in ("versions", "versions of the plans")

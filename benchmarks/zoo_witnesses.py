@@ -52,7 +52,7 @@ def cutter(layout: object, views: oracle.Cutter = oracle.ten_views) -> oracle.Cu
 
 
 def last_of(model: nn.Module, site: str) -> str:
-    """Return the last child of a Sequential, because some models run the children one by one."""
+    """Return the Sequential's last child instead, because some models run the children one by one."""
     while (
         isinstance(module := model.get_submodule(site), nn.Sequential) and type(module).forward is nn.Sequential.forward
     ):

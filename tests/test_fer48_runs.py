@@ -265,7 +265,7 @@ def test_weights_of_another_set_are_matched_by_class_name(tmp_path):
 
 
 def test_fast_and_averaged_weights(tmp_path):
-    """bfloat16, channels_last and averaging change little; the averaged weights are kept."""
+    """bfloat16, channels_last and averaging change little; the averaged weights are saved."""
     averaged = run(*SMALL, "--ema", 0.5, "--precision", "bfloat16", "--out", tmp_path / "run")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     kept = state["best"]["fc.weight"]

@@ -120,7 +120,7 @@ class Attribute(networks.Net):
 def test_a_tensor_that_a_check_left_is_remembered_and_never_returned():
     Attribute.ramp = None
     model = Attribute().eval()
-    for _ in range(2):  # the second check must not accept what it finds there
+    for _ in range(2):  # the second check must also notice it
         with pytest.raises(SurgeryError, match="CV412"):
             inject_crop_vote(model, after="site", input_size=48)
     unchecked = inject_crop_vote(model, after="site", check=False)

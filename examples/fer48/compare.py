@@ -223,7 +223,7 @@ def parse(argv: list[str] | None) -> tuple[Config, list[str], list[int]]:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sites = ["none", "layer1", "layer2", "layer3", "input", PLANS[0]]
-    text = f"where to split, one network each (default: {' '.join(sites)}); also {' '.join(PLANS[1:])}"
+    text = f"the sites to compare, one network each (default: {' '.join(sites)}); also {' '.join(PLANS[1:])}"
     parser.add_argument("--sites", nargs="+", choices=PLACES, default=sites, metavar="SITE", help=text)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     add_options(parser, without=("after", "seed", "retrain", "target", "out"))
@@ -231,7 +231,7 @@ def parse(argv: list[str] | None) -> tuple[Config, list[str], list[int]]:
     options = vars(parser.parse_args(argv))
     sites, seeds = list(dict.fromkeys(options.pop("sites"))), list(dict.fromkeys(options.pop("seeds")))
     if min(seeds) < 0:
-        parser.error("--seeds are whole numbers from 0 on")
+        parser.error("--seeds must be whole numbers, 0 or more")
     try:
         config = from_options(options)
         if config.learn == "train+val" and not config.final_test:

@@ -56,7 +56,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     except Exception as error:  # for damaged files, torch raises many kinds of errors
         raise KeptError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise KeptError(f"{path}: is no training state of this version; --overwrite starts anew.")
+        raise KeptError(f"{path}: not a training state of this version; --overwrite starts a new run.")
     return state
 
 
@@ -85,9 +85,9 @@ def read_card(run: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise KeptError(f"{run}: no finished model there, as {path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise KeptError(f"{path}: is no JSON ({error}).") from error
+        raise KeptError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT or card.get("architecture") != "fer_resnet18":
-        raise KeptError(f"{path}: describes no fer_resnet18 of this version.")
+        raise KeptError(f"{path}: does not describe a fer_resnet18 of this version.")
     return {**card, "folder": str(folder)}
 
 
@@ -106,7 +106,7 @@ def load_model(run: str | Path) -> tuple[FerResNet18, dict[str, Any]]:
     try:
         model.load_state_dict(read_weights(card))
     except RuntimeError as error:
-        raise KeptError(f"{run}: the weights are not those that its model.json describes ({error}).") from error
+        raise KeptError(f"{run}: the weights do not match its model.json ({error}).") from error
     return model.eval(), card
 
 

@@ -155,7 +155,7 @@ def read_faces(config: Config) -> Faces:
 def scored_split(config: Config, faces: Faces) -> Split:
     """Return the split to score: validation, or the test split with ``final_test``."""
     if config.learn == "train+val" and not config.final_test:
-        raise DataError("the network has learnt the validation faces; --final-test scores the test faces.")
+        raise DataError("the network was trained on the validation faces; --final-test scores the test faces.")
     return faces.splits["test" if config.final_test else "val"]
 
 
@@ -177,7 +177,7 @@ def announce(config: Config, faces: Faces, steps: int, done: int, here: Machine)
     sizes = ", ".join(f"{len(split):,} {names[key]}" for key, split in faces.splits.items())
     print(f"{faces.name} ({faces.layout}): {sizes} faces; {faces.note}.")
     if faces.skipped:
-        print(f"Left out, as unreadable: {len(faces.skipped)} ({'; '.join(faces.skipped[:3])} ...).")
+        print(f"Left out as unreadable: {len(faces.skipped)} ({'; '.join(faces.skipped[:3])} ...).")
     shares = f", {config.batch // here.size} in each of {here.size} processes" if here.size > 1 else ""
     print(f"{here.name()}: {steps} steps an epoch of {config.batch} faces{shares}; learning rate {config.rate:g}.")
     if done:

@@ -120,7 +120,7 @@ def draw(labels: Tensor, classes: tuple[str, ...], validation: float, split_seed
     """
     if validation <= 0 or (validation >= 1 and validation != int(validation)):
         raise DataError(
-            f"--validation {validation:g}: it is a share between 0 and 1, or a whole number of faces a class."
+            f"--validation {validation:g}: it must be a share between 0 and 1, or a whole number of faces per class."
         )
     taken = []
     for label, name in enumerate(classes):

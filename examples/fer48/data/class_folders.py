@@ -16,9 +16,9 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 #: Possible names of the split folders.
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 NOTES = {
-    "RAF-DB": "the official test faces are the test",
+    "RAF-DB": "the test split is the official one",
     "AffectNet": "the official validation faces are the test; none of them chooses anything",
-    "FER2013": "folders put PublicTest and PrivateTest together, so the test is not PrivateTest",
+    "FER2013": "the folders merge PublicTest and PrivateTest, so the test split is not PrivateTest",
 }
 #: Files relative to the set's folder, by split and class folder (its number or canonical name).
 Found = dict[str, dict[str, list[str]]]
@@ -69,7 +69,7 @@ def note_of(name: str, classes: tuple[str, ...], splits: dict[str, Split]) -> st
     """Return the note to print with the results, which depends on the splits."""
     if name in NOTES and set(splits) == {"train", "test"}:
         return NOTES[name]
-    parts = ["class folders of no set that is known"] if name == "folders" else ["splits of somebody's own"]
+    parts = ["class folders of an unknown set"] if name == "folders" else ["splits of somebody's own"]
     parts += [f"{splits['val'].name} chooses the epoch"] if "val" in splits else []
     parts += [] if "test" in splits else ["no test faces"]
     if name == "folders" and set(splits) == {"train", "val"} and set(classes) <= EXPRESSIONS:

@@ -84,7 +84,7 @@ def read_rafdb(root: Path, asked: Asked) -> Faces:
         if not name:
             continue
         if part not in rows or label.strip() not in set("1234567"):
-            raise DataError(f"{path}: line {number} is no 'train_00001.jpg 5', a name and a label in 1..7: {line!r}.")
+            raise DataError(f"{path}: line {number} must be like 'train_00001.jpg 5', with a label in 1..7: {line!r}.")
         rows[part].append((f"Image/aligned/{Path(name).stem}_aligned.jpg", int(label) - 1))
     listings = {part: Listing(part, *columns(found)) for part, found in rows.items()}
     note = class_folders.NOTES["RAF-DB"]

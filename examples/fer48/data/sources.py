@@ -215,5 +215,5 @@ def order_asked(label_order: str) -> tuple[str, ...]:
     names = tuple(canonical(name) for name in label_order.split(",") if name.strip())
     if len(set(names)) != len(names) or len(names) == 1:
         sets = ", ".join(ORDER_NAMES)
-        raise DataError(f"--label-order {label_order}: it is {sets}, or the class names, each once, with commas.")
+        raise DataError(f"--label-order {label_order}: it must be {sets}, or the class names, each once, with commas.")
     return names
