@@ -1,12 +1,12 @@
-"""Views at test time alone: networks that somebody else trained, without any training of ours.
+"""Views at test time only: published pretrained networks, without further training.
 
     python benchmarks/at_test_time.py run --data cifar10_jpeg.npz     benchmarks/results/test_time.json
-    python benchmarks/at_test_time.py run --data cifar10_jpeg.npz --networks resnet56 --shown    the table's rows alone
-    python benchmarks/at_test_time.py table                           its figures, as a table
+    python benchmarks/at_test_time.py run --data cifar10_jpeg.npz --networks resnet56 --shown    only the table's rows
+    python benchmarks/at_test_time.py table                           print the stored results as a table
 
-ResNet-20 and ResNet-56 of CIFAR-10, on all 10,000 test pictures as JPEGs: plain, with the mirrored input, ten crops of
-the input, and views of the map behind every stage: five crops of several sizes, with and without mirror images, the
-mirror inside or at the input. The weights lie beside the data, as resnet20.safetensors and resnet56.safetensors.
+ResNet-20 and ResNet-56 on all 10,000 CIFAR-10 test images, as JPEGs: plain, with the mirrored input, with ten crops of
+the input, and with views of the feature map after each stage: five crops of several sizes, with and without mirroring,
+at the site or at the input. The weights, resnet20.safetensors and resnet56.safetensors, are in the data file's folder.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from cropvote import Views, five_crop, hflip, inject_crop_vote, per_view, profil
 STORED = Path(__file__).parent / "results" / "test_time.json"
 NETWORKS = {"resnet20": 3, "resnet56": 9}
 SIDES = {"input": 32, "layer1": 32, "layer2": 16, "layer3": 8}
-#: How many pixels of a site's map make one of the last map.
+#: The stride from each site's feature map to the last feature map.
 STRIDES = {"input": 4, "layer1": 4, "layer2": 2, "layer3": 1}
 
 
 def ways() -> Iterator[tuple[str, dict[str, Views]]]:
-    """The name of each way to vote, and its sites."""
+    """Yield the name of each way to vote, and its sites."""
     yield "mirrored input", {"input": hflip()}
     yield "ten crops of the input", {"input": ten_crop(scale=Fraction(7, 8))}
     for site, side in SIDES.items():
@@ -51,7 +51,7 @@ def ways() -> Iterator[tuple[str, dict[str, Views]]]:
 
 
 def aligned(sites: dict[str, Views]) -> bool:
-    """Whether every view begins on a pixel of the last map."""
+    """Return whether every view is aligned with the pixels of the last feature map."""
     for site, views in sites.items():
         side = SIDES[site]
         corners = [offset for pair in views.offsets(side, side) for offset in pair]
@@ -62,7 +62,7 @@ def aligned(sites: dict[str, Views]) -> bool:
 
 @torch.no_grad()
 def classes(model: torch.nn.Module, images: Tensor, sites: dict[str, Views]) -> Tensor:
-    """(n,) by the mean of all views' logits."""
+    """Return the predicted classes, (n,), from the mean logits of all views."""
     if sites:
         inject_crop_vote(model, after=sites, input_size=32)
     found = [per_view(model, x).mean(1) if sites else model(x) for x in map(cifar.to_input, images.split(250))]
@@ -103,7 +103,7 @@ def run(data: str, networks: list[str], shown: bool, path: Path) -> None:
             path.write_text(json.dumps(stored, indent=1) + "\n")
 
 
-#: The rows of the guide's table.
+#: The rows shown in the guide's table.
 SHOWN = [
     "plain", "mirrored input", "ten crops of the input", "layer1: five crops of 28", "layer1: ten crops of 28",
     "layer2: five crops of 12", "layer2: five crops of 13", "layer2: five crops of 14", "layer2: five crops of 15",
@@ -113,7 +113,7 @@ SHOWN = [
 
 
 def table(network: str = "resnet20") -> str:
-    """The guide's table: accuracy, work over the plain network's, and McNemar's test."""
+    """Return the guide's table: accuracy, work relative to the plain network, and McNemar's test."""
     lines = [
         "| views | accuracy, % | work | won : lost (p) against plain | against mirrored input |",
         "|---|---:|---:|---|---|",
@@ -129,7 +129,7 @@ def table(network: str = "resnet20") -> str:
 
 
 def deeper() -> str:
-    """Return what the guide says of ResNet-56."""
+    """Return the guide's sentence about ResNet-56."""
     rows = {row["way"]: row for row in json.loads(STORED.read_text())["rows"] if row["network"] == "resnet56"}
     best = "mirrored input, layer2: five crops of 14"
     ways = ["plain", "mirrored input", "layer2: five crops of 13", "layer2: five crops of 14", best]
@@ -147,7 +147,7 @@ if __name__ == "__main__":
     parser.add_argument("step", choices=("run", "table"))
     parser.add_argument("--data", default="", metavar="FILE")
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--shown", action="store_true", help="only the ways that the guide shows")
+    parser.add_argument("--shown", action="store_true", help="only run the rows shown in the guide")
     parser.add_argument("--results", type=Path, default=STORED, metavar="FILE")
     options = parser.parse_args()
     if options.step == "run":

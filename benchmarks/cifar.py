@@ -1,4 +1,4 @@
-"""The CIFAR ResNets of He et al. (2016, section 4.2), and CIFAR-10's pictures from one file of JPEGs."""
+"""The CIFAR ResNets of He et al. (2016, section 4.2), and CIFAR-10 images read from a file of JPEGs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Block(nn.Module):
-    """Two convolutions; the shortcut drops every second pixel and pads the channels with zeros (option A)."""
+    """Two convolutions; a strided shortcut drops every second pixel and pads the channels with zeros (option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-20 has three blocks a stage, ResNet-56 nine.
+    """A CIFAR ResNet: three blocks per stage make ResNet-20, nine ResNet-56.
 
     Shape:
         n 3 H W -> n classes
@@ -63,7 +63,7 @@ class CifarResNet(nn.Module):
 
 
 def read_pictures(path: str | Path, split: str) -> tuple[Tensor, Tensor]:
-    """The pictures of "train" or "test", uint8 (n, 3, 32, 32), and their labels (n,)."""
+    """Return the images of "train" or "test", uint8 (n, 3, 32, 32), and their labels, (n,)."""
     with np.load(path, allow_pickle=False) as arrays:
         data, lengths = arrays[f"{split}_bytes"].tobytes(), arrays[f"{split}_lengths"].astype(np.int64)
         labels = torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64))
@@ -74,9 +74,9 @@ def read_pictures(path: str | Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """uint8 (n, 3, H, W) -> float32, normalised as the published weights expect it."""
+    """Convert uint8 images (n, 3, H, W) to float32, normalised as the published weights expect."""
 
-    def column(values: tuple[float, ...]) -> Tensor:  # made on the device: a CUDA graph may copy nothing to it
+    def column(values: tuple[float, ...]) -> Tensor:  # made on the device: a CUDA graph cannot copy from the host
         return torch.stack([torch.full((), value, device=images.device) for value in values]).view(1, 3, 1, 1)
 
     mean, std = column(MEAN), column(STD)
@@ -84,7 +84,7 @@ def to_input(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Each picture moved by up to four pixels and mirrored or not, its own way; uint8 -> normalised float32."""
+    """Shift each uint8 image by up to four pixels, mirror it at random, and return normalised float32."""
     n, _, height, width = images.shape
     padded = F.pad(to_input(images), (4, 4, 4, 4)).permute(0, 2, 3, 1)
     top, left, mirrored = (torch.rand(n, 1, device=images.device) * k for k in (9, 9, 2))

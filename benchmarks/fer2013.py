@@ -1,15 +1,15 @@
-"""What voting inside the network is worth on FER2013: docs/results.md.
+"""Measure what voting inside the network gains on FER2013: docs/results.md.
 
-    python benchmarks/fer2013.py tune --data fer2013.csv      on a GPU: recipes for the plain network, by PublicTest
-    python benchmarks/fer2013.py train full --data fer2013.csv --minutes 9    on a GPU: speed, then what is missing
+    python benchmarks/fer2013.py tune --data fer2013.csv      on a GPU: compare recipes on PublicTest, plain network
+    python benchmarks/fer2013.py train full --data fer2013.csv --minutes 9    on a GPU: speed, then the missing runs
     python benchmarks/fer2013.py train small --data fer2013.csv               narrow networks, on two CPU cores
-    python benchmarks/fer2013.py train full --data fer2013.csv --missing      only what benchmarks/results lacks
-    python benchmarks/fer2013.py score full      benchmarks/results/fer2013.json from the logits, then the page
-    python benchmarks/fer2013.py page            docs/results.md and its pictures from that file
+    python benchmarks/fer2013.py train full --data fer2013.csv --missing      skip runs stored in benchmarks/results
+    python benchmarks/fer2013.py score full      write benchmarks/results/fer2013.json from the logits, then the page
+    python benchmarks/fer2013.py page            write docs/results.md and its pictures from that file
 
-PublicTest decides everything (epoch, confidence, which views); PrivateTest is only scored. A run ends with one small
-file in runs/fer2013/LIST, the logits of every view, which is all that the figures need and the sign that it is done.
-Several processes of the same command share its runs among them.
+PublicTest decides everything (epoch, confidence, which views); PrivateTest is only scored. A finished run leaves one
+small file in runs/fer2013/LIST with the logits of every view; the figures need nothing else. The same command can be
+started several times in parallel; the processes share the runs.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from timing import commit  # noqa: E402
 from train import EXPECTED, parse, read_faces  # noqa: E402
 from train import train as one_training  # noqa: E402
 
-#: The runs of a list, in the order in which they are worth having; options of compare.py, seed by seed.
+#: The runs of each list, as options of compare.py, most important first; run seed by seed.
 LISTS = {
     "full": [
         f"--recipe fer2013 --fast --sites none layer1 {PLANS[0]} --seeds 0 1 2",
-        "--recipe rafdb --fast --sites none layer1 --seeds 0",  # the paper's, as it stands
+        "--recipe rafdb --fast --sites none layer1 --seeds 0",  # the paper's recipe, unchanged
         f"--recipe fer2013 --fast --sites layer3 input layer2 {' '.join(PLANS[1:])} --seeds 0 1 2",
     ],
     "small": [
@@ -62,7 +62,7 @@ LISTS = {
 }
 
 
-#: Recipes tried for the plain network, which all networks then learn by; what they add to the paper's augmentations.
+#: Recipes tried on the plain network; the best is then used for all networks. They add to the paper's augmentations.
 TUNED = "--recipe fer2013 --fast --after none --epochs 15"
 VARIANTS = {
     "AdamW, rate 0.002, decay 0.05": "",
@@ -77,7 +77,7 @@ VARIANTS = {
 
 
 def tune(data: str, out: Path) -> None:
-    """Every variant that has no result yet."""
+    """Train every variant that has no result yet."""
     for place, more in enumerate(VARIANTS.values()):
         folder = out / str(place)
         with lock(out / f"{place}.lock") as mine:
@@ -89,9 +89,9 @@ def tune(data: str, out: Path) -> None:
 
 
 def train(name: str, data: str, minutes: float, out: Path, known: frozenset[str] = frozenset()) -> None:
-    """Every run of a list that has no file yet, as long as another one of its kind is likely to fit into the time.
+    """Train the runs of a list that have no file yet, until another one is unlikely to fit into the time.
 
-    Those that are ``known`` are left out. The full list measures the speed of training first, for four minutes at most.
+    Runs in ``known`` are skipped. The full list first measures training speed, for four minutes at most.
     """
     started, taken = time.monotonic(), dict[str, float]()
     speed = out / "throughput.json"
@@ -119,7 +119,7 @@ def train(name: str, data: str, minutes: float, out: Path, known: frozenset[str]
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process is the one that holds the file; it lets go at the end, or when it dies."""
+    """Yield whether this process got the file's lock, which is released at the end or when the process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -130,14 +130,14 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def keep(file: Path, result: dict[str, Any], here: Machine) -> None:
-    """The logits of every view of one finished run in float16, on both splits, and what the run was."""
+    """Store a finished run: the float16 logits of every view on both splits, and the run's settings."""
     model, card = load_model(result["out"])
     splits = read_faces(from_dict(result["config"])).splits
     val, test = splits["val"], splits["test"]
     arrays: dict[str, Any] = {"val_labels": val.labels.numpy(), "test_labels": test.labels.numpy()}
     arrays["copies"] = copied(test, [splits["train"], val])
     ways = {"views": None}
-    if card["after"] == "none":  # and what the plain network says of its input's mirror images and crops
+    if card["after"] == "none":  # also the plain network's logits for mirrored and cropped inputs
         ways |= {"mirrored": hflip(), "cropped": ten_crop()}
     for way, views in ways.items():
         if views is not None:
@@ -155,17 +155,17 @@ def keep(file: Path, result: dict[str, Any], here: Machine) -> None:
 
 
 def copied(test: Split, learned: list[Split]) -> np.ndarray:
-    """(n,) bool: which test faces are, pixel for pixel, among the faces that the run has learnt or chosen by."""
+    """Return which test faces are pixel-identical to a training or validation face, (n,) bool."""
     known = {image.tobytes() for split in learned for image in split.images.numpy()}
     return np.array([image.tobytes() in known for image in test.images.numpy()])
 
 
 def gmacs(card: dict[str, Any]) -> dict[str, float]:
-    """Of one face: by the number of views, and of the plain network alone."""
+    """Return the GMACs per face by number of views, and those of the plain network."""
     site = sites_of(card["after"]) if card["after"] != "none" else "input"
     table = profile(fer_resnet18(num_classes=len(card["outputs"]), width=card["width"]), 48, sites=[site])
     by_views = {str(count): cost for count, cost in list(table)[-1].gmacs_by_views.items()}
-    # Five crops without mirror: four tails more than one view; ten views have eight more than centre and mirror.
+    # Five unmirrored crops run four tails more than one view; ten views run eight more than centre + mirror.
     by_views["5"] = by_views["1"] + (by_views["10"] - by_views["2"]) / 2
     return {**by_views, "plain": table["baseline"].gmacs}
 
@@ -176,10 +176,10 @@ def main() -> None:
         description=summary, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("step", choices=("tune", "train", "score", "page"))
-    parser.add_argument("list", choices=tuple(LISTS), nargs="?", help="of runs; see LISTS")
+    parser.add_argument("list", choices=tuple(LISTS), nargs="?", help="the list of runs; see LISTS")
     parser.add_argument("--data", default="", metavar="PATH", help="FER2013, in any layout that check_data.py knows")
-    parser.add_argument("--minutes", type=float, default=1e6, help="start no run that is likely to end after them")
-    parser.add_argument("--missing", action="store_true", help="no run whose figures are in benchmarks/results")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no run that is likely to end later")
+    parser.add_argument("--missing", action="store_true", help="skip runs whose figures are in benchmarks/results")
     parser.add_argument("--runs", default=str(RUNS), metavar="FOLDER", help="default: runs/fer2013")
     options = parser.parse_args()
     if options.step in ("train", "score") and not options.list:

@@ -20,12 +20,12 @@ from fer2013_scores import ALL, CROPPED, FEW, MIRRORED, PLAIN, STORED, SURE, TUN
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURES = ROOT / "docs" / "results.md", ROOT / "docs" / "figures"
-#: What a list is, for the page; the first one that was run is the one of the pictures.
+#: The page's title for each list; the pictures show the first list that was run.
 TITLES = {
     "full": "All faces, the paper's width",
     "small": "8,000 faces, a narrow network",
 }
-#: What a reader should know beside a list's figures.
+#: Notes printed below a list's figures.
 SAID = {
     "full": [
         "Ten views after `layer1` are significantly ahead of the plain network (p below 0.0001) and of its mirror",
@@ -40,7 +40,7 @@ SAID = {
         "",
     ],
 }  # fmt: skip
-rcParams["svg.hashsalt"] = "fer2013"  # the same picture from the same figures, byte by byte
+rcParams["svg.hashsalt"] = "fer2013"  # the same figures give a byte-identical picture
 Found = dict[str, Any]
 Group = tuple[str, list[Found]]
 
@@ -82,7 +82,7 @@ def write() -> None:
 
 
 def tuning(found: list[Found]) -> list[str]:
-    """How the recipe was chosen."""
+    """Return the section on how the recipe was chosen."""
     if not found:
         return []
     one = found[0]
@@ -115,7 +115,7 @@ def section(runs: list[Found]) -> list[str]:
 
 
 def groups(runs: list[Found]) -> list[Group]:
-    """Runs that differ in the seed alone, by site, the plain network first."""
+    """Group runs that differ only in the seed, by site, the plain network first."""
     found: dict[str, list[Found]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run["config"]["after"] != "none", run["config"]["seed"])):
         found[run["config"]["after"]].append(run)
@@ -123,7 +123,7 @@ def groups(runs: list[Found]) -> list[Group]:
 
 
 def rows_of(runs: list[Found]) -> dict[tuple[str, str], list[Found]]:
-    """The rows of several seeds by way and vote."""
+    """Return the rows of several seeds by way and vote."""
     found: dict[tuple[str, str], list[Found]] = defaultdict(list)
     for run in runs:
         for row in run["rows"]:
@@ -157,7 +157,7 @@ def _test(found: dict[str, Any]) -> str:
 
 
 def short_table(runs: list[Found]) -> str:
-    """README's: the main rows of the list of runs, soft votes."""
+    """Return the README's table: the main rows of the runs, soft votes."""
     lines = ["| network | GMACs a face | PrivateTest, % | won : lost (p) against plain |", "|---|---:|---:|---|"]
     for site, mine in main_recipe(runs):
         for (way, how), rows in rows_of(mine).items():
@@ -185,7 +185,7 @@ def short_table(runs: list[Found]) -> str:
 
 
 def training(grouped: list[Group]) -> list[str]:
-    """Time, and how well the probabilities fit: expected calibration error of one view and of the vote."""
+    """Return the table of training time and of the expected calibration error, of one view and of the vote."""
     lines = [
         "| network | training, faces / s | minutes | memory of a training face, MiB | calibration error, one view "
         "| of the soft vote |",
@@ -204,7 +204,7 @@ def training(grouped: list[Group]) -> list[str]:
 
 
 def views(grouped: list[Group]) -> list[str]:
-    """Which views earn their keep."""
+    """Return the table of accuracy by the number of views, added greedily."""
     voting = [(site, runs) for site, runs in grouped if site != "none"]
     sizes = range(1, 11)
     lines = [
@@ -222,7 +222,7 @@ def views(grouped: list[Group]) -> list[str]:
 
 
 def classes(grouped: list[Group]) -> list[str]:
-    """Recall of every class, soft vote of all views."""
+    """Return the recall of every class, soft vote of all views."""
     names = grouped[0][1][0]["outputs"]
     lines = [f"| recall | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     for site, runs in grouped:
@@ -232,14 +232,14 @@ def classes(grouped: list[Group]) -> list[str]:
 
 
 def main_recipe(runs: list[Found]) -> list[Group]:
-    """The groups of the recipe with the most runs."""
+    """Return the groups of the recipe with the most runs."""
     recipes = [run["config"]["recipe"] for run in runs]
     most = max(dict.fromkeys(recipes), key=recipes.count)
     return groups([run for run in runs if run["config"]["recipe"] == most])
 
 
 def draw_cost(axes: Axes, grouped: list[Group]) -> None:
-    """Accuracy against multiply-adds: a line a network, from one view to ten."""
+    """Draw accuracy against multiply-adds: a line per network, from one view to ten."""
     marks = {PLAIN: "o", MIRRORED: "D", CROPPED: "s", SURE: "*"}
     for site, runs in grouped:
         rows = {way: rows for (way, how), rows in rows_of(runs).items() if how == "soft"}
@@ -265,7 +265,7 @@ def draw_cost(axes: Axes, grouped: list[Group]) -> None:
 
 
 def draw_views(axes: Axes, grouped: list[Group]) -> None:
-    """Accuracy by the number of views, the most helpful first."""
+    """Draw accuracy by the number of views, the most helpful first."""
     for site, runs in grouped:
         if site == "none":
             mean, _ = mean_and_sd([run["rows"][0]["accuracy"] for run in runs])
@@ -278,7 +278,7 @@ def draw_views(axes: Axes, grouped: list[Group]) -> None:
 
 
 def draw_reliability(axes: Axes, grouped: list[Group]) -> None:
-    """Accuracy against confidence, the first seed."""
+    """Draw accuracy against confidence, for the first seed."""
     axes.plot([0, 100], [0, 100], lw=0.8, ls="--", color="#888888")
     for site, runs in grouped:
         for what, found in runs[0]["calibration"].items():

@@ -1,4 +1,4 @@
-"""From the logits of finished runs to figures: benchmarks/results/fer2013.json."""
+"""Compute figures from the logits of finished runs: benchmarks/results/fer2013.json."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from scoring import HOWS, predictions, score
 STORED = Path(__file__).parent / "results" / "fer2013.json"
 TUNING = "tuning"
 BINS = 10
-#: The views of ten that are computed where fewer than all are; they stand in the order of ten_crop().
+#: Subsets of the ten views, as indices into ten_crop().
 FEW = {"centre": [4], "centre + mirror": [4, 9], "five crops": [0, 1, 2, 3, 4]}
 ALL, SURE = "ten views", "until sure"
 PLAIN, MIRRORED, CROPPED = "plain", "averaged with the mirror image", "ten crops of the input"
 
 
 class Run:
-    """What one run left: ``told``, the words and numbers about it, and the arrays of its file."""
+    """The file of a finished run: ``told``, its metadata, and its arrays."""
 
     def __init__(self, file: Path) -> None:
         self.name = file.stem
@@ -38,11 +38,11 @@ class Run:
         self.labels, self.copies = self.arrays["test_labels"], self.arrays["copies"]
 
     def logits(self, split: str, way: str = "views") -> Tensor:
-        """(n, v, k) in float32."""
+        """Return the logits in float32, (n, v, k)."""
         return self.arrays[f"{split}_{way}"].float()
 
     def ways(self) -> dict[str, tuple[float, dict[str, Tensor]]]:
-        """By each way of asking this network: GMACs of a face, and the classes of the test faces by each vote."""
+        """Return, for each way to predict, the GMACs per face and each vote's classes of the test faces."""
         cost, rows = self.told["gmacs"], self.logits("test")
         if self.site == "none":
             twice, cropped = self.logits("test", "mirrored"), self.logits("test", "cropped")
@@ -55,7 +55,7 @@ class Run:
         return {**found, SURE: self._until_sure(rows), ALL: (cost["10"], _votes(rows))}
 
     def _until_sure(self, rows: Tensor) -> tuple[float, dict[str, Tensor]]:
-        """All views only where centre and mirror are unsure; the confidence is chosen on the validation faces."""
+        """Use all views only if centre + mirror are unsure; the confidence is chosen on the validation faces."""
         cost, first = self.told["gmacs"], FEW["centre + mirror"]
         confidence = choose_confidence(self.logits("val"), self.arrays["val_labels"], first=first)
         sure = rows[:, first].mean(1).softmax(1).max(1).values > confidence
@@ -65,7 +65,7 @@ class Run:
 
 
 def store(name: str, runs: list[Run]) -> None:
-    """Put the figures of runs into the file, in the place of older ones of the same runs."""
+    """Store the figures of the runs, replacing older ones of the same runs."""
     plain = {(run.told["config"]["recipe"], run.told["config"]["seed"]): run for run in runs if run.site == "none"}
     fresh = [{"command": f"python benchmarks/fer2013.py train {name}", **figures(run, plain)} for run in runs]
     names = {run.name for run in runs}
@@ -77,12 +77,12 @@ def put(name: str, found: list[dict[str, Any]]) -> None:
 
 
 def stored() -> dict[str, list[dict[str, Any]]]:
-    """The figures so far, by list."""
+    """Return the stored figures, by list."""
     return dict(json.loads(STORED.read_text())) if STORED.exists() else {}
 
 
 def store_tuning(variants: dict[str, str], folder: Path) -> None:
-    """What each variant of the recipe reached on the validation faces, as far as it has run."""
+    """Store the validation accuracy of each recipe variant that has run."""
     found = []
     for place, (name, options) in enumerate(variants.items()):
         file = folder / str(place) / RESULT
@@ -95,7 +95,7 @@ def store_tuning(variants: dict[str, str], folder: Path) -> None:
 
 
 def figures(run: Run, plain: dict[tuple[str, int], Run]) -> dict[str, Any]:
-    """Everything that is told of one run; ``plain`` are the plain runs by recipe and seed."""
+    """Return all figures of one run; ``plain`` holds the plain runs by recipe and seed."""
     config = run.told["config"]
     beside = plain.get((config["recipe"], config["seed"]))
     others = {name: classes["soft"] for name, (_, classes) in beside.ways().items()} if beside else {}
@@ -112,7 +112,7 @@ def figures(run: Run, plain: dict[tuple[str, int], Run]) -> dict[str, Any]:
             }
             rows.append(row)
     told = {key: value for key, value in run.told.items() if key not in ("curve", "command")}
-    told["config"] = {**config, "data": Path(config["data"]).name, "out": "", "cache": ""}  # no one's own paths
+    told["config"] = {**config, "data": Path(config["data"]).name, "out": "", "cache": ""}  # no local paths
     rates = [row["faces_per_second"] for row in run.told["curve"]]
     found = {"run": run.name, **told, "faces_per_second": float(np.median(rates)), "rows": rows,
              "faces": len(run.labels), "copies": int(run.copies.sum()), **calibration(run)}  # fmt: skip
@@ -122,7 +122,7 @@ def figures(run: Run, plain: dict[tuple[str, int], Run]) -> dict[str, Any]:
 
 
 def which_views(run: Run) -> dict[str, Any]:
-    """Subsets of the views, grown by the view that helps most on the validation faces; and how far views agree."""
+    """Add views greedily by validation accuracy, and measure how far the views agree."""
     val, test = run.logits("val"), run.logits("test")
     taken: list[int] = []
     while len(taken) < val.shape[1]:
@@ -140,7 +140,7 @@ def which_views(run: Run) -> dict[str, Any]:
 
 
 def calibration(run: Run) -> dict[str, Any]:
-    """Expected calibration error and the bins of the reliability diagram: one view alone, and the vote."""
+    """Return the expected calibration error and the reliability diagram's bins, of one view and of the vote."""
     rows = run.logits("test")
     asked = {"one view": rows[:, FEW["centre"][0] if rows.shape[1] > 1 else 0]}
     if rows.shape[1] > 1:
@@ -160,7 +160,7 @@ def calibration(run: Run) -> dict[str, Any]:
 
 
 def _votes(rows: Tensor) -> dict[str, Tensor]:
-    """The classes by every vote of ten views, by the soft one of fewer."""
+    """Return the classes by every vote for ten views, by the soft vote only for fewer."""
     return {how: predictions(rows, how) for how in (HOWS if rows.shape[1] == 10 else HOWS[:1])}
 
 

@@ -1,9 +1,9 @@
-"""Four ways to put a split into a model that exists, and what PyTorch's tools make of each.
+"""Four ways to add a split to an existing model, and which of PyTorch's tools work with each.
 
     python benchmarks/mechanisms.py
 
-Each mechanism splits timm's resnet18 behind ``layer2``; a cell says whether the tool then still gives the views' rows
-("yes"), gives something else without a word ("silent"), or fails ("raises").
+Each mechanism splits timm's resnet18 after ``layer2``. A cell says whether the tool then returns the views' rows
+("yes"), silently returns something else ("silent"), or fails ("raises").
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VIEWS = ten_crop()
 
 
 class Split(nn.Module):
-    """The split as a module."""
+    """Split as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return split_views(x, VIEWS)
@@ -71,7 +71,7 @@ def plain() -> nn.Module:
 
 @functools.cache
 def rows() -> Tensor:
-    """The views' rows, from the parts of a plain model."""
+    """Return the expected rows of the views, computed from the parts of a plain model."""
     model = plain()
     x = model.layer2(model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(IMAGES))))))
     return model.forward_head(model.layer4(model.layer3(split_views(x, VIEWS)))).detach()
@@ -87,7 +87,7 @@ def keys(install: Callable) -> bool:
 
 
 def deepcopy(install: Callable) -> bool:
-    """The copy must use weights of its own."""
+    """Check that the copy uses its own weights."""
     model = install(plain())
     twin = copy.deepcopy(model)
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""What the library itself costs: a call with one image, an image of a new size, an injection, a list of sites.
+"""Measure the library's own overhead: a call with one image, an image of a new size, an injection, a list of sites.
 
-    python benchmarks/overhead.py            the figures of this version, printed
+    python benchmarks/overhead.py            print the figures of this version
 
-Networks take turns; microseconds are medians of rounds. The tiny network has next to no work, so that what is left is
-Python's: the vote written by hand (slices, one stack, the tail, a mean) is what an injection is to be compared with.
+The networks run in turn, and the times are medians over the rounds. The tiny network does almost no work, so its time
+is Python overhead; the baseline for an injection is a hand-written vote (slices, one stack, the tail, a mean).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def tiny() -> nn.Sequential:
 
 
 def by_hand(net: nn.Sequential, x: Tensor) -> Tensor:
-    """Ten views of 7×7 of the map of 8×8 behind the first module."""
+    """Vote over ten 7×7 views of the 8×8 feature map after the first module."""
     y = net[0](x)
     crops = [z[:, :, r : r + 7, c : c + 7] for z in (y, y.flip(3)) for r, c in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 0))]
     rows: Tensor = net[1:](torch.stack(crops, 1).flatten(0, 1))
@@ -61,9 +61,9 @@ def main() -> None:
              "injected, check=False": lambda: untracked(x), "injected, enabled=False": lambda: off(x),
              "CropVote": lambda: layer(x)}  # fmt: skip
     times = microseconds(calls)
-    print("a call with one image of 8×8, tiny network:")
+    print("tiny network, a call with one 8×8 image:")
     for name, taken in times.items():
-        print(f"  {name:24} {taken:7.1f} us, {taken / times['by hand']:.2f} of by hand")
+        print(f"  {name:24} {taken:7.1f} us, {taken / times['by hand']:.2f} times by hand")
     for name, site in MODELS.items():
         model = timm.create_model(name).eval()
         start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Time and memory of a voting network, beside the plain one and test-time augmentation: docs/speed.md.
+"""Measure time and memory of a voting network against the plain one and test-time augmentation: docs/speed.md.
 
     python benchmarks/speed.py [--device cuda] [--rounds 15]
 
-The paper's network at 48x48, on random images: every network once per round, in turns; medians, and their ratio to the
-plain network's. Adds to benchmarks/results/speed.json what was measured on this kind of device.
+The paper's network at 48x48, on random images. Every network runs once per round; the figures are medians and ratios to
+the plain network. The results for this type of device are stored in benchmarks/results/speed.json.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 PAGE = ROOT / "docs" / "speed.md"
 SITES = ("layer1", "layer2", "layer3")
 HAND, TTACH, TENCROP = "written by hand, after layer1", "ttach, five crops and mirror images", "torchvision's TenCrop"
-#: Networks that must say the same.
+#: Networks that must give the same output.
 ALIKE = {"cropvote after layer1": [HAND], "cropvote after input": [TTACH, TENCROP]}
 
 
 class TenCrop(nn.Module):
-    """torchvision's ten crops of the images, as its documentation shows their use."""
+    """Ten crops of the images, as torchvision's documentation shows."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TenCrop(nn.Module):
 
 
 class ByHand(nn.Module):
-    """Ten views after layer1 as one would write it for this one network, without the library."""
+    """Ten views after layer1, written for this network alone, without the library."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class ByHand(nn.Module):
 
 
 def networks(model: nn.Module) -> dict[str, nn.Module]:
-    """The same weights, plain and in every kind of vote."""
+    """Return the plain network and every voting variant, with the same weights."""
     found: dict[str, nn.Module] = {"plain": model}
     for site in (*SITES, "input"):
         found[f"cropvote after {site}"] = inject_crop_vote(copy.deepcopy(model), after=site, input_size=48)
@@ -94,7 +94,7 @@ def gmacs(model: nn.Module) -> dict[str, float]:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds, and the median over rounds of the ratio to the first, with its quartiles."""
+    """Return the median seconds, and the median and quartiles over rounds of the ratio to the first call."""
     for call in calls.values():
         call(), call()
     taken = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(rounds)]
@@ -107,7 +107,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], device: torch.device, round
 
 
 def inference(device: torch.device, batch: int, rounds: int, compiled: bool, half: bool) -> dict[str, Any]:
-    """One mode: all networks on one batch."""
+    """Measure all networks on one batch, in one mode."""
     torch.manual_seed(0)
     found = {name: network.to(device) for name, network in networks(fer_resnet18()).items()}
     images = torch.randn(batch, 3, 48, 48, device=device)
@@ -124,7 +124,7 @@ def inference(device: torch.device, batch: int, rounds: int, compiled: bool, hal
 
 
 def training(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
-    """Forward and backward, a loss on every view."""
+    """Measure forward and backward passes, with a loss on every view."""
     torch.manual_seed(0)
     images, targets = torch.randn(batch, 3, 48, 48, device=device), torch.randint(7, (batch,), device=device)
     loss = CropVoteLoss(nn.CrossEntropyLoss())
@@ -139,7 +139,7 @@ def training(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def page(stored: dict[str, Any], more: list[str]) -> str:
-    """docs/speed.md; ``more`` is what benchmarks/throughput.py has to say."""
+    """Return docs/speed.md; ``more`` is the section from benchmarks/throughput.py."""
     lines = [
         "# Speed and memory", "",
         "Made by `python benchmarks/speed.py`: the paper's network (11.2 M parameters, images 48×48, seven classes),",
@@ -173,8 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, help="images; 8 on a CPU, 512 elsewhere")
-    parser.add_argument("--page", action="store_true", help="write docs/speed.md again, without measuring")
+    parser.add_argument("--batch", type=int, help="batch size; default: 8 on a CPU, 512 elsewhere")
+    parser.add_argument("--page", action="store_true", help="rewrite docs/speed.md without measuring")
     arguments = parser.parse_args()
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not arguments.page:
@@ -196,7 +196,7 @@ def main() -> None:
             "training": training(device, batch, rounds),
         }
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
-    import throughput  # it uses this file's functions
+    import throughput  # here, because it imports this file
 
     PAGE.write_text(page(stored, throughput.section()))
 

@@ -1,4 +1,4 @@
-"""Time and memory of ``split_views`` against stacked slices, forward and backward, in one interleaved run.
+"""Compare time and memory of ``split_views`` and stacked slices, forward and backward, in one interleaved run.
 
 python benchmarks/split.py [--device cuda] [--rounds 9]
 """
@@ -22,7 +22,7 @@ VIEWS = ten_crop()
 
 
 def naive(x: Tensor) -> Tensor:
-    """What one would write without the library."""
+    """Split as one would without the library."""
     (h, w), mirrored = VIEWS.crop_size(*x.shape[2:]), x.flip(-1)
     places = zip(VIEWS, VIEWS.offsets(*x.shape[2:]), strict=True)
     crops = [(mirrored if view.mirror else x)[..., t : t + h, left : left + w] for view, (t, left) in places]
@@ -52,7 +52,7 @@ def main() -> None:
         gradient = torch.randn_like(ours(x)).contiguous(memory_format=memory_format)
         expected, found = run(naive, x, gradient), run(ours, x, gradient)
         if not torch.equal(expected[0], found[0]) or not torch.allclose(expected[1], found[1], atol=1e-5):
-            raise SystemExit("the two do not agree")
+            raise SystemExit("the results differ")
         del expected, found
         times: dict[Callable[[Tensor], Tensor], list[float]] = {naive: [], ours: []}
         for _ in range(arguments.rounds):

@@ -1,13 +1,13 @@
-"""Images a second in training and inference, beside what the device could do at most: a part of docs/speed.md.
+"""Measure images per second in training and inference, against the device's limits: part of docs/speed.md.
 
-    python benchmarks/throughput.py                        on a GPU: batches 135 (the paper's), 512 and 2048
+    python benchmarks/throughput.py                        on a GPU: batch sizes 135 (the paper's), 512 and 2048
     python benchmarks/throughput.py --batches 8 --rounds 3     on a CPU
 
 The paper's network at 48x48 on random images, plain and with ten views: eager in float32, and fast (bfloat16 autocast,
-channels_last, torch.compile, a fused optimizer); on a GPU also other ways to run it, and which kernels take the time.
-Two floors are measured beside them: the multiply-adds at the rate of a large matrix product, and the bytes that
-training keeps, written and read once, at the rate of a copy. Every row is written to benchmarks/results/throughput.json
-as soon as it is measured, and not measured again; the page is made by `python benchmarks/speed.py --page`.
+channels_last, torch.compile, a fused optimizer); on a GPU also in other modes, with the time by kind of kernel. Two
+lower bounds on the time are measured too: the multiply-adds at the rate of a large matrix product, and the bytes saved
+for backward, written and read once, at the rate of a copy. Each row is stored in benchmarks/results/throughput.json
+when it is measured, and not measured again. `python benchmarks/speed.py --page` makes the page.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WARM_UP, STEPS = 5, 10
 
 @dataclass(frozen=True)
 class Mode:
-    """How a network is run: its precision, its layout, and torch.compile's mode, None where it runs eagerly."""
+    """How a network runs: its precision, its layout, and torch.compile's mode (None: eager)."""
 
     kind: torch.dtype
     layout: torch.memory_format
@@ -51,7 +51,7 @@ class Mode:
 
     @property
     def rate(self) -> str:
-        """The name of the matrix product's rate that bounds it."""
+        """Return the name of the matrix product whose rate is the limit."""
         return "fast" if self.kind == torch.bfloat16 else "float32 eager"
 
 
@@ -59,13 +59,13 @@ MODES = {
     "fast": Mode(torch.bfloat16, torch.channels_last, "default"),
     "float32 eager": Mode(torch.float32, torch.contiguous_format),
 }
-#: Other ways, tried on a GPU with some networks and the first batch.
+#: Other modes, measured on a GPU with some networks and the first batch size.
 WAYS = {
     "fast, as CUDA graphs": Mode(torch.bfloat16, torch.channels_last, "reduce-overhead"),
     "fast, contiguous": Mode(torch.bfloat16, torch.contiguous_format, "default"),
     "bfloat16 eager": Mode(torch.bfloat16, torch.channels_last),
 }
-#: Kernels by a part of their names, the first that fits; what fits nothing is the rest.
+#: Kinds of kernels by parts of their names; the first match counts, unmatched kernels are "the rest".
 KERNELS = {
     "fused by the compiler (norms, activations, the split, sums)": ("triton",),
     "convolutions and matrix products": ("conv", "gemm", "wgrad", "dgrad", "fprop", "nvjet", "cutlass", "cudnn"),
@@ -74,7 +74,7 @@ KERNELS = {
 
 
 def measure(device: torch.device, options: argparse.Namespace) -> None:
-    """What is missing of the device's rows, until the time is up; the networks in the order of their interest."""
+    """Measure the device's missing rows, most interesting network first, until the time is up."""
     started, out = time.monotonic(), Path(options.out)
     torch.backends.cudnn.benchmark = True
     stored = json.loads(out.read_text()) if out.exists() else {}
@@ -102,7 +102,7 @@ def measure(device: torch.device, options: argparse.Namespace) -> None:
 
 
 def asked(device: torch.device, options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """Network, mode and batch: all of them at the first batch, then two networks at the others."""
+    """Yield network, mode and batch size: all networks for the first batch size, two networks for the others."""
     for batch in options.batches:
         first = batch == options.batches[0]
         for mode in MODES:
@@ -114,7 +114,7 @@ def asked(device: torch.device, options: argparse.Namespace) -> Iterator[tuple[s
 
 
 def training(network: str, mode: Mode, batch: int, device: torch.device) -> tuple[nn.Module, Callable[[], Any], Any]:
-    """The network, one step of its training, and one call for its outputs."""
+    """Return the network, a function for one training step, and one for inference."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = fer_resnet18()
@@ -144,7 +144,7 @@ def training(network: str, mode: Mode, batch: int, device: torch.device) -> tupl
 
 
 def row(network: str, mode: str, batch: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Images a second of one network, mode and batch, median of the rounds; and the peak memory of a training step."""
+    """Measure images per second (median of the rounds), and a training step's peak memory per image."""
     model, step, infer = training(network, {**MODES, **WAYS}[mode], batch, device)
     found: dict[str, Any] = {"network": network, "mode": mode, "batch": batch}
     for what, call in (("training", step), ("inference", infer)):
@@ -158,7 +158,7 @@ def row(network: str, mode: str, batch: int, device: torch.device, rounds: int) 
 
 
 def kernels(device: torch.device, rounds: int) -> dict[str, Any]:
-    """Of training with ten views after layer1, batch 135, fast: ms a step, and ms of the device's by kind of kernel."""
+    """Measure a fast training step with ten views after layer1, batch size 135: total ms, and ms per kind of kernel."""
     _, step, _ = training("layer1", MODES["fast"], 135, device)
     taken = 1e3 * statistics.median(repeated(step, device, rounds))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
@@ -176,7 +176,7 @@ def kernels(device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def repeated(call: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
-    """Seconds of one call, each the mean of several that the device may queue."""
+    """Return the seconds per call, one value per round, each the mean of several queued calls."""
     steps, warm_up = (STEPS, WARM_UP) if device.type == "cuda" else (1, 1)
     for _ in range(warm_up):
         call()
@@ -184,7 +184,7 @@ def repeated(call: Callable[[], Any], device: torch.device, rounds: int) -> list
 
 
 def floors(device: torch.device, rounds: int) -> dict[str, float]:
-    """Multiply-adds a second of a large matrix product, in both precisions, and bytes a second of a copy."""
+    """Measure multiply-adds per second of a large matrix product in both precisions, and bytes per second of a copy."""
     side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
     found = {}
     before = torch.get_float32_matmul_precision()
@@ -200,7 +200,7 @@ def floors(device: torch.device, rounds: int) -> dict[str, float]:
 
 
 def split(device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """The split after layer1 alone: the time of a plain copy of its views over its own, forward and backward."""
+    """Return the time of a plain copy of the views over the time of the split after layer1, forward and backward."""
     batch = 135 if device.type == "cuda" else 8
     copying = floors(device, rounds)["copy"]
     found = {}
@@ -210,7 +210,7 @@ def split(device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
         for how, function in {"eager": split_views, "compiled": torch.compile(split_views)}.items():
             y = function(x, ten_crop())
             gradient = torch.randn_like(y)
-            copied = 2 * y.nbytes / copying  # seconds of a copy of the views
+            copied = 2 * y.nbytes / copying  # seconds to copy the views
             forward = min(repeated(lambda f=function, x=x: f(x.detach(), ten_crop()), device, rounds))
             back = lambda y=y, x=x, g=gradient: torch.autograd.grad(y, x, g, retain_graph=True)  # noqa: E731
             backward = min(repeated(back, device, rounds))
@@ -219,7 +219,7 @@ def split(device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def section() -> list[str]:
-    """The part of docs/speed.md, once something is measured."""
+    """Return this script's section of docs/speed.md, empty if nothing was measured."""
     if not STORED.exists():
         return []
     stored = json.loads(STORED.read_text())
@@ -257,7 +257,7 @@ def section() -> list[str]:
             rate = modes[row["mode"]].rate
             size = cost.train_memory_mib * 2**20 / (2 if rate == "fast" else 1)
             ratio = f"{base / row['training']:.2f}" if base else "–"
-            peak_of = "–" if "graphs" in row["mode"] else f"{row['peak_mib']:.1f}"  # those hold it beforehand
+            peak_of = "–" if "graphs" in row["mode"] else f"{row['peak_mib']:.1f}"  # CUDA graphs allocate it beforehand
             label = "plain" if row["network"] == "none" else f"`{row['network']}`"
             work, moved = rates[rate] / (3e9 * cost.gmacs), rates["copy"] / (2 * size)
             lines.append(
@@ -273,7 +273,7 @@ def section() -> list[str]:
 
 
 def _kernels(found: dict[str, Any] | None) -> list[str]:
-    """Where the time of a step goes, where it was measured."""
+    """Return the table of a step's time by kind of kernel, if it was measured."""
     if found is None:
         return []
     spent = sum(found["kinds"].values())
@@ -297,8 +297,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[135, 512, 2048])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=1e6, help="measure no further row after them")
-    parser.add_argument("--rows-only", action="store_true", help="no floors, split, kernels")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no further row after this time")
+    parser.add_argument("--rows-only", action="store_true", help="measure no limits, split or kernels")
     parser.add_argument("--out", default=str(STORED), metavar="FILE")
     options = parser.parse_args(argv)
     measure(torch.device(options.device), options)

@@ -1,4 +1,4 @@
-"""What the benchmarks of time and memory share."""
+"""Helpers shared by the time and memory benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call, with all that it started on the device."""
+    """Return the seconds of one call, including all work it starts on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -26,7 +26,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> float:
-    """MiB allocated at once during a call."""
+    """Return the peak MiB allocated during a call."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -45,7 +45,7 @@ def peak(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """The device, in words."""
+    """Describe the device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -56,7 +56,7 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, where it is one."""
+    """Return the commit of this checkout, or "unknown"."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)  # noqa: S603
     return found.stdout.strip() or "unknown"

@@ -1,8 +1,8 @@
 """The README's table: a narrow network on toy faces, plain and voting, over three seeds.
 
-python benchmarks/toy.py run     trains what runs/toy still lacks (an hour), and stores the figures
-python benchmarks/toy.py table   prints the table of the stored figures
-python benchmarks/toy.py picture draws docs/figures/toy.svg from them: accuracy against multiply-adds
+python benchmarks/toy.py run     train the runs missing from runs/toy (an hour), and store the figures
+python benchmarks/toy.py table   print the stored figures as a table
+python benchmarks/toy.py picture draw docs/figures/toy.svg from them: accuracy against multiply-adds
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "fer48"
 RESULTS = ROOT / "benchmarks" / "results" / "toy.json"
-#: Epochs and the networks trained for as many; ten views after layer1 cost as much as 5.2 times the plain epochs.
+#: Networks by number of epochs; an epoch with ten views after layer1 costs as much as 5.2 plain epochs.
 RUNS = {10: "none layer1 layer1=hflip,layer3=five", 52: "none"}
 
 sys.path.insert(0, str(EXAMPLE))
@@ -33,14 +33,14 @@ def run() -> None:
 
 
 def picture() -> None:
-    """Of the networks trained for as many epochs."""
+    """Draw the networks that were trained for the same number of epochs."""
     (epochs, stored), *_ = json.loads(RESULTS.read_text()).items()
     where = f"700 toy test faces (synthetic), {epochs} epochs, three seeds"
     compare.plot(ROOT / "docs" / "figures" / "toy.svg", stored["rows"], where)
 
 
 def table() -> str:
-    """Accuracy on the test faces, mean ± standard deviation over the seeds."""
+    """Return accuracy on the test faces, mean ± standard deviation over the seeds."""
     stored: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text())
     lines = [
         "| network | epochs | soft vote, % | hard vote, % | parameters | GMACs per image |",

@@ -1,10 +1,10 @@
-"""Votes that stop when sure, beside the vote of all views: who stops, accuracy, multiply-adds and time.
+"""Compare votes that stop when sure with the vote of all views: share that stops, accuracy, multiply-adds and time.
 
     python benchmarks/until_sure.py runs/toy-10/layer1-0 runs/toy-10/layer1-1      finished runs of examples/fer48
     python benchmarks/until_sure.py runs/FER2013-layer1-0 --final-test
 
 The confidence is chosen on one half of the validation faces and scored on the other; with --final-test it is chosen on
-all of them and scored on the test faces. Runs that differ in the seed alone are averaged. Writes a table and JSON.
+all of them and scored on the test faces. Runs that differ only in the seed are averaged. Writes a table and JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SIX = [0, 1, 2, 3, 4, 9]  # the exact stop needs more than half of the views
 
 @torch.no_grad()
 def look_at(run: str, final_test: bool) -> dict[str, Any]:
-    """The rows of one run."""
+    """Return the figures of one run."""
     model, card = load_model(run)
     stored = json.loads((Path(card["folder"]) / "result.json").read_text())
     config = dataclasses.replace(from_dict(stored["config"]), final_test=final_test)
@@ -76,7 +76,7 @@ def look_at(run: str, final_test: bool) -> dict[str, Any]:
             "stopped": share, "accuracy": float(right.double().mean()), "gmacs": share * few + (1 - share) * row.gmacs,
             "time": taken[name] / taken["all views, soft"],
         }  # fmt: skip
-    told = {**stored["config"], "data": Path(config.data).name, "out": "", "cache": ""}  # no one's own paths
+    told = {**stored["config"], "data": Path(config.data).name, "out": "", "cache": ""}  # no local paths
     return {"run": Path(run).name, "config": told, "faces": len(scored), "scored": name_of(scored, final_test),
             "confidence": confidence, "plain": cost["baseline"].gmacs, "rows": found}  # fmt: skip
 
@@ -86,13 +86,13 @@ def name_of(scored: Split, final_test: bool) -> str:
 
 
 def gmacs_of(by_views: dict[int, float], count: int) -> float:
-    """The multiply-adds of so many views, between those that the table has."""
+    """Return the multiply-adds of ``count`` views, interpolated if the table lacks them."""
     (one, first), (most, last) = min(by_views.items()), max(by_views.items())
     return by_views.get(count, first + (last - first) * (count - one) / (most - one))
 
 
 def timed(model: nn.Module, ways: dict[str, tuple[str, Callable[[Tensor], Any]]], x: Tensor) -> dict[str, float]:
-    """Seconds of a batch: the median of rounds in which the ways take turns."""
+    """Return the median seconds per batch over interleaved rounds."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, (how, way) in ways.items():
@@ -104,7 +104,7 @@ def timed(model: nn.Module, ways: dict[str, tuple[str, Callable[[Tensor], Any]]]
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown, mean ± standard deviation over the runs."""
+    """Return a Markdown table, mean ± standard deviation over the runs."""
     lines = ["| vote | samples that stop, % | accuracy, % | GMACs per image | time |", "|---|---|---|---|---|"]
     for name in runs[0]["rows"]:
         rows = [run["rows"][name] for run in runs]
@@ -130,8 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="the folder of a finished, voting run")
-    parser.add_argument("--final-test", action="store_true", help="on the test faces: once, at the very end")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="the folder of a finished voting run")
+    parser.add_argument("--final-test", action="store_true", help="score the test faces: once, at the very end")
     parser.add_argument("--out", default=str(STORED), metavar="FILE")
     parser.add_argument("--table", action="store_true", help="only print the table of the stored figures")
     options = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python benchmarks/weights.py RUN --weights FILE.safetensors --data fer2013.npz
 
-RUN is the run's name in benchmarks/results/worth.jsonl, chosen by its accuracy on PublicTest. PrivateTest is scored here
-by the stored network as it is loaded, on the CPU; minutes. --logits FILE keeps every view's logits, or takes them from
-there.
+RUN is the run's name in benchmarks/results/worth.jsonl, chosen by its accuracy on PublicTest. The stored network is
+loaded again and scored on PrivateTest, which takes minutes on the CPU. --logits FILE stores every view's logits, or
+reads them if the file exists.
 """
 
 # ruff: noqa: E501  # the card's sentences
@@ -27,7 +27,7 @@ from cropvote import inject_crop_vote, per_view
 from worth import ROOT, stored
 from worth_tasks import Task, fer2013
 
-from data.sources import ORDERS  # isort: skip  # of examples/fer48, which worth_tasks puts on the path
+from data.sources import ORDERS  # isort: skip  # in examples/fer48, which worth_tasks adds to sys.path
 from keeping import save_model  # isort: skip
 from model import fer_resnet18  # isort: skip
 from scoring import interval  # isort: skip
@@ -38,7 +38,7 @@ VIEWS = {"centre": [4], "centre + mirror": [4, 9], "ten views": list(range(10))}
 
 @torch.no_grad()
 def read(task: Task, weights: Path, width: int) -> dict[str, np.ndarray]:
-    """Every view's logits of PublicTest and PrivateTest, (n, 10, 7)."""
+    """Return the logits of every view on PublicTest and PrivateTest, (n, 10, 7)."""
     model = inject_crop_vote(fer_resnet18(num_classes=7, width=width), after="layer1", input_size=48).eval()
     model.load_state_dict(load_file(weights))
     found = {}
@@ -50,7 +50,7 @@ def read(task: Task, weights: Path, width: int) -> dict[str, np.ndarray]:
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """The number that the vote's logits are divided by, so that PublicTest is least surprising."""
+    """Return the temperature that minimises the loss of the vote's logits on PublicTest."""
     candidates = torch.arange(0.5, 2.01, 0.01)
     losses = [torch.nn.functional.cross_entropy(logits / t, labels) for t in candidates]
     return round(float(candidates[int(torch.stack(losses).argmin())]), 2)
@@ -62,7 +62,7 @@ def percent(right: np.ndarray) -> str:
 
 
 def read_or_load(task: Task, options: argparse.Namespace, width: int) -> dict[str, np.ndarray]:
-    """Return the logits of :func:`read`, from the file that an earlier run left, if there is one."""
+    """Return the logits of :func:`read`, from the file of an earlier run if there is one."""
     kept = Path(options.logits) if options.logits else None
     if kept and kept.exists():
         with np.load(kept, allow_pickle=False) as arrays:
@@ -74,7 +74,7 @@ def read_or_load(task: Task, options: argparse.Namespace, width: int) -> dict[st
 
 
 def find_copies(task: Task) -> np.ndarray:
-    """Return which faces of PrivateTest are, pixel for pixel, in Training or PublicTest."""
+    """Return which PrivateTest faces are pixel-identical to one in Training or PublicTest."""
     known = {image.numpy().tobytes() for split in ("train", "val") for image in task.splits[split][0]}
     return np.array([image.numpy().tobytes() in known for image in task.splits["test"][0]])
 

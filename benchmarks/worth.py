@@ -1,19 +1,19 @@
-"""Is voting worth its work? Networks that learn for the same multiply-adds, plain and through views.
+"""Is voting worth its cost? Train networks for the same multiply-adds, plain and with views.
 
-    python benchmarks/worth.py next --data fer2013.npz --device cuda --minutes 9     the runs that are still missing
+    python benchmarks/worth.py next --data fer2013.npz --device cuda --minutes 9     train the missing runs
     python benchmarks/worth.py next --data fer2013.npz --width 16 --budgets 6.5 13 26
     python benchmarks/worth.py next --task cifar10 --data cifar10_jpeg.npz --device cuda
     python benchmarks/worth.py next --task finetune --data cifar10_jpeg.npz --budgets 6 12
-    python benchmarks/worth.py list                                                  what is done and what is missing
+    python benchmarks/worth.py list                                                  list the done and missing runs
 
-Work is counted in epochs of the plain network: a budget of 40 is the multiply-adds of 40 plain epochs, whatever the
-network. Each run warms up, learns at a constant rate and lets the rate fall to 0 over the last quarter of its work; its
-last weights are scored. Runs of one network and seed share their constant part: a run of 20 goes on, at 15, where the
-one of 10 left it at 7.5. So a network can also learn plainly first and through views in the last quarter ("late").
+Work is counted in epochs of the plain network: for every network, a budget of 40 is the multiply-adds of 40 plain
+epochs. A run has a warm-up, a constant learning rate and a decay to 0 over the last quarter of its work; the final
+weights are scored. Runs with the same network and seed share the constant part: a run of 10 leaves it at 7.5, and a run
+of 20 continues from there to 15. So a network can also train plain first and with views in the last quarter ("late").
 
-Every finished run adds a line to benchmarks/results/worth.jsonl: what it was, and for every way of asking it which
-pictures it got right (a bit each, base64), so that any two runs can be compared later. Weights and logits stay in
---runs. Several processes of the same command share the runs. Nothing is chosen by the test pictures.
+Every finished run adds a line to benchmarks/results/worth.jsonl: its settings, and for every way to predict, which
+images it got right (one bit each, base64), so any two runs can be compared later. Weights and logits stay in --runs.
+The same command can be started several times in parallel; the processes share the runs. Test images choose nothing.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from worth_tasks import TASKS, Arm, Task, costs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "worth.jsonl"
-#: The share of a run's work in which the rate falls, and the plain epochs of work in which it rises.
+#: The share of a run's work in which the learning rate decays, and the warm-up in plain epochs of work.
 FALL, RISE = 0.25, 0.5
 
 
 def family(task: Task, arms: list[Arm], seed: int, options: argparse.Namespace, deadline: float) -> None:
-    """All missing runs of one first network and seed."""
+    """Train all missing runs that share a first network and seed."""
     device, cost = torch.device(options.device), costs_of(task)
     known = {line["run"] for line in stored(Path(options.results))}
     wanted = [(arm, budget) for budget in sorted(options.budgets) for arm in arms]
@@ -57,7 +57,7 @@ def family(task: Task, arms: list[Arm], seed: int, options: argparse.Namespace, 
     if not wanted:
         return
     faces = len(task.splits["train"][0])
-    plain_step = lambda network: network.batch * cost(network) / faces  # noqa: E731  # plain epochs of work a step
+    plain_step = lambda network: network.batch * cost(network) / faces  # noqa: E731  # plain epochs of work per step
     longest = max(max(FALL * b, b * (1 - FALL)) for b in options.budgets)
     most = max(math.ceil(longest / plain_step(n)) for arm in arms for n in (arm.first, arm.last)) + 1
     learner = Learner(task, device, most)
@@ -90,7 +90,7 @@ def family(task: Task, arms: list[Arm], seed: int, options: argparse.Namespace, 
 
 
 def pictures(generator: torch.Generator, total: int, count: int) -> Tensor:
-    """Return the indices of ``count`` pictures, reshuffled every epoch, (count,)."""
+    """Return the indices of ``count`` images, reshuffled every epoch, (count,)."""
     turns = [torch.randperm(total, generator=generator) for _ in range(math.ceil(count / total))]
     return torch.cat(turns)[:count] if turns else torch.zeros(0, dtype=torch.long)
 
@@ -104,7 +104,7 @@ def keep(
     learner: Learner, task: Task, arm: Arm, budget: float, seed: int, loss: float, seconds: float, cost: float,
     options: argparse.Namespace,
 ) -> None:  # fmt: skip
-    """Score a finished run, add its line, and keep its weights in float16."""
+    """Score a finished run, append its line, and save its weights in float16."""
     right: dict[str, dict[str, str]] = {}
     accuracy: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
@@ -136,13 +136,13 @@ def keep(
 
 
 def stored(path: Path = STORED) -> list[dict[str, Any]]:
-    """The lines of the finished runs."""
+    """Return the lines of the finished runs."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[bool]:
-    """Whether this process is the one that holds the file; it lets go at the end, or when it dies."""
+    """Yield whether this process got the file's lock, which is released at the end or when the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -177,18 +177,18 @@ def main() -> None:
     )
     parser.add_argument("step", choices=("next", "list"))
     parser.add_argument("--task", choices=tuple(TASKS), default="fer2013")
-    parser.add_argument("--data", default="", metavar="FILE", help="the pictures, .npz")
+    parser.add_argument("--data", default="", metavar="FILE", help="the images, .npz")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--width", type=int, default=16, help="of the network for faces (16)")
-    parser.add_argument("--limit", type=int, help="use this many training pictures")
+    parser.add_argument("--width", type=int, default=16, help="width of the face network (default: 16)")
+    parser.add_argument("--limit", type=int, help="use only this many training images")
     parser.add_argument("--budgets", type=float, nargs="+", default=[10, 20, 40, 80], help="in plain epochs of work")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--families", type=int, nargs="+", help="which of the task's lists of runs, from 0 on")
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="of their runs, those of these names")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop then; an unfinished run is lost")
+    parser.add_argument("--families", type=int, nargs="+", help="indices of the task's families of runs, from 0")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="run only the arms with these names")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after this time; an unfinished run is lost")
     parser.add_argument("--results", default=str(STORED), metavar="FILE")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "worth"), metavar="FOLDER")
-    parser.add_argument("--commit", default="", help="what to call this version, where git does not know")
+    parser.add_argument("--commit", default="", help="the commit to record, if git does not know it")
     options = parser.parse_args()
     if options.step == "list":
         for line in stored(Path(options.results)):

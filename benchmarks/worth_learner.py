@@ -1,4 +1,4 @@
-"""Learn and ask for worth.py: networks that split between their stages, as CUDA graphs on a GPU."""
+"""Training and prediction for worth.py: networks that split between stages, run as CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from cropvote import CropVoteLoss, Views, hflip, vote
 from worth_tasks import Network, Task, rows_of
 
-#: Some of the ten views in the order of ten_crop(), or of the five in that of five_crop().
+#: Subsets of the views, as indices into ten_crop() or five_crop().
 FEW = {"centre": [4], "centre + mirror": [4, 9], "five crops": [0, 1, 2, 3, 4]}
 
 
 class Learner:
-    """One model and optimizer; the steps of each network are CUDA graphs on a GPU, captured once."""
+    """A model and its optimizer; on a GPU, each network's training steps are CUDA graphs, captured once."""
 
     def __init__(self, task: Task, device: torch.device, steps: int) -> None:
         self.task, self.device, self.cuda = task, device, device.type == "cuda"
@@ -31,7 +31,7 @@ class Learner:
         self.model = task.make().to(device).to(memory_format=layout)
         self.stages = task.stages(self.model)
         self.images, self.labels = (tensor.to(device) for tensor in task.splits["train"])
-        self.sure = torch.eye(int(self.labels.max()) + 1, device=device)  # of each class
+        self.sure = torch.eye(int(self.labels.max()) + 1, device=device)  # one-hot targets
         self.loss = CropVoteLoss(nn.CrossEntropyLoss(label_smoothing=task.smoothing))
         self.rate = torch.zeros((), device=device)
         decayed, others = [], []
@@ -42,9 +42,9 @@ class Learner:
             self.optimizer: Any = torch.optim.SGD(groups, self.rate, momentum=0.9, nesterov=True, fused=self.cuda)
         else:
             self.optimizer = torch.optim.AdamW(groups, self.rate, fused=self.cuda, capturable=self.cuda)
-        self.rates = torch.zeros(steps, device=device)  # of the steps of a phase ...
-        self.order = torch.zeros(steps * 128, dtype=torch.long, device=device)  # ... and its pictures
-        self.shares = torch.zeros(steps, device=device)  # what a mixed picture keeps of itself, by step
+        self.rates = torch.zeros(steps, device=device)  # the learning rate of each step of a phase
+        self.order = torch.zeros(steps * 128, dtype=torch.long, device=device)  # and its images
+        self.shares = torch.zeros(steps, device=device)  # mixup: the image's own share, by step
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.averaged = [t.detach().clone() for t in self._floats()] if task.average else []
         self.total = torch.zeros((), device=device)
@@ -52,9 +52,9 @@ class Learner:
         self.pool: Any = None
 
     def choices(self, network: Network) -> list[dict[str, Views]]:
-        """The sites of every draw of views; all views where none are drawn.
+        """Return the sites of every possible draw of views, or of all views if none are drawn.
 
-        With two sites, all views of the first are kept, and the same view of the last is drawn for each of them.
+        With two sites, all views of the first are kept, each with the same view of the last.
         """
         if network.train_views is None:
             return [network.sites]
@@ -64,7 +64,7 @@ class Learner:
         return [{**dict(first), site: views.take(some)} for some in drawn]
 
     def step(self, sites: dict[str, Views], batch: int, teach: float = 0.0) -> None:
-        self.rate.copy_(self.rates.index_select(0, self.at).squeeze())  # nothing here may wait for the device
+        self.rate.copy_(self.rates.index_select(0, self.at).squeeze())  # nothing here may synchronise with the device
         rows = self.order.index_select(0, self.at * batch + torch.arange(batch, device=self.device))
         self.at += 1
         x = self.task.alter(self.images[rows])
@@ -88,7 +88,7 @@ class Learner:
             torch._foreach_lerp_(self.averaged, self._floats(), 1 - self.task.average)
 
     def prepare(self, network: Network) -> list[Callable[[], Any]]:
-        """The steps of a network, one for each draw of its views."""
+        """Return a network's training steps, one for each draw of its views."""
         if network in self.steps:
             return self.steps[network]
         choices = self.choices(network)
@@ -116,10 +116,10 @@ class Learner:
         return self.steps[network]
 
     def run(self, network: Network, rates: Tensor, order: Tensor, seed: int, deadline: float) -> float:
-        """Learn for as many steps as there are rates; the mean loss. The seed draws the alterations and the views.
+        """Train one step per rate and return the mean loss. The seed decides augmentation and views.
 
         Raises:
-            TimeoutError: the deadline has passed.
+            TimeoutError: If the deadline has passed.
         """
         self.model.train()
         steps = self.prepare(network)
@@ -142,12 +142,12 @@ class Learner:
         return float(self.total) / max(1, len(rates))
 
     def state(self) -> list[Tensor]:
-        """A copy of all weights, statistics and moments."""
+        """Return a copy of all weights, statistics and optimizer moments."""
         return [tensor.clone() for tensor in self._tensors()]
 
     def restore(self, state: list[Tensor]) -> None:
         for tensor, value in itertools.zip_longest(self._tensors(), state):
-            if value is None:  # moments that the optimizer made since: as new ones
+            if value is None:  # a moment the optimizer has created since: reset it
                 tensor.zero_()
             else:
                 tensor.copy_(value)
@@ -160,12 +160,12 @@ class Learner:
 
     @torch.no_grad()
     def _floats(self) -> list[Tensor]:
-        """The weights and statistics, which can be averaged."""
+        """Return the weights and statistics, which can be averaged."""
         return [t.detach() for t in self.model.state_dict().values() if t.is_floating_point()]
 
     @contextlib.contextmanager
     def scored(self) -> Iterator[nn.Module]:
-        """The network as it is scored: with its averaged weights, where a task asks for them."""
+        """Yield the network to be scored, with averaged weights if the task uses them."""
         kept = self.state()
         if self.averaged:
             torch._foreach_copy_(self._floats(), self.averaged)
@@ -173,7 +173,7 @@ class Learner:
         self.restore(kept)
 
     def start(self, seed: int) -> None:
-        """Fresh weights, and moments as if there had been no step."""
+        """Reset the weights and the optimizer."""
         torch.manual_seed(seed)
         self.model.load_state_dict(self.task.make().state_dict())
         if self.averaged:
@@ -182,7 +182,7 @@ class Learner:
 
 
 def divergence(views: Tensor) -> Tensor:
-    """KL divergence of every view's prediction from the mean one of its sample, which learns nothing; (n, v, k)."""
+    """Return the KL divergence of each view's prediction from its sample's detached mean; ``views`` is (n, v, k)."""
     each = views.log_softmax(-1)
     mean = each.exp().mean(1, keepdim=True).detach()
     return F.kl_div(each, mean.expand_as(each), reduction="sum") / (each.shape[0] * each.shape[1])
@@ -190,7 +190,7 @@ def divergence(views: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ask(learner: Learner, network: Network, split: str, batch: int = 512) -> dict[str, Tensor]:
-    """By each way of asking the network: (n, k), logits or votes."""
+    """Return the logits or votes, (n, k), for each way to predict."""
     images = learner.task.splits[split][0]
     sites = network.sites or {"input": hflip()}
     found = []

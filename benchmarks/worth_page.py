@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/results.md, docs/guides/fine-tuning.md and README, from results/worth.jsonl."""
+"""Make the tables and picture of docs/results.md, docs/guides/fine-tuning.md and README from results/worth.jsonl."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from cropvote import profile
-from worth import stored  # which puts examples/fer48 on the path
+from worth import stored  # also adds examples/fer48 to sys.path
 
 import cifar  # isort: skip
 from compare import mean_and_sd, spread  # isort: skip
@@ -27,24 +27,24 @@ from worth_tasks import Network  # isort: skip
 
 Line = dict[str, Any]
 MIRRORED = ("none", "mirrored input")
-#: What a way of asking computes: how many views.
+#: How many views each way to predict computes.
 COUNTS = {"centre": 1, "centre + mirror": 2, "five crops": 5, "ten views": 10}
 WIDTH = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """Runs that are compared: of one task, for one budget of work."""
+    """A comparison of runs: one task, one budget of work."""
 
     task: str
     budget: float
-    pictures: int  # that were scored
+    pictures: int  # the number scored
     size: int
     make: Callable[[], nn.Module]
-    rows: list[tuple[str, str, str]]  # the arm, the way of asking, the words for them
+    rows: list[tuple[str, str, str]]  # the arm, the way to predict, the label
 
     def lines(self, budget: float | None = None) -> dict[tuple[str, int], Line]:
-        """The runs of a budget by arm and seed, each once: the same seed again is for :func:`noise`."""
+        """Return the runs of a budget by arm and seed; repeats of a seed are left to :func:`noise`."""
         return {(line["arm"], line["seed"]): line for line in self.all() if line["budget"] == (budget or self.budget)}
 
     def all(self) -> list[Line]:
@@ -104,7 +104,7 @@ LINES = {
 
 @cache
 def work_of(study: Study, arm: str, way: str) -> float:
-    """Return the multiply-adds of a prediction over the plain network's."""
+    """Return the multiply-adds of a prediction relative to the plain network."""
     if arm == "none":
         return 2.0 if way == "mirrored input" else 1.0
     network = Network(arm.removeprefix("late ").partition(":")[0])
@@ -118,7 +118,7 @@ def accuracies(study: Study, arm: str, way: str, budget: float | None = None) ->
 
 
 def p_values(study: Study, arm: str, way: str, budget: float | None = None, than: tuple[str, str] = MIRRORED) -> str:
-    """McNemar's exact p of every seed against another way of the same seed and work."""
+    """Return each seed's p of McNemar's exact test against another way to predict, at the same seed and work."""
     lines, found = study.lines(budget), []
     for seed in study.seeds(arm, budget):
         ours, theirs = (right(lines[a, seed], w, study.pictures) for a, w in ((arm, way), than))
@@ -128,7 +128,7 @@ def p_values(study: Study, arm: str, way: str, budget: float | None = None, than
 
 
 def ahead(study: Study, arm: str, way: str, budget: float | None = None, than: tuple[str, str] = MIRRORED) -> str:
-    """``−0.4 ± 0.4``: points ahead of another way of the same seed and work."""
+    """Return the points ahead of another way to predict, at the same seed and work, such as ``−0.4 ± 0.4``."""
     lines = study.lines(budget)
     gains = [lines[arm, seed]["accuracy"]["test"][way] - lines[than[0], seed]["accuracy"]["test"][than[1]]
              for seed in study.seeds(arm, budget)]  # fmt: skip
@@ -138,13 +138,13 @@ def ahead(study: Study, arm: str, way: str, budget: float | None = None, than: t
 
 
 def right(line: Line, way: str, pictures: int) -> np.ndarray:
-    """(n,) bool: which pictures the run got right."""
+    """Return which images the run got right, (n,) bool."""
     packed = np.frombuffer(base64.b64decode(line["right"]["test"][way]), np.uint8)
     return np.unpackbits(packed, count=pictures).astype(bool)
 
 
 def table(study: Study, test: str, rows: int | None = None, tests: bool = True) -> str:
-    """Return a row for each way of training and asking; ``tests``: with McNemar's p of every seed."""
+    """Return a row for each way to train and predict; ``tests`` adds each seed's p of McNemar's test."""
     head = ["network", "work of a prediction", test, "points ahead of plain + mirror"] + ["p of each seed"] * tests
     out = [f"| {' | '.join(head)} |", "|---|---:|---:|---:|" + "---|" * tests]
     for arm, way, words in study.rows[:rows]:
@@ -156,12 +156,12 @@ def table(study: Study, test: str, rows: int | None = None, tests: bool = True) 
 
 
 def short_table() -> str:
-    """README's first table."""
+    """Return the README's first table."""
     return table(FACES, "PrivateTest, %", rows=6, tests=False)
 
 
 def tuned() -> str:
-    """The table of docs/guides/fine-tuning.md, and what it is of."""
+    """Return the table of docs/guides/fine-tuning.md, with its caption."""
     one = TUNED.lines()["none", 0]
     return (
         f"{table(TUNED, 'test, %')}\n\n"
@@ -173,7 +173,7 @@ def tuned() -> str:
 
 
 def noise() -> float:
-    """The largest difference, in points of PrivateTest, between two runs of the same seed with ten views."""
+    """Return the largest difference on PrivateTest, in points, between two ten-view runs with the same seed."""
     found: dict[str, list[float]] = {}
     for line in stored():
         if line["task"] == FACES.task:
@@ -300,11 +300,11 @@ def over_training(axes: Axes) -> None:
 
 
 def over_prediction(axes: Axes) -> None:
-    """Every way of asking the networks of one budget."""
+    """Draw every way to predict with the networks of one budget."""
     named = {"mirrored input": "plain + mirror"}
     for (arm, _), (_, colour) in LINES.items():
         if arm == "layer1=ten":
-            continue  # far below: the left picture shows it
+            continue  # far below: shown on the left
         ways = ["plain", "mirrored input"] if arm == "none" else ["centre", "centre + mirror", "ten views"]
         work = [work_of(FACES, arm, way) for way in ways]
         points = [mean_and_sd(accuracies(FACES, arm, way)) for way in ways]

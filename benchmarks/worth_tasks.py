@@ -1,4 +1,4 @@
-"""The pictures, the networks and the runs that worth.py compares."""
+"""The data, networks and runs that worth.py compares."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ NAMED: dict[str, Callable[[], Views]] = {
 
 @dataclass(frozen=True)
 class Network:
-    """Where a network splits in training, "none" or as in "layer1=hflip,layer3=five", and into how many views.
+    """Where a network splits in training ("none" or "layer1=hflip,layer3=five", for example), and into how many views.
 
-    ``teach`` times the divergence of each view from the mean of its sample's views is added to the loss.
+    ``teach`` weights an extra loss: the divergence of each view from the mean of its sample's views.
     """
 
     after: str = "none"
@@ -62,7 +62,7 @@ PLAIN = Network()
 
 @dataclass(frozen=True)
 class Arm:
-    """How a run learns: the network of its constant part, and the one of its last quarter."""
+    """A way to train: the network for the constant learning rate, and the one for the last quarter."""
 
     first: Network
     last: Network
@@ -79,7 +79,7 @@ def always(after: str, train_views: int | None = None, batch: int = 128, teach: 
 
 @dataclass
 class Task:
-    """Pictures and networks: how to make one, its stages by the sites behind them, and how it learns."""
+    """Data and network: how to build the network, its stages by the sites after them, and how to train it."""
 
     name: str
     size: int
@@ -88,18 +88,18 @@ class Task:
     alter: Callable[[Tensor], Tensor]
     plainly: Callable[[Tensor], Tensor]
     splits: dict[str, tuple[Tensor, Tensor]]
-    families: list[list[Arm]]  # runs that share a first network, most valuable first
+    families: list[list[Arm]]  # runs that share a first network, most important first
     sgd: bool
     rate: float
     decay: float
     smoothing: float
-    mixup: float = 0.0  # both parameters of the Beta law that the shares of two mixed pictures follow
-    average: float = 0.0  # a step keeps this much of the averaged weights, which are scored
+    mixup: float = 0.0  # both parameters of mixup's Beta distribution
+    average: float = 0.0  # decay of the averaged weights, which are then scored
     told: dict[str, Any] = field(default_factory=dict)
 
 
 def fer2013(data: str, width: int, limit: int | None) -> Task:
-    """Training to learn from, PublicTest to choose by, PrivateTest to score."""
+    """Return FER2013: train on Training, choose by PublicTest, score PrivateTest."""
     with np.load(data, allow_pickle=False) as arrays:
         images, labels, usage = (arrays[name] for name in ("images", "labels", "usage"))
     splits = {}
@@ -131,7 +131,7 @@ def fer2013(data: str, width: int, limit: int | None) -> Task:
 
 
 def longest(data: str, width: int, limit: int | None) -> Task:
-    """FER2013 as the recipes above 73 % learn it: SGD, stronger alterations, mixed faces, averaged weights."""
+    """Return FER2013 with a recipe like those above 73 %: SGD, stronger augmentation, mixup, averaged weights."""
     task = fer2013(data, width, limit)
     how = dataclasses.replace(recipe("fer2013", data=data), shift=0.1, erase=0.5, erased=0.2)
     families = [[always("layer1=ten", 2)], [always("none")]]
@@ -142,7 +142,7 @@ def longest(data: str, width: int, limit: int | None) -> Task:
 
 
 def mobilenet(data: str, width: int, limit: int | None) -> Task:
-    """FER2013 at 96x96 by timm's mobilenetv3_small_100."""
+    """Return FER2013 at 96x96 with timm's mobilenetv3_small_100."""
     import timm
 
     task = fer2013(data, width, limit)
@@ -165,9 +165,9 @@ def mobilenet(data: str, width: int, limit: int | None) -> Task:
 
 
 def cifar10(data: str, width: int, limit: int | None) -> Task:
-    """ResNet-20; 5,000 training pictures, drawn once, are for choosing, the test pictures are scored."""
+    """Return CIFAR-10 with ResNet-20; 5,000 random training images are held out for validation."""
     images, labels = cifar.read_pictures(data, "train")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the file has class by class
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the file is sorted by class
     images, labels = images[order], labels[order]
     splits = {"train": (images[:45000][:limit], labels[:45000][:limit]), "val": (images[45000:], labels[45000:])}
     splits["test"] = cifar.read_pictures(data, "test")
@@ -182,7 +182,7 @@ def cifar10(data: str, width: int, limit: int | None) -> Task:
         [always("layer1=ten", 2)],
         [always(sites, None, 64)],
         [always("layer1=ten", None, 32)],
-        [always("layer2=five 7/8", 2, 64)],  # on the grid of the stride behind ...
+        [always("layer2=five 7/8", 2, 64)],  # aligned with the stride after the site ...
         [always("layer2=five", 2, 64)],  # ... and not
         [always("layer1=ten", 2, teach=1.0)],
     ]
@@ -193,7 +193,7 @@ def cifar10(data: str, width: int, limit: int | None) -> Task:
 
 
 def finetune(data: str, width: int, limit: int | None) -> Task:
-    """ResNet-20 as others trained it on the original pictures, fine-tuned on JPEGs, which it has never seen."""
+    """Return fine-tuning of a published ResNet-20, trained on the original images, on JPEGs, which are new to it."""
     task = cifar10(data, width, limit or 10000)
     weights = Path(data).with_name("resnet20.safetensors")
 
@@ -209,7 +209,7 @@ def finetune(data: str, width: int, limit: int | None) -> Task:
         [always("layer1=ten", None, 32)],
         [always(outside, None, 64)],
         [always("layer1=ten", 2)],
-        [always("input=hflip,layer2=five", 2, 64)],  # off the grid of the stride behind
+        [always("input=hflip,layer2=five", 2, 64)],  # not aligned with the stride after the site
     ]
     told = {"blocks": 3, "limit": limit or 10000}
     return dataclasses.replace(task, name="finetune", make=make, families=families, rate=0.02, told=told)
@@ -219,7 +219,7 @@ TASKS = {"fer2013": fer2013, "longest": longest, "mobilenet": mobilenet, "cifar1
 
 
 def rows_of(stages: dict[str, Callable[[Tensor], Tensor]], x: Tensor, sites: dict[str, Views]) -> Tensor:
-    """The network's predictions of every view, (n, ...) -> (n v, k)."""
+    """Return the network's predictions for every view, (n, ...) -> (n v, k)."""
     if "input" in sites:
         x = split_views(x, sites["input"])
     for name, stage in stages.items():
@@ -230,7 +230,7 @@ def rows_of(stages: dict[str, Callable[[Tensor], Tensor]], x: Tensor, sites: dic
 
 
 def costs_of(task: Task) -> Callable[[Network], float]:
-    """Return a function: the training work of a network on a picture, relative to the plain network."""
+    """Return a function that gives a network's training work per image, relative to the plain network."""
     model = task.make()
     known: dict[str, Any] = {}
 
@@ -244,6 +244,6 @@ def costs_of(task: Task) -> Callable[[Network], float]:
         count = network.train_views or everything
         if count in row:
             return row[count] / plain
-        return (row[1] + (count - 1) * (row[everything] - row[1]) / (everything - 1)) / plain  # of a single site
+        return (row[1] + (count - 1) * (row[everything] - row[1]) / (everything - 1)) / plain  # a single site
 
     return cost

@@ -1,13 +1,13 @@
-"""Every family of timm and torchvision (and some of transformers): which sites work, and is every verdict right?
+"""Test which sites work in every family of timm and torchvision (and some of transformers), and check each verdict.
 
-    python benchmarks/zoo.py                       all families, an hour or so on two cores
-    python benchmarks/zoo.py timm/resnet timm/dla  some of them again, the others' results kept
-    python benchmarks/zoo.py --table               docs/compatibility.md again, from the stored results
+    python benchmarks/zoo.py                       all families; about an hour on two cores
+    python benchmarks/zoo.py timm/resnet timm/dla  only these families; the other results are kept
+    python benchmarks/zoo.py --table               rewrite docs/compatibility.md from the stored results
 
 For each family, every entry of ``feature_info`` of two models is tried on fake tensors. The smaller model is also
-injected and run: each accepted site against the oracle of the tests (hooks and slices), and every module
-against two tests that share no code with the library: is it a cut point (with noise in place of its output, the model's
-output must not depend on the image), and does the network behind it take a smaller map of noise?
+injected and run: accepted sites are compared with the tests' oracle (hooks and slices), and modules are put through two
+tests that share no code with the library. Is the module a cut point (with noise as its output, the model's output must
+not depend on the image)? Does the network after it accept a smaller feature map of noise?
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from zoo_witnesses import against_noise, against_oracle, against_plan  # noqa: E
 
 
 def sweep(family: str) -> dict[str, Any]:
-    """All that is found out about one family."""
+    """Return all results for one family."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def look_at(model: nn.Module, real: bool) -> dict[str, Any]:
 
 
 def plan_of(family: str, known: dict[str, Any]) -> dict[str, Any]:
-    """The plan over two sites alone, for a family whose sites are stored."""
+    """Return only the result of a two-site plan, for a family whose sites are stored."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -100,10 +100,10 @@ def attempt(model: nn.Module, site: str, size: tuple[int, ...]) -> dict[str, str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="such as timm/resnet; all where none is given")
+    parser.add_argument("families", nargs="*", help="timm/resnet, for example; default: all")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--plans", action="store_true", help="only the plans over two sites, for the stored sites")
-    parser.add_argument("--table", action="store_true", help="write the page again, without a sweep")
+    parser.add_argument("--plans", action="store_true", help="only the two-site plans, for the stored sites")
+    parser.add_argument("--table", action="store_true", help="only rewrite the page, from the stored results")
     arguments = parser.parse_args()
     results, made_with = {}, versions()
     if arguments.table or arguments.families or arguments.plans:
@@ -137,7 +137,7 @@ def store(results: dict[str, Any], made_with: dict[str, str]) -> None:
 
 
 def short(result: dict[str, Any]) -> str:
-    """One line on the terminal."""
+    """Return one line for the terminal."""
     parts = [f"{result['family']:36} {result['seconds']:4} s"]
     for model in result["models"]:
         counts = Counter(verdict["verdict"] for verdict in model["tried"].values())

@@ -1,4 +1,4 @@
-"""Which models the zoo's sweep looks at, and how they are made."""
+"""The models of the zoo's sweep, and how to build them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = {"embed_dim": 96, "depth": 4, "num_heads": 3}
 
 
 def families() -> list[str]:
-    """All families: "timm/<module>", "torchvision/<module>", "transformers/<class>"."""
+    """Return all families: "timm/<module>", "torchvision/<module>", "transformers/<class>"."""
     names = [f"timm/{module}" for module in timm.list_modules()]
     torchvision_modules = {builder(name).__module__ for name in torchvision.models.list_models(torchvision.models)}
     names += sorted(f"torchvision/{module.rpartition('.')[2]}" for module in torchvision_modules)
@@ -29,7 +29,7 @@ def builder(name: str) -> Callable[..., nn.Module]:
 
 
 def make(family: str, name: str, small: bool = False) -> nn.Module:
-    """One model with seven classes and random weights."""
+    """Build a model with seven classes and random weights."""
     library, _, module = family.partition("/")
     if library == "transformers":
         return transformer(name)
@@ -40,7 +40,7 @@ def make(family: str, name: str, small: bool = False) -> nn.Module:
 
 
 def models(family: str) -> list[tuple[str, bool]]:
-    """The family's models that are tried, the smallest first: two of timm's, all of the others; and if cut down."""
+    """Return the family's models to try, smallest first (two from timm, else all), and whether to shrink each."""
     library, _, module = family.partition("/")
     if library == "transformers":
         return [(module, False)]
@@ -50,7 +50,7 @@ def models(family: str) -> list[tuple[str, bool]]:
         return [(name, False) for name in sorted(chosen, key=lambda name: size_of(family, name))]
     sized = sorted((size_of(family, name), name) for name in timm.list_models(module=module))
     able = [(name, False) for size, name in sized if size < BIGGEST]
-    if not able:  # a transformer with fewer and smaller blocks is of the same kind
+    if not able:  # all too large: a transformer with fewer, smaller blocks
         name = sized[0][1]
         able = [(name, size_of(family, name, small=True) < BIGGEST)]
     return able[:1] + able[len(able) // 2 : len(able) // 2 + 1] * (len(able) > 1)
@@ -60,7 +60,7 @@ def size_of(family: str, name: str, small: bool = False) -> int:
     try:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in make(family, name, small).parameters())
-    except Exception:  # some constructors compute with numbers that the meta device does not have
+    except Exception:  # some constructors need values, which meta tensors do not have
         return BIGGEST
 
 
@@ -82,7 +82,7 @@ def transformer(name: str) -> nn.Module:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Give every constant parameter values that matter: a layer scale of 1e-5 or a zero head would hide any error."""
+    """Randomise constant parameters: a layer scale of 1e-5 or a zero head would hide any error."""
     with torch.no_grad():
         for parameter in randomise_norms(model).parameters():
             if parameter.numel() > 1 and parameter.is_floating_point() and parameter.max() == parameter.min():
@@ -91,7 +91,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def calibrate(model: nn.Module, size: tuple[int, ...]) -> None:
-    """Let every BatchNorm see what it gets, or the images would hardly matter behind many of them."""
+    """Set every BatchNorm's statistics from data; otherwise the image would hardly affect the output of deep models."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -105,7 +105,7 @@ def calibrate(model: nn.Module, size: tuple[int, ...]) -> None:
 
 
 def image_of(model: nn.Module) -> tuple[int, int, int]:
-    """The image's (C, H, W): a small one where the model takes it, else its own."""
+    """Return the image size (C, H, W): small if the model accepts it, else the model's own."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *own = config.get("input_size", (3, 224, 224))
     if config.get("fixed_input_size"):
@@ -121,7 +121,7 @@ def image_of(model: nn.Module) -> tuple[int, int, int]:
 
 
 def feature_sites(model: nn.Module, listed: list[str], most: int = 1000) -> list[str]:
-    """The names in timm's ``feature_info``; of other libraries' models, what is listed and some outer modules."""
+    """Return the names in timm's ``feature_info``; for other models, the listed sites and some outer modules."""
     info = getattr(model, "feature_info", None)
     if info is None:
         outer = [name for name, _ in model.named_modules() if name and name.count(".") < 2]

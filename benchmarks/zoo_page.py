@@ -1,4 +1,4 @@
-"""docs/compatibility.md, from the zoo's stored results and the table of PyTorch's tools."""
+"""Make docs/compatibility.md from the zoo's stored results and the table of PyTorch's tools."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def kind(reason: str) -> str:
 
 
 def page(stored: dict[str, Any], toolchain: str) -> str:
-    """docs/compatibility.md."""
+    """Return docs/compatibility.md."""
     seen, of_plans = (
         ", ".join(f"{library} {version}" for library, version in stored[key].items())
         for key in ("versions", "versions of the plans")
@@ -140,7 +140,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def names(sites: list[str], most: int = 6) -> str:
-    """Site names, many of them in short."""
+    """Join the site names, shortened if there are many."""
     some = sites if len(sites) <= most else [*sites[:3], f"… ({len(sites)})", sites[-1]]
     return ", ".join(name if name.startswith("…") else f"`{name}`" for name in some)
 

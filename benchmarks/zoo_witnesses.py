@@ -1,4 +1,4 @@
-"""Two witnesses that share no code with the library: the tests' oracle of hooks and slices, and noise."""
+"""Two independent checks that share no code with the library: the tests' oracle (hooks and slices), and noise."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from cropvote import CropVoteError, Tokens, five_crop, hflip, inject_crop_vote, 
 from cropvote.probe.verdicts import Site
 
 ORACLE_SITES = 4
-BUDGET = 10  # seconds for a model's modules against noise, and for its sites against the oracle
+BUDGET = 10  # seconds per model for each of the two checks
 ALIKE = 1e-6
 PLANS = 12  # pairs of sites to try
 PLAN = (oracle.flip_views, oracle.five_views)
-LEFT = 1e-6  # of the difference that two images make
+LEFT = 1e-6  # tolerance, relative to the difference between two images' outputs
 
 
 class Logits(nn.Module):
-    """The model's predictions alone, whatever it returns beside them."""
+    """The model, returning only its logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Logits(nn.Module):
 
 
 def cutter(layout: object, views: oracle.Cutter = oracle.ten_views) -> oracle.Cutter:
-    """The oracle's views, for other layouts than its own."""
+    """Return the oracle's views for a layout other than NCHW."""
     if layout == "NHWC":
         return lambda x: [view.permute(0, 2, 3, 1) for view in views(x.permute(0, 3, 1, 2))]
     if isinstance(layout, Tokens):
@@ -52,7 +52,7 @@ def cutter(layout: object, views: oracle.Cutter = oracle.ten_views) -> oracle.Cu
 
 
 def last_of(model: nn.Module, site: str) -> str:
-    """The module that returns a Sequential's output, which some models run child by child."""
+    """Return the Sequential's last child instead, because some models run the children one by one."""
     while (
         isinstance(module := model.get_submodule(site), nn.Sequential) and type(module).forward is nn.Sequential.forward
     ):
@@ -68,7 +68,7 @@ def against_oracle(
     first: list[str],
     most: int = ORACLE_SITES,
 ) -> tuple[dict[str, float], list[str]]:
-    """The vote's largest error, relative to the largest output, per site; and the sites whose views say the same."""
+    """Return the vote's largest error per site, relative to the largest output, and the sites whose views all agree."""
     valid = [site for site in listed if site != "input"]
     some = valid[:: max(1, len(valid) // most)]
     images = torch.randn(2, *size, dtype=next(model.parameters()).dtype)
@@ -89,10 +89,10 @@ def against_oracle(
 
 
 def against_plan(model: nn.Module, size: tuple[int, ...], works: list[str]) -> dict[str, Any]:
-    """Mirrored at one site and cropped at a later one: the first such plan that is accepted, against the oracle."""
+    """Compare the first accepted plan that mirrors at one site and crops at a later one with the oracle."""
     reason = "fewer than two sites work"
     pairs = sorted(itertools.combinations(enumerate(works), 2), key=lambda p: abs(p[1][0] - p[0][0] - len(works) / 2))
-    for (_, early), (_, late) in pairs[:PLANS]:  # those first that lie half a network apart
+    for (_, early), (_, late) in pairs[:PLANS]:  # first the pairs half a network apart
         try:
             inject_crop_vote(model, after={early: hflip(), late: five_crop()}, input_size=size)
         except CropVoteError as error:
@@ -113,8 +113,8 @@ def against_plan(model: nn.Module, size: tuple[int, ...], works: list[str]) -> d
 def against_noise(
     model: nn.Module, size: tuple[int, ...], rows: dict[str, Site], budget: float = BUDGET
 ) -> dict[str, Any]:
-    """Every module that is called once and returns a map or tokens, judged by noise and by the library."""
-    network = Logits(model.double())  # in which the least dependence shows
+    """Compare the library's verdict with noise, for every module called once that returns a feature map or tokens."""
+    network = Logits(model.double())  # float64, to detect even a tiny dependence
     images, start = torch.randn(2, *size, dtype=torch.float64), time.time()
     outputs: dict[str, list[Any]] = {}
     modules = [(name, module) for name, module in model.named_modules() if name]
@@ -122,12 +122,12 @@ def against_noise(
     plain = network(images)
     difference = (plain[0] - plain[1]).abs().max()
     if difference < 1e-7 * plain.abs().max():
-        raise RuntimeError("the output hardly depends on the images, so that noise would prove nothing")
+        raise RuntimeError("the output hardly depends on the images, so noise would prove nothing")
     for hook in hooks:
         hook.remove()
     counts: Counter[str] = Counter()
     missed, invented = [], []
-    random.Random(0).shuffle(modules)  # noqa: S311  # so that those within the budget are a fair sample
+    random.Random(0).shuffle(modules)  # noqa: S311  # the modules checked in time are a fair sample
     for name, module in modules:
         called = outputs.get(name, [])
         if name not in rows or len(called) != 1 or not isinstance(called[0], Tensor) or called[0].dim() not in (3, 4):
@@ -161,7 +161,7 @@ def replaced(network: nn.Module, module: nn.Module, output: Tensor, images: Tens
 
 
 def smaller(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Ten views of noise per image, of the size that the views of such a map have, for each layout it may have."""
+    """Yield ten views of noise per image, in the size of a view, for each layout the feature map may have."""
 
     def side(n: int) -> int:
         return (5 * n + 3) // 6

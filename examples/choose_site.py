@@ -1,4 +1,4 @@
-"""Where to split: the sound sites of a network, what they cost, and the earliest one within a budget."""
+"""Choose where to split: list a network's valid sites with their cost, and take the earliest within a budget."""
 
 import sys
 

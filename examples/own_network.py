@@ -1,4 +1,4 @@
-"""A network of one's own that votes: as a layer, and by surgery. Both say the same."""
+"""Make your own network vote: with a layer, and by surgery. Both give the same output."""
 
 import torch
 from torch import nn
@@ -26,4 +26,4 @@ images = torch.randn(2, 3, 48, 48)
 with torch.no_grad():
     print("largest difference", float((layered(images) - injected(images)).abs().max()))
     print("classes", layered(images).argmax(1).tolist())
-    print("what each of ten views says", per_view(layered, images).argmax(2).tolist())
+    print("class by view", per_view(layered, images).argmax(2).tolist())

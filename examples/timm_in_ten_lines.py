@@ -1,4 +1,4 @@
-"""A timm model that votes: one training step, then the vote. Random images stand for yours."""
+"""Make a timm model vote: one training step, then the vote. Replace the random images with yours."""
 
 import timm
 import torch
@@ -11,9 +11,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 loss = CropVoteLoss(torch.nn.CrossEntropyLoss())
 images, labels = torch.randn(4, 3, 176, 176), torch.tensor([0, 1, 2, 3])
 
-value = loss(model.train()(images), labels)  # a row and a loss for each of the ten views
+value = loss(model.train()(images), labels)  # a loss on each of the ten views
 value.backward()
 optimizer.step()
 with torch.no_grad():
-    votes = model.eval()(images)  # (4, 7): one row for each image
+    votes = model.eval()(images)  # (4, 7): one row per image
 print(f"loss {value:.3f}; classes {votes.argmax(1).tolist()}")

@@ -1,4 +1,4 @@
-"""Voting models with settings, and the rows that the oracle finds for them."""
+"""Voting models with settings, and the oracle's rows for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of more than one file; what the example needs is imported where it is used."""
+"""Fixtures shared by several files; the example's modules are imported only where needed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("tests", deadline=None)  # a busy machine is no error
+settings.register_profile("tests", deadline=None)  # a slow machine is not an error
 settings.load_profile("tests")
 
 
 @pytest.fixture
 def read(tmp_path):
-    """``load`` with a cache of the test's own."""
+    """Return ``load`` with a cache for this test alone."""
     from data import load
 
     return lambda path, **options: load(str(path), **{"cache": tmp_path / "cache", "validation": 1, **options})
@@ -21,7 +21,7 @@ def read(tmp_path):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a comparison: plain and layer3, seeds 0 and 1."""
+    """Return the folder of a comparison: plain and layer3, seeds 0 and 1."""
     import compare
     from scripts import SMALL, call
 

@@ -1,4 +1,4 @@
-"""Small folders in the layouts of the data sets, whose pictures say by their colour which class they show."""
+"""Small folders in the data sets' layouts, with pictures whose colour encodes the class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FER = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 
 
 def colour(name: str) -> tuple[int, int, int]:
-    """A colour that says which class a picture shows, and that differs when red and blue are exchanged."""
+    """Return the colour that encodes a class; swapping red and blue changes it."""
     place = NAMES.index(name)
     return 20 + 16 * place, 100, 250 - 16 * place
 
@@ -28,7 +28,7 @@ def paint(path: Path, name: str, size: tuple[int, int] = (60, 50)) -> None:
 
 
 def class_folders(root: Path, splits: dict[str, int], folders: dict[str, str], suffix: str = ".png") -> Path:
-    """``folders`` says which class each folder shows."""
+    """Write class folders; ``folders`` maps a folder to the class it shows."""
     for split, count in splits.items():
         for folder, name in folders.items():
             for number in range(count):
@@ -37,7 +37,7 @@ def class_folders(root: Path, splits: dict[str, int], folders: dict[str, str], s
 
 
 def shown(split: Split) -> list[str]:
-    """The class of every picture, by its colour; fails where the colour is none."""
+    """Return the class of every picture by its colour; fail for an unknown colour."""
     middle = split.images[:, :, 24, 24].long()
     assert split.images.shape[1:] == (3, 48, 48)
     assert split.images.dtype == torch.uint8
@@ -50,7 +50,7 @@ def shown(split: Split) -> list[str]:
 
 
 def check(faces: Faces) -> None:
-    """Every face has the label of the class that it shows."""
+    """Check that every face has the label of the class it shows."""
     for split in faces.splits.values():
         assert shown(split) == [faces.classes[label] for label in split.labels]
         assert set(split.labels.tolist()) == set(range(len(faces.classes)))
@@ -69,7 +69,7 @@ def rafdb(root: Path, suffix: str = "_aligned.jpg") -> Path:
 
 
 def affectnet(root: Path, lists: str = "") -> Path:
-    """Pictures whose face box alone shows the class, boxes that hang over the edge, and rows to leave out."""
+    """Write pictures whose face box shows the class, boxes that cross the edge, and rows to leave out."""
     head = "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal"
     (root / lists).mkdir(parents=True, exist_ok=True)
     for part, count in (("training", 24), ("validation", 8)):
@@ -102,7 +102,7 @@ def release(root: Path) -> Path:
 
 
 def fer2013_csv(path: Path, rows: int = 14, head: str = "emotion,pixels,Usage") -> Path:
-    """Toy faces; the rows of the three splits follow each other."""
+    """Write toy faces; the three splits follow one another."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [head]
     for seed, usage in enumerate(("Training", "PublicTest", "PrivateTest")):
@@ -114,7 +114,7 @@ def fer2013_csv(path: Path, rows: int = 14, head: str = "emotion,pixels,Usage") 
 
 
 def ferplus(folder: Path) -> Path:
-    """Votes for toy faces: happy everywhere, but for the rows that tell the rules apart."""
+    """Write votes for toy faces: all happy, except for rows that test the rules."""
     fer2013_csv(folder / "fer2013.csv")
     lines = ["Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"]
     special = {

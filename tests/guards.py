@@ -1,4 +1,4 @@
-"""What takes one guard out of the library each, so that a test can show what the guard is for."""
+"""Functions that each disable one of the library's guards, so tests can show why the guard is needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch_of_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_rows(patch: pytest.MonkeyPatch) -> None:
-    """Neither the splits that ran nor the rows that came out are counted."""
+    """Count neither the splits that ran nor the output rows."""
     patch.setattr(call, "check_rows", lambda *_: None)
     no_watch(patch)
 
@@ -63,7 +63,7 @@ def channels_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def guessed_grid(patch: pytest.MonkeyPatch) -> None:
-    """Square, with whatever is left over in front."""
+    """Guess a square grid, with the remaining tokens as prefix."""
 
     def guess(trace: object, name: str, length: int) -> layouts.Tokens:
         side = int(length**0.5)
@@ -77,14 +77,14 @@ def no_check_of_calls(patch: pytest.MonkeyPatch) -> None:
 
 
 def grids_by_length(patch: pytest.MonkeyPatch) -> None:
-    """As many tokens are taken for the same grid, whatever the image's shape."""
+    """Take equal numbers of tokens for the same grid, whatever the image's shape."""
     patch.setattr(
         injection.Injection, "_layouts_for", lambda own, image: next(iter(own.layouts_by_size.values()), None)
     )
 
 
 def by_hooks(patch: pytest.MonkeyPatch) -> None:
-    """Forward hooks in place of the classes."""
+    """Use forward hooks instead of swapped classes."""
 
     def hook(module: nn.Module, forward: Callable) -> None:
         class Base:
@@ -102,7 +102,7 @@ def by_hooks(patch: pytest.MonkeyPatch) -> None:
 
 
 def plain_wraps(patch: pytest.MonkeyPatch) -> None:
-    """No look at what torch.fx passes."""
+    """Do not recognise the proxies of torch.fx."""
     patch.setattr(torch.fx, "Proxy", type("Proxy", (), {}))
 
 
@@ -111,7 +111,7 @@ def shared_settings(patch: pytest.MonkeyPatch) -> None:
 
 
 def rows_in_an_attribute(patch: pytest.MonkeyPatch) -> None:
-    """The images kept in the model instead of in the call."""
+    """Keep the images in the model instead of in the call."""
 
     def forward(module: nn.Module, base: type, *args: object, **kwargs: object) -> object:
         own = module._cropvote
@@ -123,7 +123,7 @@ def rows_in_an_attribute(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_call_for_all(patch: pytest.MonkeyPatch) -> None:
-    """What a call was asked to do holds for the calls inside it as well."""
+    """Apply the outer call's request to the calls inside it."""
 
     def begin(self: call.running, settings: options.Settings, training: bool) -> None:
         asked = [one for one in call._STACK.get() if one.requested]
@@ -134,7 +134,7 @@ def one_call_for_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def own_modes(patch: pytest.MonkeyPatch) -> None:
-    """Each split follows the mode of its own module."""
+    """Let each split follow its own module's mode."""
     patch.setattr(injection, "current", lambda settings: None)
     patch.setattr(injection.Injection, "training", lambda own, module: module.training)
     no_rows(patch)

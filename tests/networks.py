@@ -1,4 +1,4 @@
-"""Small models: plain ones that can vote, and strange ones that must be refused."""
+"""Small models: normal ones that can vote, and unusual ones that must be refused."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from model import FerResNet18
 
-#: Three images, the same in every test.
+#: Three images, shared by all tests.
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
 def randomise_norms(model: nn.Module) -> nn.Module:
-    """Give every BatchNorm statistics and weights that matter."""
+    """Randomise the statistics and weights of every BatchNorm."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -38,7 +38,7 @@ def timm_resnet() -> nn.Module:
 
 
 def tokens(**options: object) -> nn.Module:
-    """A vision transformer on a grid of 6 x 6 patches, with a class token and two registers."""
+    """Return a vision transformer with 6 x 6 patches, a class token and two registers."""
     torch.manual_seed(0)
     options = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "reg_tokens": 2, **options}
     return timm.models.vision_transformer.VisionTransformer(num_classes=7, **options).eval()
@@ -55,13 +55,13 @@ def hf_resnet() -> nn.Module:
 
 
 def fer(width: int = 8) -> nn.Module:
-    """Made by its class: timm's function adds the size of its images."""
+    """Return the network from its class, because timm's function would add the image size."""
     torch.manual_seed(0)
     return randomise_norms(FerResNet18(width=width)).eval()
 
 
 def plain() -> nn.Module:
-    """A network without a name for anything: nn.Sequential from end to end."""
+    """Return a network without named modules: a single nn.Sequential."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)]
@@ -69,7 +69,7 @@ def plain() -> nn.Module:
 
 
 class Net(nn.Module):
-    """A front, a tail and whatever a subclass does between them."""
+    """A front, a tail and, in subclasses, something in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Net(nn.Module):
 
 
 class Gate(Net):
-    """The front's mean scales the tail: with one sample, it broadcasts over the views and nothing fails."""
+    """The front's mean scales the tail; for one sample it broadcasts over the views without an error."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.front(x)
@@ -103,7 +103,7 @@ class LogitSkip(Net):
 
 
 class Inplace(Net):
-    """The site changes its input in place, and the input is used again: two names for one memory."""
+    """The site changes its input in place, and the input is used again: two names for the same memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Inplace(Net):
 
 
 class Alias(Net):
-    """The site returns its very input, which goes on beside it."""
+    """The site returns its input itself, which is also used elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Alias(Net):
 
 
 class Buffered(Net):
-    """The front leaves a note in a buffer, which the tail reads."""
+    """The front writes to a buffer that the tail reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Buffered(Net):
 
 
 class LateAlias(Net):
-    """The site's output has a second name, under which data from the front is written into it."""
+    """Data from the front is written into the site's output through an alias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class Squeezed(Net):
 
 
 class Features(Net):
-    """A dict in which only its author knows the predictions."""
+    """A dict in which the predictions cannot be identified."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.act(self.site(self.front(x))).mean((2, 3))
@@ -223,7 +223,7 @@ class Features(Net):
 
 
 class OwnLoss(Net):
-    """Computes a loss of its own on the views' rows."""
+    """Computes its own loss on the views' rows."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = super().forward(x)
@@ -231,7 +231,7 @@ class OwnLoss(Net):
 
 
 class FixedTail(Net):
-    """A tail made for one size of map."""
+    """A tail for one map size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,16 +242,16 @@ class FixedTail(Net):
 
 
 class FixedBothEnds(FixedTail):
-    """And a front made for one size of images, as Swin's."""
+    """Also a front for one image size, as in Swin."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != (12, 12):
-            raise ValueError("images of 12 x 12, please")
+            raise ValueError("images must be 12 x 12")
         return super().forward(x)
 
 
 class ChannelsLast(Net):
-    """(N, H, W, C) behind the front, which nothing but the weights tells."""
+    """(N, H, W, C) after the front, visible only in the weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class ChannelsLast(Net):
 
 
 class Slanted(ChannelsLast):
-    """The same, and what is left and what is right makes a difference."""
+    """The same, but left and right differ."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.site(self.front(x).permute(0, 2, 3, 1))
@@ -273,7 +273,7 @@ class Slanted(ChannelsLast):
 
 
 class Skipping(Net):
-    """Leaves the site out on every second call, as some stochastic-depth code does."""
+    """Skips the site on every second call, as some stochastic-depth code does."""
 
     skip = False
 
@@ -283,14 +283,14 @@ class Skipping(Net):
 
 
 class LateGate(Gate):
-    """A gate that exists in training only."""
+    """A gate that exists only in training."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.training else Net.forward(self, x)
 
 
 class Seeding(Net):
-    """Seeds and draws by itself."""
+    """Sets the seed and draws random numbers."""
 
     def forward(self, x: Tensor) -> Tensor:
         torch.manual_seed(7)
@@ -299,7 +299,7 @@ class Seeding(Net):
 
 
 class Noisy(Net):
-    """Uses PyTorch's and Python's random numbers, writes to a buffer and to itself."""
+    """Uses PyTorch's and Python's random numbers, and writes to a buffer and an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class Noisy(Net):
 
 
 def snapshot(model: nn.Module) -> dict:
-    """All that an injection might have touched."""
+    """Return everything that an injection might change."""
     return {
         "types": [type(module) for module in model.modules()],
         "attributes": [sorted(vars(module)) for module in model.modules()],
@@ -331,14 +331,14 @@ def same(a: dict, b: dict) -> bool:
 
 
 def counted(module: nn.Module) -> list[int]:
-    """The rows that each call of a module gives."""
+    """Return a list that records the number of rows of each call of a module."""
     found: list[int] = []
     module.register_forward_hook(lambda module, args, output: found.append(output.shape[0]))
     return found
 
 
 def still(model: nn.Module) -> nn.Module:
-    """In training mode, but BatchNorm in eval mode, so that rows do not depend on the others."""
+    """Set training mode, but BatchNorm to eval mode, so rows do not depend on each other."""
     model.eval()
     model.training = True
     return model

@@ -1,6 +1,6 @@
-"""A dumb, independent reference: plain loops and explicit slices, nothing from cropvote.
+"""A simple, independent reference: plain loops and explicit slices, nothing from cropvote.
 
-Maps are (N, C, H, W) unless a name says otherwise; a list of views holds one (N, C, h, w) tensor per view.
+Maps are (N, C, H, W) unless stated otherwise; a list of views holds one (N, C, h, w) tensor per view.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Cutter = Callable[[Tensor], list[Tensor]]
 
 
 def crop(x: Tensor, top: int, left: int, h: int, w: int) -> Tensor:
-    """The h×w window of an NCHW map whose top-left pixel is (top, left)."""
+    """Return the h×w window of an NCHW map with its top-left pixel at (top, left)."""
     return x[:, :, top : top + h, left : left + w]
 
 
 def mirrored(x: Tensor) -> Tensor:
-    """The NCHW map with its columns in reverse, written column by column."""
+    """Return the NCHW map with its columns reversed, one by one."""
     return torch.stack([x[:, :, :, column] for column in reversed(range(x.shape[3]))], dim=3)
 
 
 def five_views(x: Tensor) -> list[Tensor]:
-    """Top-left, top-right, bottom-left, bottom-right, centre, at 5/6 of the side."""
+    """Return the crops top-left, top-right, bottom-left, bottom-right and centre, at 5/6 of the side."""
     high, wide = x.shape[2], x.shape[3]
     h, w = (5 * high + 3) // 6, (5 * wide + 3) // 6
     below, right = high - h, wide - w
@@ -46,7 +46,7 @@ def five_views(x: Tensor) -> list[Tensor]:
 
 
 def ten_views(x: Tensor) -> list[Tensor]:
-    """Five crops of the map, then the same five of the mirrored map (TenCrop's order)."""
+    """Return five crops of the map, then the same five of the mirrored map (TenCrop's order)."""
     m = mirrored(x)
     high, wide = x.shape[2], x.shape[3]
     h, w = (5 * high + 3) // 6, (5 * wide + 3) // 6
@@ -67,24 +67,24 @@ def ten_views(x: Tensor) -> list[Tensor]:
 
 
 def flip_views(x: Tensor) -> list[Tensor]:
-    """The whole map, then its mirror image."""
+    """Return the full map and its mirror image."""
     return [x, mirrored(x)]
 
 
 def side_of(size: int, scale: Fraction) -> int:
-    """The crop's side: scale * size, rounded half up in integers."""
+    """Return the crop's side: scale * size, rounded half up in integers."""
     num, den = scale.numerator, scale.denominator
     return (num * size + den // 2) // den
 
 
 def crop_size(high: int, wide: int, scale: Scale) -> tuple[int, int]:
-    """(h, w) of every view."""
+    """Return the (h, w) of every view."""
     vertical, horizontal = scale if isinstance(scale, tuple) else (scale, scale)
     return side_of(high, vertical), side_of(wide, horizontal)
 
 
 def offsets(high: int, wide: int, positions: Sequence[Position], scale: Scale, mirror: bool) -> list[tuple[int, int]]:
-    """(top, left) of every view, those of mirrored views in the mirrored map."""
+    """Return the (top, left) of every view, in the mirrored map for mirrored views."""
     h, w = crop_size(high, wide, scale)
     found = []
     for vertical, horizontal in positions:
@@ -93,7 +93,7 @@ def offsets(high: int, wide: int, positions: Sequence[Position], scale: Scale, m
 
 
 def is_error(high: int, wide: int, positions: Sequence[Position], scale: Scale) -> bool:
-    """Whether the geometry is refused: an empty crop, or a full side along an axis on which positions differ."""
+    """Return whether the geometry is an error: an empty crop, or a full side on an axis with several positions."""
     h, w = crop_size(high, wide, scale)
     rows_differ = any(position[0] != positions[0][0] for position in positions)
     columns_differ = any(position[1] != positions[0][1] for position in positions)
@@ -101,7 +101,7 @@ def is_error(high: int, wide: int, positions: Sequence[Position], scale: Scale) 
 
 
 def free_views(x: Tensor, positions: Sequence[Position], scale: Scale, mirror: bool) -> list[Tensor]:
-    """The views at any positions and scale: all of the map, then (with mirror) all of the mirrored map."""
+    """Return the views at any positions and scale: those of the map, then (with mirror) of the mirrored map."""
     high, wide = x.shape[2], x.shape[3]
     h, w = crop_size(high, wide, scale)
     places = offsets(high, wide, positions, scale, False)
@@ -113,12 +113,12 @@ def free_views(x: Tensor, positions: Sequence[Position], scale: Scale, mirror: b
 
 
 def grid_positions(rows: int, columns: int) -> list[Position]:
-    """Evenly spaced positions from edge to edge, row by row (at least two rows and two columns)."""
+    """Return evenly spaced positions from edge to edge, row by row (at least two rows and two columns)."""
     return [(Fraction(r, rows - 1), Fraction(c, columns - 1)) for r in range(rows) for c in range(columns)]
 
 
 def sample_major(views: Sequence[Tensor]) -> Tensor:
-    """The batch (n v): all views of sample 0, then all views of sample 1, ..."""
+    """Return the batch (n v): all views of sample 0, then all views of sample 1, ..."""
     return torch.stack([view[n] for n in range(views[0].shape[0]) for view in views])
 
 
@@ -172,12 +172,12 @@ RULES = {"soft": _soft, "probs": _probs, "hard": _hard, "sigmoid": _sigmoid, "me
 
 
 def vote(rows: Tensor, how: str) -> Tensor:
-    """(N, V, K) -> (N, K) in float64, one sample at a time."""
+    """Vote over (N, V, K) -> (N, K) in float64, one sample at a time."""
     return torch.tensor([RULES[how](sample) for sample in rows.detach().double().tolist()], dtype=torch.float64)
 
 
 def majority(views: list[list[float]]) -> int | None:
-    """The class most views choose, ties to the higher mean probability; None where that ties too."""
+    """Return the class that most views choose; ties go to the higher mean probability, or to None if that ties too."""
     choices = [view.index(max(view)) for view in views]
     most = max(choices.count(k) for k in choices)
     tied = [k for k in range(len(views[0])) if choices.count(k) == most]
@@ -191,12 +191,12 @@ def majority(views: list[list[float]]) -> int | None:
 
 
 def tail_rows(model: nn.Module, site: str, x: Tensor, cut: Cutter = ten_views) -> Tensor:
-    """(N, V, K): an uninjected model's output for each view of the site's output, one view at a time."""
+    """Return (N, V, K): a plain model's output for each view of the site's output, one view at a time."""
     return nested_rows(model, [(site, cut)], x)
 
 
 def nested_rows(model: nn.Module, sites: Sequence[tuple[str, Cutter]], x: Tensor) -> Tensor:
-    """(N, V, K) of a split at several sites in forward order: each site's output replaced by hand, view by view."""
+    """Return (N, V, K) for several sites in forward order: each site's output is replaced view by view."""
     (site, cut), *later = sites
     module = model.get_submodule(site)
     caught: list[Tensor] = []
@@ -212,7 +212,7 @@ def nested_rows(model: nn.Module, sites: Sequence[tuple[str, Cutter]], x: Tensor
 
 
 def loss_on_views(rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean over all samples and views of the (label-smoothed) cross-entropy with the sample's class, differentiable."""
+    """Return the differentiable mean cross-entropy (with label smoothing) over all samples and views."""
     count, views, classes = rows.shape
     total = rows.new_zeros(())
     for n in range(count):
@@ -225,7 +225,7 @@ def loss_on_views(rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tens
 
 
 def whose(rows: Tensor, every: Tensor) -> list[list[int]]:
-    """Which views' logits these rows are: for each sample, the indices."""
+    """Return, for each sample, the indices of the views whose logits these rows are."""
     parts = rows.unflatten(0, (len(every), -1))
     near = (parts.unsqueeze(2) - every.unsqueeze(1)).abs().amax(3)
     assert near.amin(2).max() < 1e-5

@@ -1,4 +1,4 @@
-"""Trainings of seconds, in this process."""
+"""Training runs of a few seconds, in this process."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from machines import Machine
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "fer48"
 FER2013 = ROOT.parent / "shared" / "data" / "fer2013"
-#: A run of seconds.
+#: Options for a run of a few seconds.
 SMALL = ("--width", 4, "--epochs", 2, "--batch", 16, "--limit", 64, "--after", "layer3", "--device", "cpu")
 HERE = Machine(torch.device("cpu"), torch.float32, fast=False)
 
 
 def run(*arguments: object) -> dict[str, Any]:
-    """Train in this process; what result.json holds."""
+    """Train in this process, and return the contents of result.json."""
     training.main([str(a) for a in arguments])
     out = Path(str(arguments[arguments.index("--out") + 1]))
     return json.loads((out / "result.json").read_text())
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """The one line with which a run ends."""
+    """Return the single line with which a run ends."""
     with pytest.raises(SystemExit) as caught:
         training.main([str(a) for a in arguments])
     assert caught.value.code not in (0, None)

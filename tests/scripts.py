@@ -1,4 +1,4 @@
-"""The example's scripts, called in this process."""
+"""Call the example's scripts in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import train as training
 from machines import Machine
 
-#: Enough for a network to tell some faces from others.
+#: Enough training for a network to tell some faces apart.
 SMALL = ("--width", 4, "--epochs", 1, "--batch", 8, "--limit", 64, "--rate", 0.02, "--device", "cpu")
 HERE = Machine(torch.device("cpu"), torch.float32, fast=False)
 EXAMPLE = Path(training.__file__).parent
@@ -23,7 +23,7 @@ def call(script: Any, *arguments: object) -> None:
 
 
 def refused(script: Any, *arguments: object) -> str:
-    """The line with which a script ends, with an exit code that is not 0."""
+    """Return the line with which a script fails, with an exit code other than 0."""
     with pytest.raises(SystemExit) as caught:
         call(script, *arguments)
     assert isinstance(caught.value.code, str)

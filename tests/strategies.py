@@ -1,4 +1,4 @@
-"""Hypothesis strategies: geometries (as plain numbers, so that the oracle needs no Views) and logits."""
+"""Hypothesis strategies: geometries (as plain numbers, so the oracle does not need Views) and logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ position_lists = st.lists(st.tuples(positions, positions), min_size=1, max_size=
 
 @dataclass(frozen=True)
 class Spec:
-    """What a Views is made from."""
+    """The arguments of a Views."""
 
     positions: list[Position]
     scale: Scale
@@ -40,7 +40,7 @@ specs = st.builds(Spec, position_lists, scale_pairs, st.booleans())
 
 @st.composite
 def maps(draw: st.DrawFn, dtype: torch.dtype = torch.int64, min_side: int = 1, max_side: int = 24) -> Tensor:
-    """An NCHW map in which no two values are equal (as far as the dtype allows; bool is irregular)."""
+    """Draw an NCHW map whose values all differ (if the dtype allows; bool is irregular)."""
     shape = [draw(st.integers(1, 3)), draw(st.integers(1, 3)), *(draw(st.integers(min_side, max_side)) for _ in "hw")]
     count = shape[0] * shape[1] * shape[2] * shape[3]
     values = torch.arange(count) % 2039
@@ -51,12 +51,12 @@ def maps(draw: st.DrawFn, dtype: torch.dtype = torch.int64, min_side: int = 1, m
 
 @st.composite
 def logits(draw: st.DrawFn, minus_infinity: bool = False) -> Tensor:
-    """(N, V, K) float64 logits, multiples of 1/4 (many ties between views and classes, no tie inside a view)."""
+    """Draw float64 logits (N, V, K), multiples of 1/4 (many ties between views and classes, none in a view)."""
     count, views, classes = draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(2, 5))
     finite = st.integers(-40, 40).map(lambda quarter: quarter / 4)
     row = st.lists(finite, min_size=classes, max_size=classes, unique=True)
     rows = draw(st.lists(row, min_size=count * views, max_size=count * views))
-    if minus_infinity:  # never at a view's first place, so that at least one class is possible
+    if minus_infinity:  # never for the first class, so at least one class is possible
         masks = st.lists(st.booleans(), min_size=classes - 1, max_size=classes - 1)
         for values in rows:
             for k, masked in enumerate(draw(masks), start=1):

@@ -1,4 +1,4 @@
-"""Views on the grid of the strides behind a site."""
+"""Views aligned with the strides after a site."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from networks import IMAGES
 @pytest.mark.parametrize("scale", [Fraction(5, 6), Fraction(7, 8), Fraction(1, 2), Fraction(1, 3)])
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 8])
 def test_the_margin_is_the_nearest_multiple(scale, stride):
-    """Against a search of every multiple: the nearest, the smaller of two as near, but not none."""
+    """Compare with a search over all multiples: the nearest above 0, the smaller in a tie."""
     for side in range(8, 70):
         plain = side - five_crop(scale).crop_size(side, side)[0]
         margin = side - five_crop(scale).aligned(stride).crop_size(side, side)[0]
@@ -75,7 +75,7 @@ def test_the_papers_sizes_are_aligned(site):
 
 
 def test_an_aligned_injection_votes_over_those_crops():
-    """A map of 15 x 15 before a stride of 2: crops of 13 (margin 2) in place of 13 (2), and of 11 with scale 0.7."""
+    """A 15 x 15 map before a stride of 2: scale 0.7 gives crops of 11, with a margin of 4."""
     torch.manual_seed(0)
     tail = [nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)]
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *tail).eval()

@@ -1,4 +1,4 @@
-"""A call's arguments beside the images: of no sample, of the samples, flags; in any order, given at first or later."""
+"""A call's other arguments: global ones, one value per sample, flags; in any order, at the first or a later call."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ AROUND = "CV101"
 
 
 class Heated(networks.Net):
-    """Takes a second argument: a temperature for all, or a number per sample."""
+    """Takes a second argument: a temperature for all samples, or one per sample."""
 
     def forward(self, x, temperature):
         return super().forward(x) / temperature
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_argument_that_is_of_no_sample_may_go_around(count):
+def test_a_global_argument_may_bypass_the_site(count):
     model = Heated().eval()
     images, temperature = IMAGES[:count], torch.tensor([2.0])
     expected = model(images.flip(3), temperature) / 2 + model(images, temperature) / 2
@@ -30,12 +30,12 @@ def test_an_argument_that_is_of_no_sample_may_go_around(count):
     assert torch.allclose(model(images, temperature), expected, atol=1e-6)
 
 
-def test_an_argument_that_an_input_size_does_not_give():
+def test_an_argument_that_the_input_size_cannot_provide():
     with pytest.raises(PlainModelError, match="CV414"):
         inject_crop_vote(Heated().eval(), after="site", input_size=48)
 
 
-def test_an_argument_of_the_samples_may_not_go_around():
+def test_a_per_sample_argument_may_not_bypass_the_site():
     for args, kwargs in (((IMAGES, torch.ones(3, 1)), {}), ((IMAGES,), {"temperature": torch.ones(3, 1)})):
         model = inject_crop_vote(Heated().eval(), after="site")
         with pytest.raises(SiteError, match="CV102"):
@@ -43,34 +43,34 @@ def test_an_argument_of_the_samples_may_not_go_around():
 
 
 class Reversed(networks.Net):
-    """Its first tensor is no image, and joins behind the site."""
+    """Its first tensor is not an image, and joins after the site."""
 
     def forward(self, numbers, x):
         return super().forward(x) * numbers
 
 
-def test_a_first_tensor_that_is_no_image_is_named():
+def test_a_first_tensor_that_is_not_an_image_is_named():
     model = inject_crop_vote(Reversed().eval(), after="site")
     with pytest.raises(SiteError, match="CV102"):
         model(torch.ones(3, 1), IMAGES)
 
 
 class Clip(networks.Net):
-    """Its one tensor has five axes, and a path leads around the site."""
+    """Its only tensor has five axes, and there is a path around the site."""
 
     def forward(self, x):
         x = self.front(x.mean(1))
         return self.head(self.site(x) + x)
 
 
-def test_a_path_around_in_a_model_of_one_argument_names_none():
+def test_a_bypass_in_a_model_with_one_argument_names_no_argument():
     model = inject_crop_vote(Clip().eval(), after="site")
     with pytest.raises(SiteError, match=AROUND):
         model(IMAGES[:, None])
 
 
 class Met(networks.Net):
-    """Takes more of every sample: some in front of the site, some behind it."""
+    """Takes more arguments per sample: some used before the site, some after it."""
 
     def forward(self, x, before, *behind, scale):
         x = super().forward(x + before[:, :, None, None])
@@ -81,7 +81,7 @@ class Met(networks.Net):
     ("behind", "scale", "named"),
     [((), 2.0, None), ((), torch.ones(3, 1), "scale"), ((torch.ones(7), torch.ones(3, 1)), 2.0, "behind")],
 )
-def test_only_the_argument_that_goes_around_is_named(behind, scale, named):
+def test_only_the_argument_that_bypasses_the_site_is_named(behind, scale, named):
     model, before, plain = Met().eval(), torch.randn(3, 3), networks.Net().eval()
     plain.load_state_dict(model.state_dict())
     inject_crop_vote(model, after="site")

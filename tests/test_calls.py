@@ -1,4 +1,4 @@
-"""Some views in eval mode, a few at random in training, a few at a time; and the logits of each."""
+"""Calls with some of the views in eval mode, or a few random ones in training."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("how", ["soft", "probs", "hard", "median"])
 @pytest.mark.parametrize(("asked", "columns"), [([4, 9], [4, 9]), ("centre", [4]), ((9, 0, 3), [0, 3, 9])])
-def test_some_views_vote_as_their_columns_do(how, asked, columns):
+def test_a_subset_of_views_votes_like_its_columns(how, asked, columns):
     model = voting(vote=how, eval_views=asked)
     logits = per_view(model, IMAGES)
     assert torch.allclose(logits, expected_rows().float(), atol=1e-5)
     assert torch.allclose(model(IMAGES), vote(logits[:, columns].flatten(0, 1), len(columns), how=how), atol=1e-6)
     wanted = oracle.vote(expected_rows()[:, columns], how)
     assert torch.allclose(model(IMAGES).double(), wanted, atol=1e-5)
-    settings(model).eval_output = "views"  # always in the order of the views
+    settings(model).eval_output = "views"  # always in view order
     assert torch.allclose(model(IMAGES), logits[:, columns].flatten(0, 1), atol=1e-6)
 
 
-def test_only_the_views_asked_for_are_computed():
+def test_only_the_requested_views_are_computed():
     model = voting(eval_views="centre+mirror")
     front, tail = networks.counted(model.layer1), networks.counted(model.layer3)
     model(IMAGES)
@@ -60,7 +60,7 @@ def test_only_the_views_asked_for_are_computed():
     settings(model).eval_views = None
     model(IMAGES)
     assert tail == [6, 9, 30]
-    assert model.train()(IMAGES).shape == (30, 7)  # training has them all
+    assert model.train()(IMAGES).shape == (30, 7)  # training uses all views
 
 
 @pytest.mark.parametrize("site", ["input", "layer1", "layer3"])
@@ -73,7 +73,7 @@ def test_some_views_at_any_site(site):
     assert torch.allclose(model(IMAGES), oracle.sample_major(views).float(), atol=1e-5)
 
 
-def test_a_layer_has_the_same_knobs():
+def test_a_layer_has_the_same_options():
     model = layered()
     logits = per_view(model, IMAGES)
     settings(model[1]).eval_views = "centre+mirror"
@@ -97,7 +97,7 @@ def test_a_layer_has_the_same_knobs():
         ({"train_views": 2.0}, "CV815"),
     ],
 )
-def test_what_no_views_can_be(change, message):
+def test_invalid_views_are_refused(change, message):
     model = voting()
     ((name, value),) = change.items()
     with pytest.raises(CropVoteError, match=message):
@@ -107,7 +107,7 @@ def test_what_no_views_can_be(change, message):
     assert settings(model).eval_views is None
 
 
-def test_names_need_such_a_view():
+def test_a_view_name_needs_that_view():
     with pytest.raises(OptionError, match="CV818"):
         voting(views=Views([(0.5, 0.5), (0, 0)]), eval_views="centre+mirror")
     with pytest.raises(OptionError, match="CV818"):
@@ -146,10 +146,10 @@ def test_some_views_compiled_and_exported(backend, site):
 
 
 def test_the_roots_mode_decides_for_the_split_too():
-    """A frozen stage stands in eval mode inside a model in training, and the two have as many views."""
+    """A frozen stage is in eval mode inside a training model, with the same number of views in both modes."""
     model = networks.still(voting(eval_views=[4, 9], train_views=2, eval_output="views"))
     every = expected_rows().float()
-    assert len({tuple(oracle.whose(model(IMAGES), every)[0]) for _ in range(12)}) > 3  # drawn, not the two of eval mode
+    assert len({tuple(oracle.whose(model(IMAGES), every)[0]) for _ in range(12)}) > 3  # drawn, not eval mode's two
     model.training = False
     for module in (model.layer2, *model.layer2):
         module.training = True
@@ -209,7 +209,7 @@ def test_a_few_views_are_drawn_for_each_batch():
     assert torch.allclose(model(IMAGES), every.mean(1), atol=1e-5)  # all views vote
 
 
-def test_every_view_is_drawn_as_often():
+def test_every_view_is_drawn_equally_often():
     torch.manual_seed(0)
     counts = torch.zeros(10)
     for _ in range(2000):
@@ -217,7 +217,7 @@ def test_every_view_is_drawn_as_often():
     assert ((counts - 600) / (2000 * 0.3 * 0.7) ** 0.5).abs().max() < 4
 
 
-def test_processes_draw_their_own_and_stay_in_step(monkeypatch):
+def test_processes_draw_different_views_and_stay_in_step(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
     draws, states = [], []

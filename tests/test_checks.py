@@ -1,4 +1,4 @@
-"""What a check on a fake copy can follow, what it says of what it cannot, and how to go without it."""
+"""What the check on a fake copy can follow, its errors for the rest, and how to skip it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cropvote.probe import fakes, taint, trace
 from cropvote.surgery import inject
 from networks import IMAGES
 
-# --- going without ----------------------------------------------------------------------------------------------------
+# --- without a check --------------------------------------------------------------------------------------------------
 
 
 class Asserting(networks.Net):
-    """Reads values of its data, which a check does not have."""
+    """Reads values of its data, which do not exist in a check."""
 
     def forward(self, x):
         assert not torch.isnan(x).any()
@@ -35,7 +35,7 @@ class Asserting(networks.Net):
 STATE = torch.get_rng_state()
 
 
-def test_a_model_that_cannot_be_followed_votes_without_a_check(monkeypatch):
+def test_a_model_that_cannot_be_traced_votes_without_a_check(monkeypatch):
     with pytest.raises(PlainModelError):
         inject_crop_vote(Asserting().eval(), after="site", input_size=48)
     monkeypatch.setattr(inject, "check_sites", None)
@@ -46,14 +46,14 @@ def test_a_model_that_cannot_be_followed_votes_without_a_check(monkeypatch):
         assert torch.allclose(model(images), wanted(images), atol=1e-6)
     assert copy.deepcopy(model)(IMAGES).shape == (3, 7)
     model.site = networks.Net().site
-    with pytest.raises(RowsError):  # the splits that ran are counted all the same
+    with pytest.raises(RowsError):  # the splits that ran are still counted
         model(IMAGES)
     with pytest.raises(InputTypeError):
         inject_crop_vote(networks.Net(), after="site", check=None)
 
 
 class Scaled(networks.Net):
-    """Its scale is a parameter, which it reads as a number."""
+    """Reads its scale, a parameter, as a number."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Scaled(networks.Net):
         return super().forward(x) * scale
 
 
-def test_parameters_of_one_number_may_be_read():
+def test_scalar_parameters_may_be_read():
     model = inject_crop_vote(Scaled().eval(), after="site", input_size=48)
     plain = inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -76,8 +76,8 @@ def test_parameters_of_one_number_may_be_read():
 
 
 @pytest.mark.parametrize("when", ["before", "after", "both"])
-def test_the_own_forward_bound_on_the_instance_is_no_other_forward(when):
-    """As accelerate leaves it behind, and ``model.forward = model.forward``."""
+def test_the_class_forward_bound_to_the_instance_is_allowed(when):
+    """Accelerate leaves this behind, and so does ``model.forward = model.forward``."""
     model = networks.Net().eval()
     if when != "after":
         model.forward = model.forward
@@ -120,7 +120,7 @@ def test_a_batch_size_read_from_the_images_is_named_as_the_reason():
         inject_crop_vote(Viewing().eval(), after="site", input_size=48)
 
 
-def test_a_model_that_answers_to_every_name_is_not_taken_for_a_compiled_one():
+def test_a_model_with_every_attribute_is_not_taken_for_compiled():
     class Answering(networks.Net):
         def __getattr__(self, name):
             try:
@@ -131,7 +131,7 @@ def test_a_model_that_answers_to_every_name_is_not_taken_for_a_compiled_one():
     assert inject_crop_vote(Answering().eval(), after="site", input_size=48)(IMAGES).shape == (3, 7)
 
 
-def test_lazy_modules_are_to_be_called_first():
+def test_lazy_modules_must_be_called_first():
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7)).eval()
     with pytest.raises(SurgeryError, match="CV406"):
         inject_crop_vote(model, after="0", input_size=48)
@@ -145,7 +145,7 @@ def test_views_that_would_be_valid_are_named():
 
 
 class Fixed(networks.Net):
-    """Its linear layer takes maps of one size."""
+    """Its linear layer takes a single map size."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ class Fixed(networks.Net):
         return self.fc(self.site(self.front(x)).flatten(1))
 
 
-def test_a_module_that_hands_on_what_is_changed_later_is_no_site():
+def test_a_module_whose_output_is_changed_later_is_not_a_site():
     class Aliased(networks.Net):
         def __init__(self):
             super().__init__()
@@ -203,7 +203,7 @@ def canary():
     ],
 )
 def test_the_canary_says_that_checks_are_unavailable(canary, broken, monkeypatch):
-    """And everything else works."""
+    """Everything else still works."""
     broken(monkeypatch)
     with pytest.raises(CheckUnavailableError, match="CV490"):
         inject_crop_vote(networks.Net().eval(), after="site", input_size=48)
@@ -226,8 +226,8 @@ def test_an_error_of_the_library_is_not_blamed_on_the_model(monkeypatch):
         ("torch.utils._pytree", "tree_leaves"),
     ],
 )
-def test_the_rest_works_where_a_private_name_is_gone(gone, missing):
-    """``from cropvote import split_views`` is no ImportError; a check says what is missing."""
+def test_the_rest_works_without_a_private_name(gone, missing):
+    """``from cropvote import split_views`` still works; a check says what is missing."""
     code = f"""
 import torch
 import {gone} as module

@@ -115,7 +115,7 @@ def test_help_fits_a_screen(capsys):
     ],
 )
 def test_a_missing_extra_is_named(missing, line, message, tmp_path):
-    """In a process that has not imported it; all else works without."""
+    """Run in a process that cannot import it; everything else works without it."""
     blocked = (
         f"import sys; sys.modules[{missing!r}] = None; from cropvote.cli import main; sys.exit(main({line.split()!r}))"
     )
@@ -126,7 +126,7 @@ def test_a_missing_extra_is_named(missing, line, message, tmp_path):
 
 
 def test_memory_is_that_of_python(capsys):
-    """Without weights on the command line, and with PyTorch's attention of the CPU, as for a model that has some."""
+    """The command line builds models without weights, yet the memory (also of CPU attention) is that of Python."""
     main(["profile", "timm:vit_tiny_patch16_224", "--sites", "blocks.9", "--json"])
     said = json.loads(capsys.readouterr().out)
     model = timm.create_model("vit_tiny_patch16_224")

@@ -1,4 +1,4 @@
-"""What other code does to an injected model: scripting, copies of its own making, classes with a will of their own."""
+"""Other code on an injected model: scripting, custom copies, classes that restrict subclassing or attributes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from networks import IMAGES
 
 
 def test_scripting_a_voting_model_raises():
-    """It would compile the plain forward, and the vote would be gone."""
+    """Scripting would compile the plain forward, without the vote."""
     model = inject_crop_vote(networks.fer(), after="layer1", input_size=48)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,7 +81,7 @@ def test_copies_made_by_the_models_own_code_vote():
 def test_new_instances_of_the_swapped_class_are_plain():
     model = inject_crop_vote(networks.plain(), after="0", input_size=48)
     assert type(model)(nn.Flatten())(IMAGES).shape == (3, 3 * 48 * 48)
-    assert model[:2](IMAGES).shape == (30, 8, 40, 40)  # the views that the split makes
+    assert model[:2](IMAGES).shape == (30, 8, 40, 40)  # the views made by the split
 
 
 def test_a_graph_module_is_refused():
@@ -89,7 +89,7 @@ def test_a_graph_module_is_refused():
         inject_crop_vote(torch.fx.symbolic_trace(networks.plain()), after="0")
 
 
-def test_a_module_that_carries_a_split_is_no_root():
+def test_a_module_that_carries_a_split_is_not_a_root():
     outer = networks.fer()
     inject_crop_vote(outer, after="layer1.0", input_size=48)
     with pytest.raises(SurgeryError, match="CV407"):
@@ -108,7 +108,7 @@ def test_many_classes_do_not_share_a_recompile_limit():
 
 
 class Keyed(nn.Module):
-    """Takes no subclass without a key."""
+    """Subclasses need a key."""
 
     def __init_subclass__(cls, *, key, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -119,7 +119,7 @@ class KeyedSite(Keyed, key=1):
         return 2 * x
 
 
-def test_a_class_that_takes_no_subclass_leaves_the_model_alone():
+def test_a_class_that_cannot_be_subclassed_leaves_the_model_unchanged():
     model = networks.Net().eval()
     model.site = KeyedSite()
     before = networks.snapshot(model)
@@ -135,7 +135,7 @@ class Frozen(networks.Net):
         super().__setattr__(name, value)
 
 
-def test_a_class_that_guards_its_attributes_votes():
+def test_a_class_with_read_only_attributes_votes():
     model = inject_crop_vote(Frozen().eval(), after="site", input_size=48)
     assert model(IMAGES).shape == (3, 7)
     assert type(remove_crop_vote(model)) is Frozen
@@ -153,7 +153,7 @@ def test_settings_cannot_be_deleted():
 
 
 class Extractor(nn.Module):
-    """A torchvision feature extractor, which is a graph module (and whose deep copies are in training mode)."""
+    """A torchvision feature extractor, a graph module whose deep copies are in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class VmapHead(networks.Net):
 
 
 class MaskedEncoder(networks.Net):
-    """An encoder that, with a mask and without gradients, would go by nested tensors."""
+    """An encoder that would use nested tensors with a mask and without gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class MaskedEncoder(networks.Net):
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("make", "site"), [(Extractor, "body.maxpool"), (VmapHead, "site"), (MaskedEncoder, "site")])
-def test_what_stands_in_models_is_no_obstacle(make, site):
+def test_common_parts_of_models_are_supported(make, site):
     model = make().eval()
     with torch.no_grad():
         wanted = oracle.vote(oracle.tail_rows(model, site, IMAGES), "soft")
@@ -191,7 +191,7 @@ def test_what_stands_in_models_is_no_obstacle(make, site):
         assert torch.allclose(model(IMAGES).double(), wanted, atol=1e-5)
 
 
-def test_a_counter_of_operations_does_not_count_the_check():
+def test_an_operation_counter_does_not_count_the_check():
     model = inject_crop_vote(networks.fer(), after="layer2")
     counts = []
     for _ in range(2):
@@ -201,7 +201,7 @@ def test_a_counter_of_operations_does_not_count_the_check():
     assert counts[0] == counts[1]
 
 
-def test_a_refusal_in_training_leaves_what_was_checked():
+def test_a_refusal_in_training_keeps_earlier_checks():
     model = inject_crop_vote(networks.LateGate().eval(), after="site", input_size=48)
     before = model(IMAGES)
     with pytest.raises(SiteError, match="CV101"):

@@ -1,4 +1,4 @@
-"""What was injected is plain data: stored beside the weights, and made again in another process."""
+"""An injection as plain data: stored with the weights, and restored in another process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_stored_injection_gives_the_same_outputs(options):
 
 
 def test_a_checkpoint_of_another_process(tmp_path):
-    """Weights and injection in one safetensors file."""
+    """Store weights and injection in one safetensors file."""
     model = inject_crop_vote(networks.fer(), after={"layer1": hflip(), "layer3": five_crop()}, input_size=48).eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
@@ -137,6 +137,6 @@ def test_sites_with_the_names_of_fields():
     assert to_config(inject_crop_vote(Named(), **to_config(model))) == to_config(model)
 
 
-def test_stored_floats_are_rounded_as_given_ones():
+def test_stored_floats_are_rounded_like_given_ones():
     data = {"scale": [2 / 3, 2 / 3], "stride": 1, "views": [[1 / 3, 1 / 3, False, 0]]}
     assert Views.from_dict(data) == Views([(1 / 3, 1 / 3)], scale=2 / 3)

@@ -1,4 +1,4 @@
-"""Costs per site, against the paper's Table 2, hand-counted networks, real tensors and PyTorch's memory profiler."""
+"""Costs per site, against the paper's Table 2, manual counts, real tensors and PyTorch's memory profiler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cropvote import (
 from cropvote.errors import InputTypeError, OptionError, SiteError
 from model import fer_resnet18
 
-#: (image side, site): GMACs and MB of the forward pass in Table 2 of the paper.
+#: (image side, site): GMACs and MB of the forward pass, from Table 2 of the paper.
 TABLE_2 = {
     (40, "baseline"): (0.87, 7.00),
     (48, "baseline"): (1.26, 10.08),
@@ -67,7 +67,7 @@ def test_the_page_has_these_figures(paper):
 
 
 class Counted(nn.Module):
-    """Two convolutions whose multiply-adds can be counted on paper."""
+    """Two convolutions whose multiply-adds can be counted manually."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Counted(nn.Module):
         return self.fc(self.tail(self.front(x)).mean((2, 3)))
 
 
-def test_against_paper_and_pencil():
+def test_against_a_manual_count():
     table = profile(Counted(), 24)
     front, tail, fc = 24 * 24 * 8 * 27, 12 * 12 * 16 * 72, 16 * 7
     cut = 10 * 10 * 16 * 72  # the tail on a view of 20 x 20
@@ -89,16 +89,16 @@ def test_against_paper_and_pencil():
     assert table["front"].gmacs_by_views == {n: (front + n * (cut + fc)) / 1e9 for n in (1, 2, 5, 10)}
     assert table["front"].tail_share == pytest.approx((tail + fc) / (front + tail + fc))
     assert table["front"].shape == (8, 24, 24)
-    # autograd keeps, in float32: the images (for front's weight), its map's views (for tail's), and fc's input
+    # autograd saves, in float32: the images (for front's weight), the views (for tail's), and fc's input
     kept = 4 * (3 * 24 * 24 + 10 * (8 * 20 * 20 + 16))
     assert table["front"].train_memory_mib * 2**20 == kept
-    # alive at once: the images and the front's map, with the views; then the views with what the tail makes of them
+    # alive at once: the images, the front's map and the views; then the views and the tail's output
     made = 4 * max(3 * 24 * 24 + 8 * 24 * 24 + 10 * 8 * 20 * 20, 3 * 24 * 24 + 10 * (8 * 20 * 20 + 16 * 10 * 10))
     assert table["front"].inference_peak_mib * 2**20 == made
 
 
 class OnceACall(nn.Module):
-    """Work that does not grow with the batch: a table of biases, made in each call."""
+    """Work independent of the batch size: a table of biases, computed in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,14 +118,14 @@ def test_fewer_views_cost_what_the_live_model_does(make, site):
     row = profile(make().eval(), 48, sites=[site])[site]
     for count, gmacs in row.gmacs_by_views.items():
         model = inject_crop_vote(make().eval(), after=site, input_size=48, eval_views=list(range(count)))
-        # attention as its two matrix products, which every PyTorch counts
+        # attention as two matrix products, which every PyTorch version counts
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, 3, 48, 48))
         assert gmacs == pytest.approx(counter.get_total_flops() / 2e9, rel=1e-12)
 
 
 def kept_bytes(model: nn.Module, batch: int) -> int:
-    """What autograd really keeps, of real tensors."""
+    """Return the bytes that autograd saves for real tensors."""
     fixed = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -167,7 +167,7 @@ def test_a_frozen_front_keeps_nothing():
 
 
 class Pointwise(nn.Module):
-    """Linear layers on a map's channels, which need no scratch space."""
+    """Linear layers on a map's channels, which need no workspace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,11 +181,11 @@ class Pointwise(nn.Module):
 
 @pytest.mark.parametrize("site", ["baseline", "front", "middle", "tail"])
 def test_the_peak_is_that_of_pytorchs_memory_profiler(site):
-    """Which sees every allocation and release of a real run."""
+    """The profiler sees every allocation and release of a real run."""
     row = profile(Pointwise(), 48, sites=[site] if site != "baseline" else [])[site]
     model = Pointwise().eval()
     if site != "baseline":
-        inject_crop_vote(model, after=site, input_size=48, eval_output="views")  # the vote is not the network's
+        inject_crop_vote(model, after=site, input_size=48, eval_output="views")  # leave out the vote's memory
     images = torch.zeros(1, 3, 48, 48)
     with torch.no_grad():
         model(images)
@@ -199,10 +199,10 @@ def test_the_peak_is_that_of_pytorchs_memory_profiler(site):
     assert row.inference_peak_mib * 2**20 == pytest.approx(peak, rel=0.01)
 
 
-# ---- what it looks at ------------------------------------------------------------------------------------------------
+# ---- what it profiles ------------------------------------------------------------------------------------------------
 
 
-def test_every_valid_site_has_a_row_and_the_model_stays():
+def test_every_valid_site_has_a_row_and_the_model_is_unchanged():
     model = networks.fer()
     before = networks.snapshot(model)
     table = profile(model, 48)
@@ -211,7 +211,7 @@ def test_every_valid_site_has_a_row_and_the_model_stays():
     assert networks.same(networks.snapshot(model), before)
 
 
-def test_without_weights_and_with_a_size_of_its_own():
+def test_without_weights_and_with_the_models_own_size():
     try:
         with torch.device("meta"):
             empty = timm.create_model("vit_tiny_patch16_224", num_classes=7)
@@ -226,7 +226,7 @@ def test_without_weights_and_with_a_size_of_its_own():
     assert rows[1]["baseline"].gmacs == pytest.approx(1.2537, rel=1e-3)  # timm's own figure is 1.3
 
 
-def test_an_injected_model_is_looked_at_as_it_was():
+def test_an_injected_model_is_profiled_as_the_plain_one():
     model = inject_crop_vote(networks.fer(), after="layer1", input_size=48)
     assert profile(model, 48, sites=["layer2"]).to_dict() == profile(networks.fer(), 48, sites=["layer2"]).to_dict()
     assert model(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
@@ -250,7 +250,7 @@ def test_other_views():
         ({"input_size": 48, "sites": [], "measure": True, "rounds": 0}, "CV824"),
     ],
 )
-def test_profiles_of_nonsense(arguments, message):
+def test_invalid_profile_arguments(arguments, message):
     with pytest.raises(CropVoteError, match=message):
         profile(networks.fer(), **arguments)
     with pytest.raises(InputTypeError, match="CV801"):
@@ -270,7 +270,7 @@ def test_milliseconds():
         profile(empty, 48, sites=[], measure=True)
 
 
-# ---- the table's forms -----------------------------------------------------------------------------------------------
+# ---- output formats --------------------------------------------------------------------------------------------------
 
 
 def test_text_markdown_and_json_say_the_same(tmp_path):
@@ -306,8 +306,8 @@ def test_no_site_at_all_says_why():
         profile(timm.create_model("resnet10t", features_only=True), 64)
 
 
-def test_a_plan_costs_what_its_parts_do():
-    """Of the paper's network: the front once, the middle twice, the tail ten times on 5/6 of the side."""
+def test_a_plan_costs_the_sum_of_its_parts():
+    """In the paper's network, the front runs once, the middle twice, the tail ten times on 5/6 of the side."""
     two = {"layer1": hflip(), "layer3": five_crop()}
     table = profile(networks.fer(), 48, sites=["layer1", two])
     row = table["layer1=hflip,layer3=five"]
@@ -337,7 +337,7 @@ def test_a_plan_costs_what_its_parts_do():
 
 
 def test_the_docs_table_is_that_of_the_profile():
-    """docs/beyond.md beside profile(fer_resnet18(), 48), figure by figure."""
+    """Compare docs/beyond.md with profile(fer_resnet18(), 48), figure by figure."""
     text = (Path(__file__).parents[1] / "docs" / "beyond.md").read_text()
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same votes as on the CPU, fast modes, random views, training and costs."""
+"""CUDA: the same votes as on the CPU, fast modes, random views, training and costs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_autocast(voting, kind, layout):
         assert close(there(images().cuda().contiguous(memory_format=layout)), voting(images()), rtol=0.05)
 
 
-# what PyTorch itself warns of when it compiles: float32 products, a graph without kernels, gradients that dynamo reads
+# PyTorch's own warnings while compiling: float32 products, a graph without kernels, gradients read by dynamo
 @pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:The CUDA Graph is empty", "ignore:The .grad attribute")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled(voting, mode):

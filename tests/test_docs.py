@@ -1,4 +1,4 @@
-"""The documentation: kept true by what it describes."""
+"""Check the documentation against the code and the stored figures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_api_page_has_every_public_name_once():
     assert sorted({*listed[1].split(", "), "CropVoteError"}) == sorted(errors.__all__)
 
 
-def test_the_method_cards_table_is_the_librarys():
+def test_the_method_cards_table_matches_the_library():
     text, table = (DOCS / "method.md").read_text(), profile(fer_resnet18(), 48, sites=["layer1", "layer2", "layer3"])
     for row in table:
         name = "– (plain)" if row.site == "baseline" else f"`{row.site}`"
@@ -47,8 +47,8 @@ def test_the_method_cards_table_is_the_librarys():
         assert line in text
 
 
-def test_the_comparisons_figures_are_those_of_the_speed_page():
-    """The first table of docs/speed.md, in float32 and eager."""
+def test_the_comparisons_figures_match_the_speed_page():
+    """Compare with the first table of docs/speed.md (float32, eager)."""
     speed = {
         row[0]: row[2::2] for row in _rows((DOCS / "speed.md").read_text().partition("### Inference, bfloat16")[0])
     }
@@ -59,7 +59,7 @@ def test_the_comparisons_figures_are_those_of_the_speed_page():
 
 
 def _rows(text: str) -> list[list[str]]:
-    """The cells of the rows that end in a number."""
+    """Return the cells of the table rows that end in a number."""
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
@@ -67,19 +67,19 @@ def _rows(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["until_sure.json", "until_sure_fer2013.json"])
-def test_the_tables_of_stopping_votes_are_those_of_the_stored_figures(name):
+def test_the_tables_of_stopping_votes_match_the_stored_figures(name):
     runs = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["runs"]
     assert until_sure.table(runs) in (DOCS / "beyond.md").read_text()
     assert not any(str(value).startswith("/") for run in runs for value in run["config"].values())
 
 
-def test_the_table_of_views_at_test_time_is_that_of_the_stored_figures():
+def test_the_table_of_views_at_test_time_matches_the_stored_figures():
     assert at_test_time.table() in (DOCS / "guides" / "test-time-only.md").read_text()
     assert at_test_time.deeper() in (DOCS / "guides" / "test-time-only.md").read_text()
     assert worth_page.tuned() in (DOCS / "guides" / "fine-tuning.md").read_text()
 
 
-def test_readmes_table_is_that_of_the_stored_figures():
+def test_readmes_table_matches_the_stored_figures():
     stored = json.loads(fer2013_page.STORED.read_text())
     assert fer2013_page.short_table(stored["full"]) in (DOCS / "method.md").read_text()
     text = (ROOT / "README.md").read_text()
@@ -103,7 +103,7 @@ def test_the_home_page_is_readmes_first_screen():
 
 
 def raised() -> Iterator[tuple[str, ast.expr]]:
-    """Return where the library makes an error or a reason, and the code it gives."""
+    """Yield where the library creates an error or a reason, and its code."""
     kinds = {"Reason", *errors.__all__} - {"CropVoteError"}
     for path in sorted((ROOT / "cropvote").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -112,7 +112,7 @@ def raised() -> Iterator[tuple[str, ast.expr]]:
 
 
 def test_every_code_is_explained():
-    """The codes of the library are those of the page: none is missing there, and none is left over."""
+    """The library and the page have the same codes, none missing and none extra."""
     text = (DOCS / "troubleshooting.md").read_text()
     entries = re.findall(r'^\| <a id="(CV\d{3})"></a>\1 \|', text, re.MULTILINE)
     assert len(entries) == len(set(entries))
@@ -134,9 +134,9 @@ def test_the_short_examples_run(script):
 
 @pytest.mark.slow
 def test_the_faces_guide_runs(tmp_path):
-    """All its commands, in order, in an empty folder beside the examples; those of real sets on small ones like them.
+    """Run all its commands in order, in an empty folder next to the examples, with small imitations of the real sets.
 
-    Trainings are cut short, and what needs a GPU's speed (--fast) or a camera is left out.
+    Training is shortened, and --fast and cameras are left out.
     """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     faces.fer2013_csv(tmp_path / "fer2013.csv", rows=42)
@@ -165,8 +165,8 @@ def test_the_faces_guide_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_site_is_built_strictly_and_asks_nothing_of_the_network(tmp_path):
-    """No page loads a style, script, font or picture from elsewhere."""
+def test_the_site_builds_strictly_and_loads_nothing_external(tmp_path):
+    """No page loads a style, script, font or picture from another site."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     subprocess.run(build, cwd=ROOT, check=True)
     pages = list((tmp_path / "site").rglob("*.html"))

@@ -1,4 +1,4 @@
-"""benchmarks/fer2013.py: from the logits of runs to figures and the page."""
+"""benchmarks/fer2013.py: the figures and the page, from the logits of runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COST = {"1": 1.0, "2": 2.0, "5": 4.0, "10": 8.0, "plain": 1.5}
 
 
 def a_run(folder: Path, site: str, seed: int) -> results.Run:
-    """A file as a run leaves it, with logits that know something of the labels."""
+    """Return a run with the file it would leave, and logits that are better than chance."""
     rng = np.random.default_rng([seed, len(site)])
     labels = {split: rng.integers(0, K, N) for split in ("val", "test")}
     counts = {"views": 1, "mirrored": 2, "cropped": 10} if site == "none" else {"views": 10}
@@ -50,7 +50,7 @@ def a_run(folder: Path, site: str, seed: int) -> results.Run:
 
 
 def right(run: results.Run, views: list[int], split: str = "test", way: str = "views") -> np.ndarray:
-    """(n,) whether the mean of some views has its largest value at the label, by numpy and a loop."""
+    """Return (n,) whether the mean of some views is largest at the label, with numpy and a loop."""
     rows, labels = run.arrays[f"{split}_{way}"].numpy().astype(float), run.arrays[f"{split}_labels"].numpy()
     return np.array([np.argmax(row[views].mean(0)) == label for row, label in zip(rows, labels, strict=True)])
 
@@ -62,7 +62,7 @@ def runs(tmp_path):
 
 @pytest.fixture
 def stored(tmp_path, runs, monkeypatch):
-    """The figures of those runs, stored in a folder of their own, as the page reads them."""
+    """Store the figures of those runs in a temporary folder, and return them as the page reads them."""
     for module in (results, page):
         monkeypatch.setattr(module, "STORED", tmp_path / "fer2013.json")
     monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
@@ -71,7 +71,7 @@ def stored(tmp_path, runs, monkeypatch):
     return json.loads((tmp_path / "fer2013.json").read_text())["small"]
 
 
-def test_accuracies_are_counted_by_hand(runs, stored):
+def test_accuracies_match_a_manual_count(runs, stored):
     for run, found in zip(runs, stored, strict=True):
         rows = {(row["way"], row["vote"]): row for row in found["rows"]}
         if run.site == "none":
@@ -91,7 +91,7 @@ def test_accuracies_are_counted_by_hand(runs, stored):
 
 
 def test_runs_that_come_later_are_added(tmp_path, stored):
-    """A third seed by itself, and one of the first ones again: nothing is lost, nothing stands twice."""
+    """Add a third seed alone, and one of the first again: nothing is lost or duplicated."""
     (tmp_path / "more").mkdir()
     again = [a_run(tmp_path / "more", site, seed) for site, seed in (("none", 2), ("layer1", 2), ("layer1", 0))]
     results.store("small", again)
@@ -115,7 +115,7 @@ def test_the_test_against_the_plain_network_of_the_same_seed(runs, stored):
 
 
 def test_until_sure_is_chosen_on_validation_faces_alone(runs, stored):
-    """Between the vote of two views and of ten, in cost as in what it says; other test logits move no threshold."""
+    """Cost and votes lie between those of two and ten views; other test logits do not move the threshold."""
     for run, found in zip(runs[2:], stored[2:], strict=True):
         row = next(row for row in found["rows"] if row["way"] == "until sure")
         logits = run.logits("test")
@@ -129,8 +129,8 @@ def test_until_sure_is_chosen_on_validation_faces_alone(runs, stored):
         assert row["accuracy"] == pytest.approx(hits.mean())
 
 
-def test_the_confidence_does_not_know_the_test_labels(runs):
-    """The cost tells how many stop: other test labels change nothing in it, other validation labels do."""
+def test_the_confidence_does_not_depend_on_the_test_labels(runs):
+    """The cost shows how many stop: other test labels do not change it, other validation labels do."""
     moved = []
     for run in runs[2:]:
         costs = []
@@ -153,8 +153,8 @@ def test_views_are_added_by_validation_and_counted_on_test(runs, stored):
     assert found["order"] == taken
 
 
-def test_the_calibration_error_by_its_formula(runs, stored):
-    """The mean over the faces of the gap between confidence and accuracy of their bin (Naeini et al. 2015)."""
+def test_the_calibration_error_matches_its_formula(runs, stored):
+    """The mean over faces of the gap between their bin's confidence and accuracy (Naeini et al. 2015)."""
     probs = torch.softmax(runs[2].logits("test").mean(1), 1).double().numpy()
     sure, hits = probs.max(1), right(runs[2], list(range(10)))
     bins = np.minimum((sure * 10).astype(int), 9)
@@ -176,7 +176,7 @@ def test_the_page_holds_every_network_and_its_pictures(stored, tmp_path):
         assert f"figures/fer2013_{stem}.svg" in text
 
 
-def test_the_results_are_those_of_the_stored_figures(tmp_path, monkeypatch):
+def test_the_results_page_matches_the_stored_figures(tmp_path, monkeypatch):
     stored, written = json.loads(results.STORED.read_text()), page.PAGE.read_text()
     monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(page, "FIGURES", tmp_path)
@@ -189,8 +189,8 @@ def test_the_results_are_those_of_the_stored_figures(tmp_path, monkeypatch):
         assert len(runs) == 3
 
 
-def test_the_figures_in_the_texts_are_the_stored_ones():
-    """A further seed changes them: the sentences have to follow."""
+def test_the_figures_in_the_text_match_the_stored_ones():
+    """Another seed changes them, and then the sentences must change too."""
     full = json.loads(results.STORED.read_text())["full"]
     runs = {site: [run for run in full if run["config"]["after"] == site and run["config"]["recipe"] == "fer2013"]
             for site in ("none", "layer1", "layer1=hflip,layer3=five")}  # fmt: skip

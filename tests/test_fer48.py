@@ -1,4 +1,4 @@
-"""The example's network, its recipes, and the figures that it makes of logits."""
+"""The example's network, its recipes, and the figures it computes from logits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scoring import interval, score, with_interval
 
 
 def test_the_network_is_the_papers():
-    """11,172,423 parameters, named as torchvision's, but for the stem."""
+    """11,172,423 parameters, named as in torchvision except for the stem."""
     network, reference = fer_resnet18(), resnet18(num_classes=7)
     assert sum(p.numel() for p in network.parameters()) == 11_172_423
     shapes, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (network, reference))
@@ -36,7 +36,7 @@ def test_the_network_is_the_papers():
     assert network.eval()(torch.zeros(2, 3, 48, 48)).shape == (2, 7)
 
 
-def test_the_network_computes_what_torchvisions_does_behind_the_stem():
+def test_the_network_equals_torchvisions_after_the_stem():
     network, reference = fer_resnet18().eval(), resnet18(num_classes=7).eval()
     reference.conv1, reference.maxpool = network.conv1, nn.Identity()
     reference.load_state_dict(network.state_dict())
@@ -44,7 +44,7 @@ def test_the_network_computes_what_torchvisions_does_behind_the_stem():
     assert torch.allclose(network(x), reference(x), atol=1e-5)
 
 
-def test_timm_makes_the_network_and_votes_without_being_told_a_size():
+def test_timm_creates_the_network_and_votes_without_a_stated_size():
     network = timm.create_model("fer_resnet18", num_classes=3, in_chans=1, width=8)
     assert network(torch.zeros(2, 1, 48, 48)).shape == (2, 3)
     assert network.get_classifier() is network.fc
@@ -140,7 +140,7 @@ def test_misuse_is_one_line(arguments, message, capsys, tmp_path):
     assert message in refused(capsys, *arguments, "--out", tmp_path / "run")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is available")
 def test_missing_cuda_is_one_line(capsys):
     assert "PyTorch sees no CUDA device" in refused(capsys, "--device", "cuda")
 
@@ -159,7 +159,7 @@ def test_figures_of_known_logits():
 
 
 def test_the_interval_is_wilsons():
-    """By the formula (Wilson 1927), for 30 of 100."""
+    """Compare with the formula (Wilson 1927), for 30 of 100."""
     z, n, p = 1.959964, 100, 0.3
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     scale = 1 + z * z / n
@@ -167,7 +167,7 @@ def test_the_interval_is_wilsons():
 
 
 def test_concordance_is_lins():
-    """By the formula (Lin 1989); views are averaged first."""
+    """Compare with the formula (Lin 1989); views are averaged first."""
     torch.manual_seed(0)
     logits, mood = torch.randn(50, 4, 2), torch.rand(50, 2) * 2 - 1
     found = score(logits, mood, ("valence", "arousal"))["mean"]
@@ -175,25 +175,25 @@ def test_concordance_is_lins():
         x, y = logits[..., i].mean(1).double(), mood[:, i].double()
         covariance = ((x - x.mean()) * (y - y.mean())).mean()
         lin = 2 * covariance / (x.var(correction=0) + y.var(correction=0) + (x.mean() - y.mean()) ** 2)
-        assert found["concordance_each"][name] == pytest.approx(float(lin), abs=1e-2)  # it divides by n - 1
+        assert found["concordance_each"][name] == pytest.approx(float(lin), abs=1e-2)  # torchmetrics divides by n - 1
         assert found["rmse_each"][name] == pytest.approx(float(((x - y) ** 2).mean() ** 0.5), abs=1e-5)
 
 
 def test_concordance_of_constant_predictions_is_0():
-    """Lin's covariance is 0 there; torchmetrics gives NaN, which no JSON and no comparison of epochs can hold."""
+    """Lin's covariance is 0 there; torchmetrics gives NaN, which cannot be stored in JSON or compared."""
     mood = torch.rand(20, 2)
     constant = torch.full((20, 1, 2), 0.3)
     for logits, aims in ((constant, mood), (torch.randn(20, 1, 2), constant[:, 0]), (constant, constant[:, 0])):
         assert score(logits, aims, ("valence", "arousal"))["mean"]["concordance"] == 0
 
 
-def test_an_interval_as_a_person_reads_it():
+def test_the_interval_as_text():
     assert with_interval(1.0, 8) == "100.0 % (95 %: 67.6–100.0)"
     assert with_interval(0.3, 100) == "30.0 % (95 %: 21.9–39.6)"
 
 
-def test_reading_leaves_a_batch_alone():
-    """The rows of a face do not depend on the batch that it is read in."""
+def test_reading_does_not_depend_on_the_batch():
+    """A face's rows do not depend on its batch."""
     model = inject_crop_vote(fer_resnet18(width=4), after="layer2", input_size=48).eval()
     images = torch.from_numpy(toy_faces(10, seed=0)[0]).unsqueeze(1)
     whole, parts = read(model, images, HERE, True), read(model, images, HERE, True, batch=3)
@@ -203,7 +203,7 @@ def test_reading_leaves_a_batch_alone():
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_faces_and_labels_are_mixed_in_the_same_shares(options):
-    """Faces of one colour each, by class: what is seen of a colour is the share of its class; no two steps alike."""
+    """With one colour per class, a colour's share of a mixed face is its class's share; every step differs."""
     torch.manual_seed(0)
     mix = Learner(Config(after="none", width=4, **options), CLASSES, 1, HERE).mix
     labels = torch.arange(7)
@@ -215,13 +215,13 @@ def test_faces_and_labels_are_mixed_in_the_same_shares(options):
         assert torch.allclose(mixed.mean((1, 2, 3)), shares @ labels.float(), atol=1e-4)
         seen.add((len(mixed[1].unique()), round(float(shares.max()), 4)))
     assert len(seen) > 6
-    kinds = {one for one, _ in seen if one}  # a pasted face has two colours, a mixed one a colour between them
+    kinds = {one for one, _ in seen if one}  # a pasted face has two colours, a mixed one a blend of them
     assert kinds == ({1, 2} if len(options) == 2 else {1} if "mixup" in options else {1, 2} & kinds | {2})
     assert Learner(Config(after="none", width=4), CLASSES, 1, HERE).mix is None
 
 
-def test_a_step_on_mixed_faces_is_one_on_their_shares():
-    """The loss of a voting network: every view against the shares, by the formula."""
+def test_the_loss_of_mixed_faces_uses_mixed_labels():
+    """Compare a voting network's loss, every view against the mixed labels, with the formula."""
     torch.manual_seed(0)
     learner = Learner(Config(after="layer3", width=4, batch=8, rate=1e-8, mixup=0.4), CLASSES, 1, HERE)
     faces, labels = torch.randn(8, 3, 48, 48), torch.arange(8) % 7
@@ -234,7 +234,7 @@ def test_a_step_on_mixed_faces_is_one_on_their_shares():
     assert found == pytest.approx(float(-(rows * shares.unsqueeze(1)).sum(2).mean()), abs=1e-3)
 
 
-def test_the_readmes_table_is_that_of_the_stored_figures():
+def test_the_readmes_table_matches_the_stored_figures():
     script = ROOT / "benchmarks" / "toy.py"
     printed = subprocess.run([sys.executable, script, "table"], capture_output=True, text=True, check=True).stdout
     assert printed.strip() in (ROOT / "examples" / "fer48" / "README.md").read_text()

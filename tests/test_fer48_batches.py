@@ -1,4 +1,4 @@
-"""What a training batch of the flagship is made of: its rows, and what is done to each face."""
+"""The example's training batches: which rows, and how each face is augmented."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NOTHING = Strengths(
 
 @pytest.fixture
 def faces() -> torch.Tensor:
-    """Six colour faces in 0..1."""
+    """Return six colour faces in 0..1."""
     grey = torch.from_numpy(toy_faces(18, seed=0)[0])
     return grey.view(6, 3, 48, 48).float() / 255
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    """Every random number is that share of its range."""
+    """Make every random number that share of its range."""
     monkeypatch.setattr(batches, "uniform", lambda x, low, high: torch.full((len(x),), low + share * (high - low)))
 
 
@@ -41,7 +41,7 @@ def test_an_epoch_takes_every_row_once():
 
 @pytest.mark.parametrize(("per_class", "each"), [(-1, 20), (8, 8), (33, 33)])
 def test_a_balanced_epoch(per_class, each):
-    """As many of each class; large classes are not repeated, small ones are, evenly."""
+    """Classes are equally frequent; only small ones are repeated, evenly."""
     sizes = (100, 20, 5)  # the median is 20
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     order = generator()
@@ -54,16 +54,16 @@ def test_a_balanced_epoch(per_class, each):
         assert mine.max() <= -(-each // size)
     assert labels[rows[:each]].unique().numel() > 1  # shuffled, not class by class
     again = epoch_rows(labels, per_class, order)
-    assert set(again.tolist()) != set(rows.tolist())  # another draw in the next epoch
+    assert set(again.tolist()) != set(rows.tolist())  # another sample in the next epoch
     assert torch.equal(epoch_rows(labels, per_class, generator()), rows)
 
 
-def test_a_class_that_no_face_has_is_left_out():
+def test_a_class_without_faces_is_left_out():
     rows = epoch_rows(torch.tensor([0, 0, 6, 6, 6]), -1, generator())
     assert len(rows) == 4
 
 
-def test_input_is_grey_in_three_channels_or_the_colours_as_they_are():
+def test_input_repeats_grey_in_three_channels_and_keeps_colours():
     grey = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
     assert to_input(grey).tolist() == [[[[-1.0, 1.0]]] * 3]
     colour = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
@@ -71,7 +71,7 @@ def test_input_is_grey_in_three_channels_or_the_colours_as_they_are():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_no_strength_changes_nothing(channels):
+def test_strength_zero_changes_nothing(channels):
     images = torch.from_numpy(toy_faces(3 * channels, seed=0)[0]).view(3, channels, 48, 48)
     assert torch.allclose(augment(images, NOTHING), to_input(images), atol=2e-6)
 
@@ -92,7 +92,7 @@ def test_mirror_is_exact(faces):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_shift_by_whole_pixels(faces, monkeypatch, share):
-    """All faces move to the same corner, by 6 of 48 pixels; the edge is repeated."""
+    """All faces shift to the same corner by 6 of 48 pixels; the edge is repeated."""
     drawn(monkeypatch, share)
     moved = move(faces, replace(NOTHING, shift=6 / 48))
     padded = tv.pad(faces, [6], padding_mode="edge")
@@ -109,7 +109,7 @@ def test_a_tilt_is_torchvisions(faces, monkeypatch):
 
 
 def test_a_crop_is_torchvisions(faces, monkeypatch):
-    """Half of a side, at the bottom right: the last 24 pixels, enlarged."""
+    """Crop half of each side at the bottom right: the last 24 pixels, enlarged."""
     monkeypatch.setattr(batches, "uniform", lambda x, low, high: torch.full((len(x),), 0.5 if low == 0.5 else high))
     cropped = move(faces, replace(NOTHING, crop=0.5))
     expected = tv.resized_crop(faces, 24, 24, 24, 24, [48, 48], antialias=False)
@@ -128,7 +128,7 @@ def test_light_is_torchvisions(faces, monkeypatch, kind, share):
 
 def test_erasing_covers_one_rectangle_within_its_size(faces):
     torch.manual_seed(0)
-    many = faces.repeat(20, 1, 1, 1) * 0.4  # nothing is 0.5 by itself
+    many = faces.repeat(20, 1, 1, 1) * 0.4  # no pixel is 0.5 already
     out = erase(many, replace(NOTHING, erase=0.5, erased=0.2))
     hit = (out == 0.5).all(1)
     share = hit.flatten(1).float().mean(1)

@@ -1,4 +1,4 @@
-"""The cache of read pictures."""
+"""The cache of decoded pictures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_second_load_decodes_nothing(small, read, monkeypatch):
     for name, split in first.splits.items():
         assert torch.equal(split.images, again.splits[name].images)
         assert split.names == again.splits[name].names
-    again.splits["test"].images.zero_()  # a private copy: what is kept does not change
+    again.splits["test"].images.zero_()  # a private copy: the cache does not change
     check(read(small))
 
 
@@ -75,7 +75,7 @@ def test_a_changed_file_is_seen(tmp_path, small, read, what):
 
 
 def test_the_same_names_in_another_folder_are_other_pictures(tmp_path, read):
-    """Same sizes, same times: a copy of an archive, say."""
+    """Sizes and times are equal, as in a copy of an archive."""
     folders = {str(k + 1): name for k, name in enumerate(RAFDB)}
     for place, order in (("a", folders), ("b", dict(zip(folders, reversed(folders.values()), strict=True)))):
         root = class_folders(tmp_path / place, {"train": 2, "test": 1}, order, ".bmp")
@@ -86,7 +86,7 @@ def test_the_same_names_in_another_folder_are_other_pictures(tmp_path, read):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "no seal", "seal", "empty"])
-def test_a_damaged_cache_is_built_anew(tmp_path, small, read, damage):
+def test_a_damaged_cache_is_rebuilt(tmp_path, small, read, damage):
     read(small)
     for folder in caches(tmp_path / "cache"):
         if damage == "truncated":
@@ -122,7 +122,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, small, read, monkeypatch)
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path, small, read):
-    """A limit on the size of files fails a write in the middle of a file, as a full disk does."""
+    """A limit on file size makes a write fail in the middle of a file, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:

@@ -34,7 +34,7 @@ def test_modes_and_exif(tmp_path):
     red = (200, 40, 10)
     plain = Image.new("RGB", (60, 50), red)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter, clockwise, before it is shown
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     turned = plain.copy()
     turned.paste((10, 40, 200), (0, 0, 30, 50))  # the left half becomes the upper one
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=98)
@@ -65,7 +65,7 @@ def test_modes_and_exif(tmp_path):
 
 
 def test_a_face_is_averaged_not_picked(tmp_path):
-    """Stripes of one pixel shrink to their mean; a face of the right size stays as it is."""
+    """Stripes of one pixel shrink to their mean; a face of the right size is unchanged."""
     stripes = np.zeros((480, 480, 3), np.uint8)
     stripes[:, ::2] = 200
     assert np.abs(np.asarray(pictures.shrink(stripes)).astype(int) - 100).max() < 12
@@ -94,7 +94,7 @@ def test_boxes_are_cut_off_at_the_edges():
     ids=["truncated", "text", "empty", "missing", "bomb"],
 )
 def test_unreadable_pictures(tmp_path, read, monkeypatch, spoil, reason):
-    """One of few is an error; one of many is left out and named, with every other label in its place."""
+    """One of few is an error; one of many is left out and named, and all other labels stay correct."""
     root = rafdb(tmp_path / "set", "_aligned.png")
     text = root / "EmoLabel" / "list_patition_label.txt"
     text.write_text(text.read_text().replace(".jpg", ".png"))
@@ -148,7 +148,7 @@ def test_drawn_validation_faces(tmp_path, read):
 
 
 def test_limit_is_a_random_part_in_order(tmp_path, read):
-    """Class folders are sorted by class: their first faces would be of one class."""
+    """Class folders are sorted by class, so their first faces would all have one class."""
     root = class_folders(tmp_path / "set", {"train": 20, "val": 1}, {"happy": "happy", "sad": "sad", "fear": "fear"})
     train = read(root, limit=15).splits["train"]
     assert len(set(train.labels.tolist())) == 3
@@ -253,7 +253,7 @@ def test_published_numbers_add_up():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FER2013.exists(), reason="FER2013 is not beside the checkout")
+@pytest.mark.skipif(not FER2013.exists(), reason="FER2013 is not next to the checkout")
 def test_real_fer2013(tmp_path, capsys):
     path = tmp_path / "fer2013.csv"
     subprocess.run([sys.executable, str(FER2013 / "unpack.py"), "csv", str(path)], check=True)

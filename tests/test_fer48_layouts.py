@@ -1,4 +1,4 @@
-"""The data side of the example: every layout that people have, and what is wrong with it."""
+"""The data side of the example: all supported layouts, and their errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_rafdb_folders_1_to_7(tmp_path, read, below):
 
 
 @pytest.mark.parametrize("order", [RAFDB, NAMES[:7]], ids=["rafdb", "affectnet"])
-def test_folders_0_to_6_are_told_by_their_numbers_of_faces(tmp_path, read, monkeypatch, order):
+def test_folders_0_to_6_are_recognised_by_their_counts(tmp_path, read, monkeypatch, order):
     numbers = (2, 3, 4, 5, 6, 7, 8)
     monkeypatch.setitem(sources.PUBLISHED["RAF-DB"], "train", numbers)
     for place, name in enumerate(order):
@@ -74,7 +74,7 @@ def test_folders_0_to_6_are_told_by_their_numbers_of_faces(tmp_path, read, monke
     assert (faces.name, faces.classes) == ("RAF-DB", order)
 
 
-def test_folders_0_to_6_of_unknown_order_must_be_told(tmp_path, read):
+def test_folders_0_to_6_of_unknown_order_need_a_label_order(tmp_path, read):
     root = class_folders(tmp_path / "set", {"train": 2, "test": 1}, {str(k): name for k, name in enumerate(FER)})
     with pytest.raises(DataError, match=r"0: 2, .*do not tell .*--label-order: rafdb, affectnet, fer2013, or seven"):
         read(root)
@@ -101,7 +101,7 @@ def test_affectnet(tmp_path, read, lists):
     }
     assert "1 rows of training left out: no usable face box" in faces.note
     for split in faces.splits.values():
-        assert not (split.images[:, 1] > 200).any()  # nothing of what lies around the box
+        assert not (split.images[:, 1] > 200).any()  # nothing from outside the box
         numbers = torch.tensor([int(re.findall(r"\d+", name)[-1]) for name in split.names])
         assert split.mood.dtype == torch.float32
         assert torch.allclose(split.mood, torch.stack([numbers / 100, -numbers / 50], 1))
@@ -154,8 +154,8 @@ def test_affectnet_folders(tmp_path, read, val, named):
     }
 
 
-def test_notes_say_what_the_splits_there_are(tmp_path, read):
-    """Somebody's own test folder beside the official validation faces: these then choose the epoch, and it is said."""
+def test_notes_describe_the_splits(tmp_path, read):
+    """With a custom test folder, the official validation faces choose the epoch, and the note says so."""
     numbered = {str(place): name for place, name in enumerate(NAMES)}
     own = read(class_folders(tmp_path / "a", {"train": 3, "val": 1, "test": 1}, numbered), contempt=True)
     assert own.note == "splits of somebody's own; val chooses the epoch"
@@ -185,7 +185,7 @@ def test_fer2013_folders(tmp_path, read):
 
 
 def test_plain_class_folders(tmp_path, read):
-    """Names that are no expressions: alphabetical; a validation folder is used as it is."""
+    """Other names than expressions are sorted alphabetically; a validation folder is used unchanged."""
     folders = {"dogs": "happy", "cats": "sad", "birds": "fear"}
     faces = read(class_folders(tmp_path / "set", {"train": 2, "val": 1, "test": 1}, folders))
     assert (faces.name, faces.classes) == ("folders", ("birds", "cats", "dogs"))
@@ -270,7 +270,7 @@ def test_ferplus(tmp_path, read):
     assert len(seven.splits["train"]) == 9
 
 
-def test_ferplus_must_stand_beside_the_same_rows(tmp_path, read):
+def test_ferplus_needs_fer2013_with_the_same_rows(tmp_path, read):
     path = ferplus(tmp_path / "set")
     with pytest.raises(DataError, match=r"(?s)2 sets in one folder; name the file.*FER2013, csv.*FER\+, csv"):
         read(path.parent)
@@ -290,7 +290,7 @@ def test_ferplus_must_stand_beside_the_same_rows(tmp_path, read):
 
 
 def test_no_layout_fits(tmp_path, read):
-    """The message lists all layouts, and the path that each of them lacks."""
+    """The message lists all layouts, each with its missing path."""
     root = tmp_path / "set"
     (root / "Manually_Annotated_Images").mkdir(parents=True)
     with pytest.raises(DataError) as raised:

@@ -25,7 +25,7 @@ from scripts import call, refused
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Eight toy faces as grey PNGs, in a folder with a folder."""
+    """Write eight toy faces as grey PNGs, in a folder and a subfolder."""
     folder = tmp_path / "faces"
     (folder / "more").mkdir(parents=True)
     for number, face in enumerate(toy_faces(8, seed=9)[0]):
@@ -41,7 +41,7 @@ def table(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("site", ["none", "layer3"])
 @pytest.mark.slow
 def test_a_folder_as_a_csv(compared, pictures, tmp_path, site):
-    """What the model says of the same pixels, computed by hand."""
+    """Compare with the model's outputs for the same pixels, computed directly."""
     call(predict, "--model", compared / f"{site}-0", pictures, "--csv", tmp_path / "out.csv", "--device", "cpu")
     rows = table(tmp_path / "out.csv")
     assert [Path(row["image"]).name for row in rows] == [f"{k}.png" for k in range(8)]
@@ -83,7 +83,7 @@ def test_lines_and_pictures_of_the_views(compared, pictures, tmp_path, capsys):
 
 
 def test_agreement_is_with_the_vote():
-    """Six views say a, four say b and are surer: the vote is b, with which four agree."""
+    """Six views choose a, four choose b with more confidence: the vote is b, and four views agree."""
     logits = torch.tensor([[[1.0, 0.0]] * 6 + [[0.0, 9.0]] * 4])
     card = {"outputs": ["a", "b"], "vote": "soft", "target": "expression"}
     (row,) = predict.read_rows(logits, card)
@@ -91,7 +91,7 @@ def test_agreement_is_with_the_vote():
 
 
 @pytest.mark.slow
-def test_names_that_are_no_text(compared, pictures, tmp_path, capsys):
+def test_names_that_are_not_valid_text(compared, pictures, tmp_path, capsys):
     (pictures / "0.png").rename(os.fsdecode(os.fsencode(pictures) + b"/\xff.png"))
     (pictures / "._1.png").write_bytes(b"left by another system")
     call(predict, "--model", compared / "layer3-0", pictures, "--csv", tmp_path / "out.csv", "--device", "cpu")
@@ -101,7 +101,7 @@ def test_names_that_are_no_text(compared, pictures, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_faces_are_looked_for(compared, tmp_path, capsys):
+def test_faces_are_detected(compared, tmp_path, capsys):
     """The astronaut's face (NASA, public domain) is found; a wall has none."""
     pytest.importorskip("cv2")
     Image.fromarray(astronaut()).save(tmp_path / "astronaut.png")
@@ -118,7 +118,7 @@ def test_faces_are_looked_for(compared, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_film_instead_of_a_camera(compared, tmp_path, capsys):
+def test_a_video_instead_of_a_camera(compared, tmp_path, capsys):
     cv2 = pytest.importorskip("cv2")
     path = tmp_path / "film.avi"
     film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (512, 512))
@@ -153,7 +153,7 @@ def test_prediction_misuse_is_one_line(compared, tmp_path, arguments, message):
 
 @pytest.mark.slow
 def test_onnx(compared, tmp_path, capsys):
-    """Any batch; classes and preprocessing in the file; the vote is the network's."""
+    """Any batch size; the file holds classes and preprocessing, and gives the network's vote."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
     call(export, "--model", compared / "layer3-0", "--out", path)

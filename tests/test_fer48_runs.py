@@ -1,4 +1,4 @@
-"""A run of the example: what it leaves, how it goes on, what it refuses; in one process and in several."""
+"""Runs of the example: their files, resuming, and errors; in one process and in several."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_run_writes_what_it_says(finished):
 
 
 def test_the_stored_weights_reach_the_stored_figures(finished):
-    """Computed anew from model.safetensors, by the library's functions and by scikit-learn."""
+    """Recompute them from model.safetensors, with the library's functions and scikit-learn."""
     result = json.loads((finished / "result.json").read_text())
     model, card = load_model(finished)
     assert tuple(card["outputs"]) == CLASSES
@@ -77,7 +77,7 @@ def test_the_stored_weights_reach_the_stored_figures(finished):
 
 @pytest.mark.slow
 def test_the_test_split_is_scored_only_when_asked(finished, tmp_path, capsys):
-    """Going on with a finished run adds the test's figures, and trains nothing; and nothing takes them away again."""
+    """Resuming a finished run adds the test figures without training; they are never removed."""
     before = json.loads((finished / "result.json").read_text())
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -106,8 +106,8 @@ def test_a_plain_network(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plan_over_two_places(tmp_path):
-    """Mirrored after layer1, cropped after layer3: stored, loaded and read like any other."""
+def test_a_plan_over_two_sites(tmp_path):
+    """Mirroring after layer1 and cropping after layer3 is stored, loaded and read like any other run."""
     plan = "layer1=hflip,layer3=five"
     result = run(*SMALL, "--after", plan, "--out", tmp_path / "run")
     plain = Config(width=4)
@@ -121,7 +121,7 @@ def test_a_plan_over_two_places(tmp_path):
     assert title in (tmp_path / "run" / "MODEL_CARD.md").read_text()
 
 
-def test_retraining_learns_from_both_splits_for_as_long_as_was_best(tmp_path):
+def test_retraining_uses_both_splits_for_the_best_number_of_epochs(tmp_path):
     out = tmp_path / "run"
     training.main([str(a) for a in (*SMALL, "--retrain", "--final-test", "--out", out)])
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (out, out / "retrained"))
@@ -132,7 +132,7 @@ def test_retraining_learns_from_both_splits_for_as_long_as_was_best(tmp_path):
     assert second["epochs"] is None
 
 
-def test_all_faces_learnt_and_none_scored(tmp_path, capsys):
+def test_training_on_all_faces_without_scoring(tmp_path, capsys):
     result = run(*SMALL, "--learn", "train+val", "--out", tmp_path / "run")
     assert (result["split"], result["votes"], result["epochs"]) == (None, {}, None)
     said = capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
     assert (out / "mine.txt").read_text() == "kept"
 
 
-def test_stopping_by_hand_is_one_line(tmp_path, capsys, monkeypatch):
+def test_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -185,13 +185,13 @@ def test_a_run_is_not_overwritten_by_accident(finished, capsys):
         (("--split-seed", 3), r"started with split_seed 0, now 3"),
     ],
 )
-def test_another_run_is_not_gone_on_with(finished, capsys, options, message):
+def test_another_run_is_not_resumed(finished, capsys, options, message):
     assert message in refused(capsys, *SMALL, *options, "--out", finished, "--resume")
 
 
 @pytest.mark.slow
 def test_other_classes_or_faces_are_refused(finished, tmp_path, capsys):
-    """The stored state of a run with the same options, but of other classes, faces or processes."""
+    """The stored run has the same options, but other classes, faces or processes."""
     for key, value, message in (
         ("outputs", ["a", "b"], "its classes are a, b; this run's are angry, disgust"),
         ("faces", "0", "the faces, their labels or their split have changed"),
@@ -214,7 +214,7 @@ def test_a_state_that_is_a_program_is_not_run(tmp_path, capsys):
     assert "cannot be read" in refused(capsys, *SMALL, "--out", out, "--resume")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(finished, tmp_path, capsys, monkeypatch):
+def test_a_nan_loss_ends_the_run_and_keeps_the_last_good_state(finished, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     learn, calls = training.Learner.learn, []
 
@@ -246,8 +246,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_weights_of_another_set_go_to_the_classes_of_the_same_name(tmp_path):
-    """RAF-DB's order from AffectNet's; a class that was not learnt, and another width, are refused."""
+def test_weights_of_another_set_are_matched_by_class_name(tmp_path):
+    """AffectNet's weights are reordered for RAF-DB; an unknown class or another width is an error."""
     affectnet = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "angry", "contempt")
     rafdb = ("surprise", "fear", "disgust", "happy", "sad", "angry", "neutral")
     source = fer_resnet18(num_classes=8, width=4)
@@ -265,7 +265,7 @@ def test_weights_of_another_set_go_to_the_classes_of_the_same_name(tmp_path):
 
 
 def test_fast_and_averaged_weights(tmp_path):
-    """bfloat16, channels_last and the average change little, and the average is what is kept."""
+    """bfloat16, channels_last and averaging change little; the averaged weights are saved."""
     averaged = run(*SMALL, "--ema", 0.5, "--precision", "bfloat16", "--out", tmp_path / "run")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     kept = state["best"]["fc.weight"]
@@ -284,7 +284,7 @@ def command(*arguments: object) -> list[str]:
 
 @pytest.mark.slow
 def test_killed_and_resumed_reaches_the_same_numbers(tmp_path):
-    """SIGKILL in the middle of an epoch: losses, scores and weights are those of a run without it, bit for bit."""
+    """After SIGKILL in the middle of an epoch, losses, scores and weights equal an uninterrupted run's, bit for bit."""
     options = (*SMALL, "--epochs", 4, "--limit", 256, "--ema", 0.9, "--mixup", 0.2, "--cutmix", 1)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(*options, "--out", tmp_path / "whole"), check=True, env=env)
@@ -309,7 +309,7 @@ def test_killed_and_resumed_reaches_the_same_numbers(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """torchrun with gloo: every face is scored exactly once, both steps and epochs go on after a resume."""
+    """With torchrun and gloo, every face is scored exactly once, and steps and epochs continue after a resume."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLE / "train.py")]
     options = [str(a) for a in (*SMALL, "--limit", 65, "--out", tmp_path / "run")]
@@ -331,7 +331,7 @@ def test_two_processes(tmp_path):
     assert "--batch 15 is shared by 2 processes: give a multiple of 2" in odd.stderr
 
 
-#: In a function: a learner that outlived its process group would leave threads of gloo behind, which abort the exit.
+#: In a function, because a learner that outlives its process group leaves gloo threads that crash the exit.
 LEARN_ONCE = f"""
 import sys
 import torch
@@ -359,8 +359,8 @@ with machine("cpu") as here:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path):
-    """Without BatchNorm's differences, the mean of the processes' gradients is the gradient of the whole batch."""
+def test_two_processes_learn_the_same_as_one(tmp_path):
+    """With BatchNorm frozen, the mean of the processes' gradients is the gradient of the full batch."""
     script = tmp_path / "same.py"
     script.write_text(LEARN_ONCE)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -373,7 +373,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_compiled(tmp_path):
-    """--fast on the CPU: bfloat16, channels_last and torch.compile."""
+    """Run --fast on the CPU: bfloat16, channels_last and torch.compile."""
     result = run(*SMALL, "--fast", "--out", tmp_path / "run")
     assert result["config"]["fast"]
 

@@ -1,4 +1,4 @@
-"""compare.py and robustness.py, other targets, and what every script has."""
+"""compare.py and robustness.py, other targets, and the help of every script."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from scripts import EXAMPLE, SMALL, call, logits, refused
 
 @pytest.mark.slow
 def test_the_comparison_holds_the_runs_figures(compared):
-    """Accuracy, cost and McNemar's counts, computed anew from each run's files."""
+    """Recompute accuracy, cost and McNemar's counts from each run's files."""
     stored = json.loads((compared / "compare.json").read_text())
     rows = {(row["site"], row["vote"]): row for row in stored["rows"]}
     assert set(rows) == {("none", "soft"), ("layer3", "soft"), ("layer3", "hard"), (compare.MIRRORED, "soft")}
@@ -70,8 +70,8 @@ def test_the_mirror_row_is_the_plain_network_on_both_images(compared):
 
 
 @pytest.mark.parametrize(("won", "lost"), [(10, 2), (3, 3), (0, 5), (0, 0)])
-def test_mcnemar_is_a_fair_coin(won, lost):
-    """Two-sided: twice the tail of the binomial distribution."""
+def test_mcnemar_is_a_binomial_test(won, lost):
+    """The two-sided p is twice the tail of the binomial distribution."""
     labels = torch.zeros(won + lost + 4, dtype=torch.long)
     ours, plain = labels.clone(), labels.clone()
     plain[:won], ours[won : won + lost] = 1, 1
@@ -104,7 +104,7 @@ def test_complete_runs_are_not_repeated_and_others_go_on(compared, monkeypatch, 
 
 @pytest.mark.slow
 def test_other_data_are_not_compared_with_the_stored_runs(compared, monkeypatch, tmp_path):
-    """The same options and another set of faces: not the old figures, but an error."""
+    """The same options with other faces give an error, not the old figures."""
     import shutil
 
     import data
@@ -118,7 +118,7 @@ def test_other_data_are_not_compared_with_the_stored_runs(compared, monkeypatch,
     assert "have changed since it was trained" in refused(robustness, out / "none-0", "--device", "cpu")
 
 
-def test_comparing_what_is_not_scored_is_refused(capsys):
+def test_comparing_unscored_runs_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         call(compare, *SMALL, "--learn", "train+val")
     assert caught.value.code == 2
@@ -127,7 +127,7 @@ def test_comparing_what_is_not_scored_is_refused(capsys):
 
 @pytest.mark.slow
 def test_the_comparison_on_two_processes(tmp_path):
-    """Every process waits for what the first one writes."""
+    """Every process waits for the first one's files."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = map(str, (*SMALL, "--sites", "none", "layer3", "--seeds", 0, "--out", tmp_path / "out"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -136,7 +136,7 @@ def test_the_comparison_on_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_comparison_as_a_person_reads_it(compared):
+def test_the_comparison_as_text(compared):
     text = (compared / "compare.md").read_text()
     assert text.startswith("| network | vote | accuracy, % |")
     for words in (
@@ -178,7 +178,7 @@ def test_a_whole_square_is_covered_at_the_same_place_for_every_network(side):
 
 
 def test_coarse_faces_are_pillows():
-    """Shrunk by Pillow, which averages, and enlarged by torchvision."""
+    """Compare with shrinking by Pillow, which averages, and enlarging by torchvision."""
     images = torch.from_numpy(toy_faces(3, seed=0)[0]).unsqueeze(1)
     (found,) = robustness.coarse(images, 24)
     for face, mine in zip(images, found, strict=True):
@@ -210,7 +210,7 @@ def test_robustness_of_finished_runs(compared, tmp_path):
 
 
 @pytest.mark.slow
-def test_robustness_refuses_networks_that_were_trained_otherwise(compared, tmp_path):
+def test_robustness_refuses_networks_with_other_training(compared, tmp_path):
     call(training, *SMALL, "--after", "none", "--width", 2, "--out", tmp_path / "narrow")
     said = refused(robustness, compared / "none-0", tmp_path / "narrow", "--device", "cpu", "--out", tmp_path / "out")
     other = refused(
@@ -222,11 +222,11 @@ def test_robustness_refuses_networks_that_were_trained_otherwise(compared, tmp_p
     assert "differ in more than after, vote, seed: width 4, now 2" in said
 
 
-# --- valence and arousal; from one set to another --------------------------------------------------------------------
+# --- valence and arousal; transfer between data sets -----------------------------------------------------------------
 
 
 def release(root: Path, faces: int = 40) -> Path:
-    """AffectNet's later layout, with toy faces; valence is high where a face is happy."""
+    """Write AffectNet's later layout with toy faces; valence is high for happy faces."""
     for part, seed in (("train_set", 0), ("val_set", 1)):
         (root / part / "annotations").mkdir(parents=True)
         (root / part / "images").mkdir()
@@ -246,7 +246,7 @@ def affectnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(data: Path, recipe: str) -> tuple[object, ...]:
-    """The paper's recipe, but small."""
+    """Return the options of the paper's recipe at a small size."""
     small = ("--width", 4, "--epochs", 1, "--batch", 8, "--validation", 1, "--device", "cpu")
     return ("--recipe", recipe, "--data", data, "--cache", data.parent / "cache", *small)
 
@@ -272,7 +272,7 @@ def test_valence_and_arousal(affectnet, tmp_path, capsys):
 
 
 def test_from_affectnet_to_rafdb(affectnet, tmp_path, capsys):
-    """The paper's way, with one command each: weights that AffectNet gave go to RAF-DB's classes by name."""
+    """As in the paper, with one command each: AffectNet's weights are matched to RAF-DB's classes by name."""
     call(training, *options(affectnet, "affectnet"), "--after", "layer3", "--out", tmp_path / "affectnet")
     out = capsys.readouterr().out
     assert "AffectNet (train_set and val_set with annotations)" in out
@@ -289,7 +289,7 @@ def test_from_affectnet_to_rafdb(affectnet, tmp_path, capsys):
     assert result["config"]["decay"] == 0.95
 
 
-# --- what people look at ---------------------------------------------------------------------------------------------
+# --- user interface --------------------------------------------------------------------------------------------------
 
 
 def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
@@ -318,7 +318,7 @@ def test_every_script_has_help_with_an_example(capsys):
 
 
 def test_the_readmes_commands_are_commands():
-    """Every line of the README's code is understood by its script, and names only options that there are."""
+    """Every command in the README is accepted by its script and uses only existing options."""
     scripts = {"train": training, "compare": compare, "robustness": robustness, "predict": predict, "export": export}
     scripts |= {"check_data": check_data, "demo": demo, "toy": toy}
     text = (EXAMPLE / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""The network that lies in examples/fer48/weights: it loads, votes, and its card says what its json says."""
+"""The network in examples/fer48/weights loads and votes, and its model card matches its JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_it_is_small_and_votes():
 
 
 def test_the_astronaut_is_happy():
-    """NASA's portrait, which is in the public domain; the face's place is stated, so that no detector is needed."""
+    """NASA's public-domain portrait; the face box is given, so no detector is needed."""
     model, card = load_model(WEIGHTS)
     face = torch.from_numpy(skimage.data.astronaut()[65:161, 176:272].copy()).permute(2, 0, 1)[None].float()
     grey = (face * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)

@@ -1,6 +1,6 @@
-"""The ways to get a wrong number without an error, each with its guard, and the proof that the guard is what helps.
+"""The known ways to a silent wrong number, each with its guard, and the proof that the guard is what prevents it.
 
-Every hazard is a check that passes on the library as it is. ``without`` takes the guard out: the check must then fail.
+Every hazard's check passes with the library as it is. ``without`` disables the guard, and then the check must fail.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def test_it_is_right_or_it_raises(case):
 
 
 @pytest.mark.parametrize("case", HAZARDS, ids=lambda case: case.name)
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which dynamo reads
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # read by dynamo
 def test_without_its_guard_the_check_fails(case, monkeypatch):
-    """Else the check would prove nothing."""
+    """Otherwise the check would prove nothing."""
     case.without(monkeypatch)
     swapping._classes.clear()
     with pytest.raises((AssertionError, pytest.fail.Exception)):

@@ -1,4 +1,4 @@
-"""Splits that are lost, copied or left behind after the check: where the number of rows alone would not show it."""
+"""Splits that are lost, copied or left behind after the check, without a change in the number of rows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_replaced_stage_takes_its_split_along(after, options, lost):
         model(IMAGES)
 
 
-def test_a_first_vote_of_few_views_misses_no_split_either():
+def test_a_first_vote_of_few_views_also_detects_a_lost_split():
     model = voting("layer1")
     model.layer1 = networks.fer().layer1
     with pytest.raises(RowsError, match=LOST):
@@ -70,7 +70,7 @@ def test_a_first_vote_of_few_views_misses_no_split_either():
 
 
 class Dropping(nn.Module):
-    """A stage that a flag, set after the check, leaves out."""
+    """Skips a stage if a flag is set after the check."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Dropping(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_stage_that_is_left_out_is_missed(training):
+def test_a_skipped_stage_is_detected(training):
     model = Dropping().train(training)
     inject_crop_vote(model, {"front": hflip(), "stage": five_crop()}, input_size=48, train_views=2, eval_views=[0, 5])
     model(IMAGES)
@@ -93,15 +93,15 @@ def test_a_stage_that_is_left_out_is_missed(training):
         model(IMAGES)
 
 
-def test_a_stage_that_is_compiled_by_itself_is_not_missed():
+def test_a_separately_compiled_stage_is_not_reported():
     model, wanted = voting(), voting()(IMAGES)
     model.layer3.compile(backend="eager")
     with torch.no_grad():
         assert torch.allclose(model(IMAGES), wanted, atol=1e-5)
 
 
-def test_a_replaced_stage_is_missed_under_a_compiler():
-    """Where the splits that ran cannot be counted: the ones that are left can be."""
+def test_a_replaced_stage_is_detected_in_a_compiled_model():
+    """The splits that ran cannot be counted there, but the remaining ones can."""
     model = voting(eval_views="centre+mirror")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_a_replaced_stage_is_missed_under_a_compiler():
 
 
 def test_a_copy_of_a_stage_is_a_plain_stage():
-    """Its split belongs to no model: a call says so, without the vote it is the plain model, and the undo is exact."""
+    """Its split belongs to no model: a vote is an error, the disabled model is plain, and the undo is exact."""
     plain = networks.fer()(IMAGES)
     for after in (TWO, "layer3"):
         model = voting(after)
@@ -126,7 +126,7 @@ def test_a_copy_of_a_stage_is_a_plain_stage():
         inject_crop_vote(model, after, input_size=48)
 
 
-def test_copies_of_the_model_have_splits_of_their_own():
+def test_copies_of_the_model_have_their_own_splits():
     model, wanted = voting(), voting()(IMAGES)
     twin = copy.deepcopy(model)
     del model
@@ -143,8 +143,8 @@ def test_layers_do_not_nest():
             CropVote(tail)
 
 
-def test_a_site_inside_a_layer_is_not_missed():
-    """Two votes, one in the other: each call counts its own splits."""
+def test_a_site_inside_a_layer_is_not_reported():
+    """With one vote inside another, each call counts its own splits."""
     torch.manual_seed(0)
     site = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
     tail = nn.Sequential(site, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
@@ -155,8 +155,8 @@ def test_a_site_inside_a_layer_is_not_missed():
         assert torch.allclose(net(IMAGES), wanted, atol=1e-6)
 
 
-def test_a_layer_has_the_last_word_where_its_views_are_read():
-    """A head behind the vote would be another thing behind each view."""
+def test_reading_views_needs_the_layers_vote_as_output():
+    """A head after the vote would give other results if run on each view."""
     torch.manual_seed(0)
     tail = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CropVote(tail))
@@ -195,7 +195,7 @@ def test_a_confidence_is_chosen_for_views_that_are_named():
 
 
 class Pooling(nn.Module):
-    """A learned query, expanded to the batch, that attends to the map: what ViTs with attention pooling do."""
+    """A learned query, expanded to the batch, that attends to the map, as in ViTs with attention pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Pooling(nn.Module):
         return self.head(self.attention(self.query.expand(len(tokens), -1, -1), tokens, tokens)[0][:, 0])
 
 
-def test_a_model_that_hands_on_a_parameter_is_profiled():
+def test_a_model_that_passes_a_parameter_on_is_profiled():
     model = Pooling()
     row = profile(model, 48, sites=["front"])["front"]
     front, tail = 24 * 24 * 27 * 8, 20 * 20 * 8 * 8 * 2 + 2 * 8 * 8 + 2 * 400 * 8 + 8 * 7
@@ -216,7 +216,7 @@ def test_a_model_that_hands_on_a_parameter_is_profiled():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_plans_of_one_name_are_timed_each_by_itself():
+def test_plans_with_the_same_name_are_timed_separately():
     small, large = ({"layer1": hflip(), "layer3": five_crop(scale)} for scale in (0.3, 0.9))
     _, _, one, other = profile(networks.fer(), 48, sites=[small, large], measure=True, batch=2, rounds=3)
     assert (one.site, other.site) == ("layer1=hflip,layer3=5 views of 3/10", "layer1=hflip,layer3=5 views of 9/10")
@@ -224,7 +224,7 @@ def test_plans_of_one_name_are_timed_each_by_itself():
     assert other.milliseconds
 
 
-def test_a_device_that_is_not_there_is_said():
+def test_a_missing_device_is_an_error():
     with pytest.raises(OptionError, match="CV825"):
         profile(
             networks.fer(), 48, sites=["layer1"], measure=True, device="mps" if torch.cuda.is_available() else "cuda"

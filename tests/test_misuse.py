@@ -1,4 +1,4 @@
-"""Misuse of inject_crop_vote, remove_crop_vote and settings is refused, and changes nothing."""
+"""Misuse of inject_crop_vote, remove_crop_vote and settings raises an error and changes nothing."""
 
 from __future__ import annotations
 
@@ -92,14 +92,14 @@ def test_injecting_under_an_earlier_compile_is_seen():
 
 def test_a_scripted_model_is_refused():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, from some version on
+        warnings.simplefilter("ignore")  # torch.jit is deprecated in newer versions
         scripted = torch.jit.script(networks.plain())
     with pytest.raises(SurgeryError, match="CV404"):
         inject_crop_vote(scripted, after="2")
 
 
 def test_a_forward_on_the_instance_is_refused():
-    """Such a forward hides the class's, so a split there would have no effect."""
+    """It hides the class's forward, so a split there would have no effect."""
     model = networks.fer()
     block = model.layer1[-1].forward
     model.layer1[-1].forward = lambda x: block(x)
@@ -175,7 +175,7 @@ def test_settings_are_checked_on_assignment():
     assert (live.vote, live.train_output, live.enabled) == ("soft", "vote", True)
 
 
-def test_settings_of_what_has_none():
+def test_settings_of_a_plain_model():
     with pytest.raises(SurgeryError, match="CV418"):
         settings(networks.fer())
     net = nn.Sequential(nn.Conv2d(3, 8, 1), CropVote(nn.Flatten()))
@@ -191,8 +191,8 @@ def test_a_call_without_a_tensor():
         inject_crop_vote(networks.fer(), after="layer1", input_size=48)([IMAGES])
 
 
-def test_a_split_that_did_not_run_is_noticed_where_n_is_divisible_by_v():
-    """Ten samples and ten views: without the check, the vote would mix ten different images into one."""
+def test_a_split_that_did_not_run_is_detected_if_v_divides_n():
+    """With ten samples and ten views and no check, the vote would mix ten different images."""
     model = inject_crop_vote(networks.Skipping().eval(), after="site", input_size=48)
     images = torch.randn(10, 3, 48, 48)
     assert model(images).shape == (10, 7)

@@ -57,7 +57,7 @@ OTHER_VIEWS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two threads on two busy cores wait 8 ms for each other in every layer: 60 times slower than one."""
+    """Use one thread: on two busy cores, two threads wait 8 ms for each other in every layer, 60 times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -68,12 +68,12 @@ def one_thread() -> Iterator[None]:
 
 
 def fer_resnet18() -> nn.Module:
-    """The example's network, made by its class: timm's function adds the size of its images."""
+    """Return the example's network from its class, because timm's function would add the image size."""
     return FerResNet18(num_classes=7, width=16)
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """The model with BatchNorm statistics and affine weights that matter, in eval."""
+    """Return the model in eval mode with random BatchNorm statistics and affine weights."""
     for module in model.modules():
         if isinstance(module, BatchNorm):
             nn.init.normal_(module.running_mean, 0, 0.2)
@@ -84,7 +84,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 def undecided(model: nn.Module, x: Tensor) -> nn.Module:
-    """The model with larger logits that average to 0 over x, so that the views of a sample do not all agree."""
+    """Scale and centre the model's logits over x, so a sample's views do not all agree."""
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     with torch.no_grad():
         last.weight *= 10
@@ -94,7 +94,7 @@ def undecided(model: nn.Module, x: Tensor) -> nn.Module:
 
 @functools.cache
 def network(net: str) -> nn.Module:
-    """The plain network; never changed, only copied."""
+    """Return the plain network, which is only copied, never changed."""
     build = {
         "torchvision": lambda: torchvision.models.resnet18(num_classes=7),
         "timm": lambda: timm.create_model("resnet18", num_classes=7),
@@ -106,26 +106,26 @@ def network(net: str) -> nn.Module:
 
 
 def images(*size: int, count: int = 2) -> Tensor:
-    """Noise with a slope, so that no two views look alike."""
+    """Return noise with a gradient, so no two views look alike."""
     x = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
     return x + torch.linspace(-2, 2, size[0])[:, None] + torch.linspace(-1, 3, size[1])
 
 
 @functools.cache
 def expected_rows(net: str, site: str, *size: int) -> Tensor:
-    """The oracle's (N, V, K) for the plain network."""
+    """Return the oracle's (N, V, K) for the plain network."""
     with torch.no_grad():
         return oracle.tail_rows(network(net), site, images(*size))
 
 
 def injected(net: str, site: str, **options) -> nn.Module:
-    """A copy of the network, cut at the site."""
+    """Return a copy of the network, injected at the site."""
     options.setdefault("input_size", SIDES[net])
     return inject_crop_vote(copy.deepcopy(network(net)), after=site, **options)
 
 
 def train_with_frozen_norm(model: nn.Module) -> nn.Module:
-    """train(), but every BatchNorm uses its running statistics."""
+    """Set training mode, but let every BatchNorm use its running statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, BatchNorm):
@@ -134,7 +134,7 @@ def train_with_frozen_norm(model: nn.Module) -> nn.Module:
 
 
 def assert_near(found: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    """Within the tolerance, absolutely, whatever the dtype."""
+    """Check that the absolute difference is within the tolerance, for any dtype."""
     torch.testing.assert_close(found.double(), want.double(), rtol=0, atol=tolerance)
 
 
@@ -146,7 +146,7 @@ def assert_near(found: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 def test_the_oracles_views_differ(net: str, site: str) -> None:
     """Otherwise agreement would say nothing about the order of the views."""
     rows = expected_rows(net, site, SIDES[net], SIDES[net])
-    tiny = net != "fer" and site != "layer1"  # maps of 8x8 and 4x4, whose centre crop is the top-left one
+    tiny = net != "fer" and site != "layer1"  # maps of 8x8 and 4x4, where the centre crop equals the top-left one
     same = {(4, 0), (9, 5)} if tiny else set()
     for v in range(1, 10):
         for other in range(v):
@@ -170,7 +170,7 @@ def test_eval_output_is_the_vote(net: str, site: str, how: str) -> None:
 @nets
 @sites
 def test_training_output_is_every_view_in_order(net: str, site: str) -> None:
-    """(N*V, K), row n*V + v; and switching back and forth, and off and on, changes nothing else."""
+    """(N*V, K), row n*V + v; switching modes back and forth, or the vote off and on, changes nothing else."""
     side = SIDES[net]
     x, want = images(side, side), expected_rows(net, site, side, side)
     model = train_with_frozen_norm(injected(net, site))
@@ -209,7 +209,7 @@ def test_images_that_are_not_square(net: str, site: str, size: tuple[int, int]) 
 
 @pytest.mark.parametrize("net", ["torchvision", "timm"])
 def test_a_map_too_small_for_ten_crops_is_refused(net: str) -> None:
-    """64x48 at layer3 is a map of 4x3, and 5/6 of 3 is 3."""
+    """At layer3, 64x48 images give a 4x3 map, and 5/6 of 3 rounds to 3."""
     model = copy.deepcopy(network(net))
     with pytest.raises(CropVoteError), torch.no_grad():
         inject_crop_vote(model, after="layer3", input_size=(64, 48))(images(64, 48))
@@ -217,7 +217,7 @@ def test_a_map_too_small_for_ten_crops_is_refused(net: str) -> None:
 
 @nets
 def test_without_an_input_size_and_with_a_single_image(net: str) -> None:
-    """The first call is a batch of one; the second a batch of two."""
+    """The first call has a batch of one, the second a batch of two."""
     side = SIDES[net]
     want = oracle.vote(expected_rows(net, "layer2", side, side), "soft")
     model = inject_crop_vote(copy.deepcopy(network(net)), after="layer2")
@@ -229,7 +229,7 @@ def test_without_an_input_size_and_with_a_single_image(net: str) -> None:
 @nets
 @pytest.mark.parametrize("kind", OTHER_VIEWS)
 def test_other_views(net: str, kind: str) -> None:
-    """five_crop, hflip, grids and odd positions with a scale for each axis, at layer2."""
+    """five_crop, hflip, grids, and unusual positions with a scale per axis, at layer2."""
     side, (views, cut) = SIDES[net], OTHER_VIEWS[kind]
     x = images(side, side)
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_other_views(net: str, kind: str) -> None:
 
 @nets
 def test_the_input_as_site_is_test_time_augmentation(net: str) -> None:
-    """after="input": the plain model on each crop of the image."""
+    """after="input" runs the plain model on each crop of the image."""
     side = SIDES[net]
     x = images(side, side)
     with torch.no_grad():
@@ -272,18 +272,18 @@ def test_a_removed_model_is_the_plain_model(net: str) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter's gradient by name; all must be there."""
+    """Return every parameter's gradient by name; none may be missing."""
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in found.values())
     return found
 
 
-# bn1 is followed by an in-place ReLU, which must neither fail nor reach into another view
+# bn1 is followed by an in-place ReLU, which must neither fail nor change another view
 @pytest.mark.parametrize(
     ("net", "site"), [*itertools.product(SIDES, SITES), ("torchvision", "bn1"), ("timm", "bn1"), ("fer", "bn1")]
 )
 def test_one_training_step_equals_the_oracles(net: str, site: str) -> None:
-    """Loss and every gradient, BatchNorm in eval: to 1e-4 in float32, and the smallest network to 1e-8 in float64."""
+    """Loss and all gradients, BatchNorm in eval, to 1e-4 in float32, or 1e-8 in float64 for the smallest network."""
     dtype, tolerance = (torch.float64, 1e-8) if net == "fer" else (torch.float32, 1e-4)
     x, targets = images(SIDES[net], SIDES[net]).to(dtype), torch.tensor([5, 2])
     plain = train_with_frozen_norm(copy.deepcopy(network(net)).to(dtype))
@@ -303,7 +303,7 @@ def test_one_training_step_equals_the_oracles(net: str, site: str) -> None:
 
 
 def test_one_float32_step_on_the_vote_equals_autograd_through_the_mean() -> None:
-    """train_output="vote": the loss of the average of the views, to 1e-4."""
+    """train_output="vote" gives the loss of the views' average, within 1e-4."""
     x, targets = images(48, 48), torch.tensor([5, 2])
     plain = train_with_frozen_norm(copy.deepcopy(network("fer")))
     model = train_with_frozen_norm(injected("fer", "layer2", train_output="vote"))
@@ -321,7 +321,7 @@ def test_one_float32_step_on_the_vote_equals_autograd_through_the_mean() -> None
 
 
 def halves() -> tuple[nn.Module, nn.Module]:
-    """A front and a tail of one's own."""
+    """Return the front and tail of a custom network."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         front = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
@@ -333,7 +333,7 @@ def halves() -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("how", [*RULES, "mean", "median"])
 @pytest.mark.parametrize("size", [(24, 24), (24, 17)])
 def test_the_layer_equals_the_oracle(how: str, size: tuple[int, int]) -> None:
-    """nn.Sequential(front, CropVote(tail)): vote in eval, every view in training."""
+    """nn.Sequential(front, CropVote(tail)) votes in eval and gives every view in training."""
     front, tail = halves()
     x = images(*size, count=3)
     with torch.no_grad():

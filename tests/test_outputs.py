@@ -1,4 +1,4 @@
-"""Models that return more than one tensor: which are voted over, and which are left alone."""
+"""Models that return several tensors: which are voted over, and which are left unchanged."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Answer:
 @dataclass
 class Scores:
     scores: Tensor
-    scale: InitVar[int] = 1  # no field ...
-    classes: ClassVar[Tensor] = torch.eye(7)  # ... nor this, although it looks like predictions
+    scale: InitVar[int] = 1  # not a field ...
+    classes: ClassVar[Tensor] = torch.eye(7)  # ... and neither is this, although it looks like predictions
 
 
 class Several(networks.Net):
-    """Two heads behind the site, one in front of it, the maps of both sides, and something else."""
+    """Two heads after the site, one before it, the maps of both sides, and something else."""
 
     def __init__(self, pack) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ PACKS = {
 
 
 def leaves(output):
-    """The tensors of an output, in order, by means of their own."""
+    """Return the tensors of an output, in order, without the library."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Answer):
@@ -74,7 +74,7 @@ def leaves(output):
     return [leaf for item in output for leaf in leaves(item)] if isinstance(output, (tuple, list)) else []
 
 
-#: Per pack, which leaves are voted over.
+#: Which leaves of each pack are voted over.
 VOTED = {
     "tensor": [True],
     "tuple": [True, True, False, False],
@@ -104,11 +104,11 @@ def test_the_predictions_are_voted_over_and_the_rest_is_left_alone(kind):
         if voted:
             assert torch.allclose(ours, (whole + mirrored) / 2, atol=1e-6)
         elif ours.shape[0] == len(IMAGES):
-            assert torch.equal(ours, whole)  # from in front of the site
+            assert torch.equal(ours, whole)  # from before the site
         else:
             assert torch.allclose(
                 ours, torch.stack([whole, mirrored], 1).flatten(0, 1), atol=1e-6
-            )  # behind it: per view
+            )  # from after it: per view
     for row, voted in zip(leaves(model.train()(IMAGES)), VOTED[kind], strict=True):
         assert not voted or len(row) == 2 * len(IMAGES)
 
@@ -123,7 +123,7 @@ def test_compiled(kind):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_what_is_no_field_of_a_dataclass_is_no_prediction():
+def test_only_fields_of_a_dataclass_are_predictions():
     model = inject_crop_vote(Several(lambda rows, *_: Scores(rows)).eval(), after="site", input_size=48)
     assert model(IMAGES).scores.shape == (3, 7)
     assert model.train()(IMAGES).scores.shape == (30, 7)
@@ -144,7 +144,7 @@ def test_a_container_that_cannot_be_copied_is_refused():
 
 
 def test_names_are_told_apart():
-    """Two tensors whose dotted names would be the same."""
+    """Two tensors have the same dotted name."""
 
     def pack(rows, twice, early, front, behind):
         return {"a": {"b": rows + early.mean(0)}, "a.b": rows}
@@ -158,7 +158,7 @@ def test_only_floating_point_rows_are_predictions():
     assert [len(rows) for rows in model(IMAGES)] == [3, 30]
 
 
-def test_a_number_of_a_chain_is_refused():
+def test_a_single_number_among_the_outputs_is_refused():
     class Chain(nn.Sequential):
         def forward(self, x):
             rows = super().forward(x)
@@ -168,7 +168,7 @@ def test_a_number_of_a_chain_is_refused():
         inject_crop_vote(Chain(*networks.plain()).eval(), after="0", input_size=48)
 
 
-def test_what_is_no_tensor_stays():
+def test_other_values_than_tensors_are_kept():
     model = inject_crop_vote(Several(PACKS["dataclass"]).eval(), after="site", input_size=48)
     assert model(IMAGES).note == "a note"
     model = inject_crop_vote(Several(PACKS["dict"]).eval(), after="site", input_size=48)
@@ -181,7 +181,7 @@ def test_a_second_head_that_mixes_both_sides_is_refused():
         inject_crop_vote(model.eval(), after="site", input_size=48)
 
 
-def test_a_main_head_in_front_of_the_site_is_refused():
+def test_a_main_head_before_the_site_is_refused():
     with pytest.raises(SiteError, match="CV101"):
         inject_crop_vote(Several(lambda r, t, early, f, b: Pair(early, r)).eval(), after="site", input_size=48)
 
@@ -218,10 +218,10 @@ HEADS = [
 
 @pytest.mark.parametrize(("kind", "size", "views", "site", "rows"), HEADS)
 def test_auxiliary_heads_in_training(kind, size, views, site, rows):
-    """Each head behind the site gives a row per view; a head in front of it stays as it is; the loss takes both."""
+    """Heads after the site give a row per view; heads before it are unchanged; the loss takes both."""
     images, targets = torch.randn(2, 3, size, size), torch.tensor([1, 3])
     model = getattr(torchvision.models, kind)(num_classes=7, init_weights=False).train()
-    layout = "NCHW" if kind == "inception_v3" else None  # its head's kernel takes no smaller map, so it must be told
+    layout = "NCHW" if kind == "inception_v3" else None  # stated: its head's kernel does not fit smaller maps
     inject_crop_vote(model, after=site, views=views, input_size=size, layout=layout)
     output = model(images)
     assert {head: len(getattr(output, head)) for head in rows} == rows
@@ -233,7 +233,7 @@ def test_auxiliary_heads_in_training(kind, size, views, site, rows):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_a_tuple_is_traced():
-    """While tracing, sizes are tensors, no two of which are one key."""
+    """While tracing, sizes are tensors, which never match as dict keys."""
     model = inject_crop_vote(Several(lambda rows, twice, *_: (rows, twice)).eval(), after="site", input_size=48)
     for ours, theirs in zip(torch.jit.trace(model, IMAGES)(IMAGES[:2]), model(IMAGES[:2]), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The package as people get it: names, errors, the wheel, the layout of the code."""
+"""The package as users get it: names, errors, the wheel, the structure of the code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(cropvote.__path__, "cropvote.")
     if not module.ispkg
 )
-#: The arrows run one way: a module imports only from those before it.
+#: Imports run one way: a module imports only from those before it.
 ORDER = [
     "errors",
     "_torch",
@@ -82,13 +82,13 @@ def file_of(module: str) -> Path:
 
 
 def absolute(module: str, node: ast.ImportFrom) -> str:
-    """The name below ``cropvote`` of what a module imports relatively."""
+    """Return the name below ``cropvote`` of a relative import."""
     folder = f"cropvote.{module}".split(".")[: -node.level]
     return ".".join([*folder, node.module] if node.module else folder[1:]).removeprefix("cropvote.")
 
 
 def test_public_names_are_sorted_documented_and_there():
-    """Few names at the top; each of them, and each public name of a module, stands in docs/api.md."""
+    """Few names are at the top; all of them, and each module's public names, are in docs/api.md."""
     assert cropvote.__all__ == sorted(cropvote.__all__)
     assert len(cropvote.__all__) <= 20
     page = (ROOT / "docs" / "api.md").read_text()
@@ -112,12 +112,12 @@ def test_every_error_is_a_cropvote_error_and_a_builtin(name):
     assert name in errors.__doc__
 
 
-#: What else may be raised: by the protocol of a module's ``__getattr__``, and by functions that make an error.
+#: What else may be raised: AttributeError in a module's ``__getattr__``, and errors made by functions.
 MADE = {"AttributeError", "refusal", "unavailable"}
 
 
 def test_the_library_raises_nothing_else():
-    """Every raise in the package is of an error of the hierarchy, or raises again what it caught."""
+    """Every raise in the package uses the library's errors, or re-raises."""
     own = set(errors.__all__)
     for module in MODULES:
         tree = ast.parse(file_of(module).read_text())
@@ -132,7 +132,7 @@ def test_the_library_raises_nothing_else():
                 assert node.exc.func.id in own or node.exc.func.id in MADE, (module, node.lineno)
 
 
-#: Packages that are installed on request, by the only module that may use them, inside a function.
+#: Optional packages, by the only module that may import them, inside a function.
 EXTRAS = {"plots": ["matplotlib"], "ranking": ["tqdm"], "folders": ["safetensors", "timm", "torchvision"]}
 
 
@@ -154,7 +154,7 @@ def test_imports_run_one_way():
 
 
 def journey(run) -> list[tuple[str, str]]:
-    """Each call inside the package: its file, and the file of the nearest caller inside the package."""
+    """Return, for each call inside the package, its file and its nearest caller's file in the package."""
     root, calls = str(ROOT / "cropvote") + os.sep, []
 
     def inside(frame):
@@ -175,8 +175,8 @@ def journey(run) -> list[tuple[str, str]]:
     return calls
 
 
-def test_the_way_through_a_call_is_short():
-    """A reader follows ``model(x)`` through at most eight files, in at most 16 changes of file."""
+def test_a_call_runs_through_few_files():
+    """``model(x)`` runs through at most eight files, with at most 16 changes of file."""
     model = cropvote.inject_crop_vote(networks.fer(), after="layer1", input_size=48)
     images = torch.zeros(2, 3, 48, 48)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_the_version_is_written_once():
 
 @pytest.mark.slow
 def test_a_wheel_holds_the_package_alone_and_imports_without_the_extras(tmp_path):
-    """In an environment where only torch and einops (and what they need) can be found."""
+    """Only torch, einops and their requirements can be imported."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -244,13 +244,13 @@ def test_a_wheel_holds_the_package_alone_and_imports_without_the_extras(tmp_path
 
 
 def optional(requirement: Requirement, names: tuple[str, ...]) -> bool:
-    """Whether only an extra, or another platform, asks for it; the CUDA packages' extras are torch's own."""
+    """Return whether only an extra or another platform requires it; extras of CUDA packages belong to torch."""
     extras = ["", "all"] if requirement.name.startswith(("nvidia", "cuda")) else [""]
     return bool(requirement.marker) and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
 
 
 def required(*names: str) -> list[metadata.Distribution]:
-    """The installed distributions of these names and of all that they need here."""
+    """Return the installed distributions with these names, and all their requirements here."""
     found: dict[str, metadata.Distribution] = {}
     waiting = [Requirement(name) for name in names]
     while waiting:

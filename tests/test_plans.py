@@ -1,4 +1,4 @@
-"""Views over several sites: the order, what is computed, the checks, the costs, and the promises of a single site."""
+"""Views over several sites: order, computation, checks, costs, and the same guarantees as for a single site."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def by_hand(sites=BY_HAND, make=networks.fer) -> torch.Tensor:
     ],
     ids=["two", "any order of writing", "crops first", "crops of crops", "three sites"],
 )
-def test_the_rows_are_those_of_nested_replacements(plan, sites):
+def test_the_rows_match_nested_replacements(plan, sites):
     model, wanted = voting(plan), by_hand(sites)
     assert torch.allclose(per_view(model, IMAGES), wanted, atol=1e-5)
     assert torch.allclose(model(IMAGES), wanted.mean(1), atol=1e-5)
@@ -86,7 +86,7 @@ def test_images_as_the_first_site():
 
 
 def test_the_order_is_that_of_ten_crop():
-    """Mirrored early, cropped late: each row shows the same part of the map as ten_crop's."""
+    """With early mirroring and late cropping, each row shows the same part of the map as in ten_crop."""
     maps = x = torch.randn(2, 3, 6, 12)
     for cut in make_cuts(ViewProduct([hflip(), five_crop()])).at:
         maps = cut_views(cut, maps, "NCHW")
@@ -94,8 +94,8 @@ def test_the_order_is_that_of_ten_crop():
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
-def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
-    """Every subset, followed by hand through the groups of maps that each cut takes and gives."""
+def test_cuts_give_exactly_the_requested_views(sizes, data):
+    """Follow every subset through the groups of maps before and after each cut."""
     views = ViewProduct([grid(1, n, scale=(1, 0.5)) for n in sizes])
     every = list(itertools.product(*map(range, sizes)))
     wanted = sorted(data.draw(st.sets(st.integers(0, len(every) - 1), min_size=1)))
@@ -115,7 +115,7 @@ def test_cuts_give_the_views_asked_for_and_no_other(sizes, data):
 
 
 @pytest.mark.parametrize("asked", ["centre", "centre+mirror", [4], [0, 5], [1, 2, 9], [7], list(range(10))])
-def test_only_the_views_asked_for_are_computed_at_each_site(asked):
+def test_only_the_requested_views_are_computed_at_each_site(asked):
     columns = {"centre": [4], "centre+mirror": [4, 9]}.get(asked, asked) if isinstance(asked, str) else asked
     model = voting(eval_views=asked)
     front, middle, tail = networks.counted(model.bn1), networks.counted(model.layer2), networks.counted(model.layer4)
@@ -149,7 +149,7 @@ def test_a_few_views_are_drawn_and_spread_over_the_first_site(count):
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_every_combination_is_drawn_as_often(count):
+def test_every_combination_is_drawn_equally_often(count):
     torch.manual_seed(0)
     seen = Counter()
     for _ in range(3000):
@@ -181,10 +181,10 @@ def test_checkpoints_of_the_parts_draw_the_same_again(reentrant):
     assert torch.allclose(gradient(True), gradient(False), atol=1e-7)
 
 
-# --- the promises ----------------------------------------------------------------------------------------------------
+# --- guarantees ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_call_checks_where_no_size_is_known():
+def test_the_first_call_checks_if_no_size_is_known():
     plan = {"site": five_crop(), "front": hflip()}
     plain = networks.Net().eval()
     model = inject_crop_vote(copy.deepcopy(plain), after=plan)
@@ -197,7 +197,7 @@ def test_the_first_call_checks_where_no_size_is_known():
 
 
 class Reversed(nn.Module):
-    """Its forward reaches the second module first."""
+    """Its forward runs the second module first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Reversed(nn.Module):
         return self.head(self.second(self.first(x)))
 
 
-def test_the_forward_says_the_order_not_the_definition():
+def test_the_order_is_that_of_the_forward_not_the_definition():
     plan = {"second": five_crop(), "first": hflip()}
     plain = Reversed().eval()
     model = inject_crop_vote(copy.deepcopy(plain), after=plan, input_size=(3, 24, 24))
@@ -220,7 +220,7 @@ def test_the_forward_says_the_order_not_the_definition():
 
 
 def test_tokens_behind_tokens():
-    """A transformer's grid of 6x6 is cropped to 5x5 at one block, and mirrored at the next."""
+    """A transformer's 6x6 grid is cropped to 5x5 after one block, and mirrored after the next."""
     model = inject_crop_vote(networks.tokens(), after={"blocks.0": five_crop(), "blocks.1": hflip()}, input_size=48)
 
     def crops(x: torch.Tensor) -> list[torch.Tensor]:
@@ -278,7 +278,7 @@ def test_channels_last_maps(name):
         ),
     ],
 )
-def test_what_no_plan_can_be(plan, options, message):
+def test_invalid_plans_are_refused(plan, options, message):
     model = networks.fer()
     before = model(IMAGES)
     with pytest.raises(CropVoteError, match=message):

@@ -1,4 +1,4 @@
-"""Which sites are accepted: the strange models of the zoo, each with its reason."""
+"""Which sites are accepted, and the reasons for refusing unusual models."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ REFUSED = [
 @pytest.mark.parametrize("known", [True, False], ids=["input size known", "at the first call"])
 @pytest.mark.parametrize(("make", "site", "reason"), REFUSED, ids=[f"{m.__name__}-{s}" for m, s, _ in REFUSED])
 def test_refused(make, site, reason, known):
-    """With a known size the injection raises and changes nothing; else the first call does, and every later one."""
-    model, images = make().eval(), IMAGES[:1, :, :12, :12]  # a batch of one, which hides a broadcast
+    """With a known size, the injection raises and changes nothing; otherwise every call raises."""
+    model, images = make().eval(), IMAGES[:1, :, :12, :12]  # a batch of one hides a broadcast
     before = networks.snapshot(model)
     if known:
         with pytest.raises(CropVoteError, match=reason) as caught:
@@ -74,8 +74,8 @@ def test_refused(make, site, reason, known):
         assert "alid sites: " in message or "No site of this" in message
 
 
-def test_a_site_that_is_never_called_is_refused_where_n_is_divisible_by_v():
-    """Ten rows from ten images would pass for the ten views of one."""
+def test_a_site_that_is_never_called_is_refused_if_v_divides_n():
+    """Ten rows of ten images could be taken for the ten views of one."""
     model = inject_crop_vote(networks.Unused().eval(), after="site")
     with pytest.raises(SiteError, match="CV104"):
         model(torch.randn(10, 3, 12, 12))
@@ -88,7 +88,7 @@ def test_the_reason_names_valid_sites():
 
 @pytest.mark.parametrize("make", [networks.resnet, networks.timm_resnet, networks.fer, networks.plain, networks.Net])
 def test_every_listed_site_is_a_cut_point(make):
-    """By noise: with the site's output replaced by noise, the model's output does not depend on its input."""
+    """With the site's output replaced by noise, the model's output does not depend on its input."""
     model = make().eval()
     found = [site for site in sites(model, 48) if site.name != "input"]
     assert found
@@ -105,7 +105,7 @@ def test_every_listed_site_is_a_cut_point(make):
     "make", [networks.fer, networks.plain, networks.Gate, networks.Branches, networks.Alias, networks.Inplace]
 )
 def test_no_cut_point_is_missed_and_none_invented(make):
-    """The noise test on every module that is called once and returns a map agrees with the probe."""
+    """The noise test agrees with the probe for every module that is called once and returns a map."""
     model = make().eval()
     rows = {site.name: site for site in sites(model, 48, views=hflip(), all=True)}
     assert set(rows) == {"input", *(name for name, _ in model.named_modules() if name)}
@@ -117,7 +117,7 @@ def test_no_cut_point_is_missed_and_none_invented(make):
         independent = torch.equal(model(IMAGES), model(2 * IMAGES + 1))
         hook.remove()
         if make in (networks.Alias, networks.Inplace) and rows[name].reason:
-            continue  # noise in fresh memory cannot show a second name for the site's memory; refusing is right
+            continue  # noise in new memory cannot show an alias of the site's memory; refusing is right
         assert independent == (not rows[name].reason), rows[name]
 
 
@@ -148,7 +148,7 @@ def test_sites_leaves_the_model_alone(make):
 
 @pytest.mark.parametrize("check", ["inject", "sites", "first call", "a new size, one image"])
 def test_a_check_seeds_no_device(monkeypatch, check):
-    """Every device's numbers would be those of one seed afterwards, whatever the user's."""
+    """Otherwise every device's random numbers would come from one seed, whatever the user set."""
     model = networks.fer().train()
     images = torch.zeros(2, 3, 48, 48)
     if check == "a new size, one image":
@@ -173,7 +173,7 @@ def test_a_check_seeds_no_device(monkeypatch, check):
 
 
 def test_numbers_drawn_by_other_threads_during_a_check_come_once():
-    """A check that puts the state back gives other threads the same numbers again."""
+    """A check that restored the state would give other threads the same numbers again."""
     drawn, done = [], threading.Event()
 
     def draw():
@@ -191,7 +191,7 @@ def test_numbers_drawn_by_other_threads_during_a_check_come_once():
 
 
 def test_the_first_call_leaves_no_trace_of_its_check():
-    """RNG, buffers and attributes after a checked first call are those of a second model checked before."""
+    """RNG, buffers and attributes after a checked first call equal those of a model checked before."""
     torch.manual_seed(0)
     early, late = (inject_crop_vote(networks.Noisy().eval(), after="site", input_size=size) for size in (48, None))
     late.load_state_dict(early.state_dict())
@@ -209,7 +209,7 @@ def test_sites_without_a_size():
     assert sites(timm.create_model("resnet18"))
 
 
-def test_a_channels_last_map_is_found_to_be_one():
+def test_a_channels_last_map_is_recognised():
     """Mirroring its last axis would mirror the channels, and nothing would fail."""
     model = networks.ChannelsLast().eval()
     expected = model.fc(torch.stack([x.mean((1, 2)) for x in whole_and_mirrored(model)]).mean(0))
@@ -229,7 +229,7 @@ def whole_and_mirrored(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("make", [networks.FixedTail, networks.FixedBothEnds])
 def test_a_fixed_tail_takes_whole_views_once_the_layout_is_known(make):
-    """The front shows it, or it has to be stated."""
+    """The front shows the layout, or it must be stated."""
     model = make().eval()
     images = torch.randn(2, 3, 12, 12)
     if make is networks.FixedBothEnds:
@@ -278,8 +278,8 @@ def test_an_unchecked_model_refuses_to_be_traced(run):
     refusal = {"compile": wrapped, "export": (wrapped, CropVoteError)}.get(run, CropVoteError)
     with pytest.raises(refusal, match=r"CV503|CV506"):
         calls[run]()
-    assert model(IMAGES).shape == (3, 7)  # one eager call, and the rest works
-    if run == "export" and torch.__version__ < "2.7":  # its strict export runs the children of torch.nn by their names
+    assert model(IMAGES).shape == (3, 7)  # after one eager call, the rest works
+    if run == "export" and torch.__version__ < "2.7":  # its strict export runs torch.nn's children by name
         with pytest.raises(wrapped, match="CV302"):
             calls[run]()
     elif run not in ("fx", "trace"):
@@ -302,8 +302,8 @@ def test_a_model_that_cannot_be_copied_says_so():
         inject_crop_vote(Locked(), after="site", input_size=12)
 
 
-def test_a_child_that_stands_twice_does_not_carry_the_split():
-    """One ReLU object in two Sequentials: the split goes to the Sequential, not to the ReLU."""
+def test_a_child_used_twice_does_not_carry_the_split():
+    """If a ReLU is in two Sequentials, the split goes to the Sequential, not to the ReLU."""
     relu = nn.ReLU()
     model = nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 8, 3), relu), nn.Sequential(nn.Conv2d(8, 8, 3), relu), nn.AdaptiveAvgPool2d(1)

@@ -1,4 +1,4 @@
-"""rank_sites: candidates on validation data, against injections by hand and SciPy's binomial test."""
+"""rank_sites: candidates on validation data, against manual injections and SciPy's binomial test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_test_is_mcnemars(won, lost):
     assert mcnemar(won, lost) == pytest.approx(wanted, rel=1e-9)
 
 
-def test_scores_are_those_of_injections_by_hand():
+def test_scores_match_manual_injections():
     model = networks.fer()
     before = networks.snapshot(model)
     ranking = rank_sites(model, DATA, ["layer3", PLAN], progress=False)
@@ -63,7 +63,7 @@ def test_the_default_candidates_are_aligned_and_tried_with_the_mirrored_input():
     assert all(row.name.startswith(("input=hflip", "plain")) or "input" not in row.name for row in ranking.rows)
 
 
-def test_a_metric_of_ones_own():
+def test_a_custom_metric():
     def least_loss(outputs: torch.Tensor, targets: torch.Tensor) -> float:
         assert outputs.shape == targets.shape == (20, 7)
         return -torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets).item()
@@ -78,7 +78,7 @@ def test_a_metric_of_ones_own():
 
 
 def made(right: dict[str, int], work: dict[str, float]) -> Ranking:
-    """A ranking of 100 samples, of which each row gets the first so many right."""
+    """Return a ranking on 100 samples; each row gets its first ``right`` samples right."""
     hits = {name: torch.arange(100) < count for name, count in right.items()}
     base = hits["plain"]
     rows = []
@@ -118,7 +118,7 @@ def test_misuse(data, options, kind, code):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of six pictures, and the weights of a network for two classes."""
+    """Write two classes of six pictures, and the weights of a network for two classes."""
     generator = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -173,7 +173,7 @@ def test_a_checkpoint_runs_no_code(folder, capsys):
 
 
 def test_candidates_that_read_the_same_are_kept_apart():
-    """Four views of the same size each, at other positions."""
+    """Both have four views of the same size, at different positions."""
     one, two = Views([(0, 0), (0, 1), (1, 0), (1, 1)]), Views([(0.5, 0), (0.5, 1), (0, 0.5), (1, 0.5)])
     ranking = rank_sites(networks.fer(), DATA, [{"layer2": one}, {"layer2": two}], progress=False)
     assert len({row.name for row in ranking.rows}) == 3
@@ -184,7 +184,7 @@ def test_candidates_that_read_the_same_are_kept_apart():
 
 
 @pytest.mark.parametrize("size", [(3, 32, 64), (1, 40, 40)])
-def test_pictures_are_as_large_as_the_model_is_told(folder, size):
+def test_pictures_have_the_size_given_for_the_model(folder, size):
     timm_model = timm.create_model("resnet10t", in_chans=size[0], num_classes=2)
     for model in ([timm_model] if size[0] == 3 else []) + [torchvision.models.resnet18(num_classes=2)]:
         images, _ = next(iter(read_folder(model, folder / "data", size, 4, None)))

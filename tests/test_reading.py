@@ -1,4 +1,4 @@
-"""What every view says: per_view."""
+"""per_view: the output of every view."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_per_view_of_a_dataclass():
     assert torch.allclose(logits.mean(1), model(IMAGES).logits, atol=1e-6)
 
 
-def test_per_view_that_cannot_be():
+def test_invalid_uses_of_per_view():
     model = voting()
     with pytest.raises(SurgeryError, match="CV601"):
         per_view(model.train(), IMAGES)

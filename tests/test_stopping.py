@@ -37,12 +37,12 @@ def voting(after="layer2", **options: object) -> nn.Module:
 
 
 def between(confidences: torch.Tensor, below: int = 3) -> float:
-    """A confidence that so many samples do not reach, and the others exceed."""
+    """Return a confidence that ``below`` samples do not reach and the others exceed."""
     return float(confidences.sort().values[below - 1 : below + 1].mean())
 
 
 def by_hand(logits: torch.Tensor, first: list[int], confidence: float, how: str) -> tuple[torch.Tensor, list[int]]:
-    """Sample by sample, from all logits."""
+    """Compute the vote sample by sample, from all logits."""
     votes, used = [], []
     for sample in logits:
         few = oracle.vote(sample[None, first], how)[0]
@@ -80,7 +80,7 @@ def test_with_confidence_1_it_is_the_full_vote(plan):
         assert not _sure(sure[None], vote(sure, 10), 20, 1.0, "soft").any()
 
 
-def test_the_network_runs_again_only_for_what_is_wanted():
+def test_the_network_runs_again_only_for_unsure_samples():
     model = voting()
     front, tail = [], []
     model.layer1.register_forward_hook(lambda m, a, out: front.append(len(out)))
@@ -123,7 +123,7 @@ def test_with_several_labels_every_label_must_be_sure():
 
 @given(st.data())
 def test_the_exact_stop_never_changes_a_winner(data):
-    """Whatever the views that are left say; and where it goes on, some of them could change it."""
+    """No output of the remaining views could change it; where it continues, some output could."""
     classes, first, left = (data.draw(st.integers(least, most)) for least, most in ((2, 4), (1, 9), (1, 5)))
     row = st.lists(st.integers(-3, 3), min_size=classes, max_size=classes)
     rows = torch.tensor(data.draw(st.lists(row, min_size=first, max_size=first))).float()[None]
@@ -167,7 +167,7 @@ def test_batches_of_none_and_of_one_and_all_views_first():
         assert used.tolist() == [10] * 6
 
 
-def test_the_settings_stay_as_they_are():
+def test_the_settings_are_unchanged():
     model = voting(eval_views="centre")
     before = repr(settings(model))
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_misuse(options, message):
         vote_until_sure(voting(), IMAGES, **options)
 
 
-def test_what_it_cannot_do_raises():
+def test_unsupported_uses_raise():
     model = voting()
     one = networks.fer()
     one.fc = torch.nn.Linear(one.fc.in_features, 1)
@@ -216,8 +216,8 @@ def test_what_it_cannot_do_raises():
 
 
 @given(st.data())
-def test_the_threshold_keeps_the_accuracy_and_is_the_least(data):
-    """Tried out, every threshold that lies at a sample's confidence."""
+def test_the_threshold_is_the_lowest_that_keeps_the_accuracy(data):
+    """Try every threshold at a sample's confidence."""
     samples = data.draw(st.integers(1, 12))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
     logits = 3 * torch.randn(samples, 10, 3, generator=generator).round(decimals=1)

@@ -1,4 +1,4 @@
-"""Models and calls out of the ordinary: right, or an error with its reason."""
+"""Unusual models and calls give the right result, or an error with its reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AROUND = "CV101"
 
 
 def mirrored(model, name, images, axis):
-    """The oracle of hflip at a site: the mean of the plain model and of one whose map there is mirrored."""
+    """Return the oracle of hflip at a site: the mean of the plain output and the one with a mirrored map."""
     plain = model(images)
     hook = model.get_submodule(name).register_forward_hook(lambda module, args, output: output.flip(axis))
     other = model(images)
@@ -35,7 +35,7 @@ def mirrored(model, name, images, axis):
 
 @pytest.mark.parametrize(("site", "axis"), [("patch_embed.proj", 3), ("layers.0", 2)])
 def test_a_swin_has_maps_of_both_layouts(site, axis):
-    """timm says NHWC of the whole model; its patch embedding's convolution is not."""
+    """timm states NHWC for the model, but the patch embedding's convolution is NCHW."""
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5).eval()
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_a_swin_has_maps_of_both_layouts(site, axis):
 
 
 class LastImages(networks.Net):
-    """Takes its images channels last."""
+    """Takes channels-last images."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2))
@@ -76,7 +76,7 @@ def test_a_check_empties_the_caches_that_it_filled():
     assert all(type(ramp) is torch.Tensor for ramp in Cached.cache.values())
     kept = dict(Cached.cache)
     inject_crop_vote(Cached().eval(), after="site", input_size=36)
-    assert Cached.cache == kept  # and leaves what was there
+    assert Cached.cache == kept  # existing entries stay
 
 
 @functools.lru_cache
@@ -85,7 +85,7 @@ def grid(height: int, width: int) -> torch.Tensor:
 
 
 class Coordinates(networks.Net):
-    """Adds coordinates from a table by size, in front of the site and behind it; what grows is made by size, too."""
+    """Adds coordinates from a cached function of the size, both before and after the site."""
 
     def forward(self, x):
         x = self.front(x)
@@ -95,7 +95,7 @@ class Coordinates(networks.Net):
 
 @pytest.mark.parametrize("size", [None, 48])
 def test_a_function_cache_never_keeps_a_tensor_without_data(size):
-    """Also after a check that was refused, and for sizes that only the check has seen."""
+    """This also holds after a failed check, and for sizes that only the check has used."""
     grid.cache_clear()
     with pytest.raises(CropVoteError):
         inject_crop_vote(Coordinates().eval(), after="site", views=hflip(), input_size=(5, 48, 48))
@@ -107,7 +107,7 @@ def test_a_function_cache_never_keeps_a_tensor_without_data(size):
 
 
 class Attribute(networks.Net):
-    """Keeps a tensor in its class, which no one can put back."""
+    """Keeps a tensor in its class, which a check cannot restore."""
 
     ramp = None
 
@@ -120,7 +120,7 @@ class Attribute(networks.Net):
 def test_a_tensor_that_a_check_left_is_remembered_and_never_returned():
     Attribute.ramp = None
     model = Attribute().eval()
-    for _ in range(2):  # the second check would find it there, and be content
+    for _ in range(2):  # the second check must also notice it
         with pytest.raises(SurgeryError, match="CV412"):
             inject_crop_vote(model, after="site", input_size=48)
     unchecked = inject_crop_vote(model, after="site", check=False)
@@ -131,8 +131,8 @@ def test_a_tensor_that_a_check_left_is_remembered_and_never_returned():
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "inception_v3"])
-def test_a_check_leaves_nothing_that_only_the_garbage_collector_would_free(name, monkeypatch):
-    """A collection takes as long as all that was checked; the fake tensors go by themselves."""
+def test_a_check_needs_no_garbage_collection(name, monkeypatch):
+    """A garbage collection is slow; reference counting frees the fake tensors."""
     collected: list[object] = []
     monkeypatch.setattr(fakes, "gc", SimpleNamespace(collect=lambda *_: collected.append(1)))
     model = timm.create_model(name, num_classes=7).eval()
@@ -143,7 +143,7 @@ def test_a_check_leaves_nothing_that_only_the_garbage_collector_would_free(name,
 
 
 def test_a_refused_model_is_freed_at_once():
-    """An error that is over holds neither the model nor what was checked; nobody waits for the garbage collector."""
+    """A handled error holds neither the model nor the check; no garbage collection is needed."""
     model = networks.fer()
     alive = weakref.ref(model)
     gc.collect()
@@ -157,7 +157,7 @@ def test_a_refused_model_is_freed_at_once():
         gc.enable()
 
 
-def test_a_hook_that_collects_is_noticed():
+def test_a_hook_that_collects_outputs_is_detected():
     model, seen = networks.Net().eval(), []
     model.front.register_forward_hook(lambda module, args, output: seen.append(output))
     with pytest.raises(SurgeryError, match="CV412"):
@@ -165,7 +165,7 @@ def test_a_hook_that_collects_is_noticed():
 
 
 class Teacher(networks.Net):
-    """Copied by reference, as some shared, frozen networks are."""
+    """Copied by reference, like some shared, frozen networks."""
 
     def __deepcopy__(self, memo):
         return self
@@ -197,7 +197,7 @@ def test_a_forward_that_does_not_run_once_is_refused(make, site):
         inject_crop_vote(make().eval(), after=site, input_size=12)
 
 
-def test_scripted_children_are_no_sites_and_do_no_harm():
+def test_scripted_children_are_not_sites_but_harmless():
     model = networks.Net().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -207,13 +207,13 @@ def test_scripted_children_are_no_sites_and_do_no_harm():
 
 
 @pytest.mark.parametrize("arguments", [(None, 24), ("x", 24), (networks.Net(), 24, 10)])
-def test_sites_of_nonsense(arguments):
+def test_sites_with_invalid_arguments(arguments):
     with pytest.raises(InputTypeError, match=r"CV80[16]"):
         sites(*arguments[:2], **({"views": arguments[2]} if arguments[2:] else {}))
 
 
 @pytest.mark.parametrize("site", ["input", "0"])
-def test_rows_of_features_are_no_images(site):
+def test_feature_rows_are_not_images(site):
     model = inject_crop_vote(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 7)).eval(), after=site)
     with pytest.raises(SiteError, match=r"CV125|CV106"):
         model(torch.randn(3, 4))
@@ -221,7 +221,7 @@ def test_rows_of_features_are_no_images(site):
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_images_that_are_not_rgb(channels):
-    """The channels are the first convolution's; a grey image's axis of 1 does not make it look channels-last."""
+    """The first convolution gives the channels; a grey image's axis of 1 must not look like channels-last."""
     model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7)).eval()
     assert [(site.name, site.shape) for site in sites(model, 32)] == [("input", (channels, 32, 32)), ("0", (4, 30, 30))]
     images = torch.randn(2, channels, 32, 32)
@@ -230,13 +230,13 @@ def test_images_that_are_not_rgb(channels):
     assert torch.allclose(model(images), expected, atol=1e-6)
 
 
-def test_a_tail_without_a_weight_tells_its_channels_by_its_outputs():
+def test_a_tail_without_weights_shows_its_channels_in_its_outputs():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     assert [(site.name, site.layout) for site in sites(model, 24)] == [("input", "NCHW"), ("0", "NCHW")]
 
 
 class AnyChannels(networks.Net):
-    """A front that makes every image one size, and a tail that takes any number of channels."""
+    """A front that resizes every image, and a tail that takes any number of channels."""
 
     def forward(self, x):
         return super().forward(nn.functional.adaptive_avg_pool2d(x, 48))
@@ -245,7 +245,7 @@ class AnyChannels(networks.Net):
         return nn.functional.adaptive_avg_pool2d(x.mean(1, keepdim=True), (1, 7)).flatten(1)
 
 
-def test_axes_that_cannot_be_told_have_to_be_said():
+def test_ambiguous_axes_must_be_stated():
     model = AnyChannels().eval()
     with pytest.raises(SiteError, match="CV114"):
         inject_crop_vote(model, after="act", views=hflip(), input_size=48)
@@ -256,7 +256,7 @@ def test_axes_that_cannot_be_told_have_to_be_said():
 
 
 class HeldNumbers(networks.Net):
-    """Numbers of the images or of the whole map reach the tail without any tensor."""
+    """Numbers from the images or the full map reach the tail without a tensor."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -272,9 +272,9 @@ class HeldNumbers(networks.Net):
 
 
 @pytest.mark.parametrize("kind", ["batch", "sides"])
-def test_numbers_held_from_in_front_of_a_site(kind):
+def test_numbers_kept_from_before_a_site(kind):
     model = HeldNumbers(kind).eval()
-    early = ["front"] if kind == "sides" else []  # in front of the numbers
+    early = ["front"] if kind == "sides" else []  # before the numbers are read
     assert [site.name for site in sites(model, 48)] == ["input", *early]
     for name in {"front", "act", "site"}.difference(early):
         with pytest.raises(SiteError, match=r"CV12[12]"):
@@ -287,7 +287,7 @@ class Transposed(networks.Net):
 
 
 class Windowed(networks.Net):
-    """4-D, and no map: (N, windows, C, pixels)."""
+    """4-D, but not a map: (N, windows, C, pixels)."""
 
     def forward(self, x):
         x = self.front(x)
@@ -300,20 +300,20 @@ class Windowed(networks.Net):
     ("make", "site"),
     [(Transposed, "site"), (Windowed, "act")],
 )
-def test_what_looks_like_a_map_and_is_not(make, site):
+def test_outputs_that_only_look_like_maps(make, site):
     with pytest.raises(SiteError, match="CV115"):
         inject_crop_vote(make().eval(), after=site, views=hflip(), input_size=48)
 
 
 class SmallGate(networks.Gate):
-    """A gate that exists for small images only."""
+    """A gate that exists only for small images."""
 
     def forward(self, x):
         return super().forward(x) if x.shape[-1] < 40 else networks.Net.forward(self, x)
 
 
 def test_a_path_that_opens_at_another_size_is_refused_for_one_image_too():
-    """With one image, a gate broadcasts over the views, so that no shape tells."""
+    """With one image, a gate broadcasts over the views, so shapes do not show it."""
     model = inject_crop_vote(SmallGate().eval(), after="site", input_size=48)
     assert model(IMAGES[:1]).shape == (1, 7)
     with pytest.raises(SiteError, match=AROUND):
@@ -321,7 +321,7 @@ def test_a_path_that_opens_at_another_size_is_refused_for_one_image_too():
 
 
 class Emptied(networks.Net):
-    """Maps without a row, or no tokens at all."""
+    """Maps without rows, or no tokens at all."""
 
     def __init__(self, tokens: bool) -> None:
         super().__init__()
@@ -334,14 +334,14 @@ class Emptied(networks.Net):
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-def test_a_map_without_values_is_no_site(tokens):
+def test_an_empty_map_is_not_a_site(tokens):
     with pytest.raises(SiteError, match=r"CV108.*input, front"):
         inject_crop_vote(Emptied(tokens).eval(), after="site", input_size=48)
     assert [site.name for site in sites(Emptied(tokens).eval(), 48)] == ["input", "front"]
 
 
 class LinearLast(nn.Module):
-    """Images as (N, H, W, C), and no convolution whose channels would tell."""
+    """Takes images as (N, H, W, C), without a convolution whose channels would show it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class LinearLast(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (2, 3)).flatten(1))
 
 
-def test_where_the_channels_of_images_are_is_seen_without_a_convolution():
+def test_the_channel_axis_is_found_without_a_convolution():
     torch.manual_seed(0)
     model = LinearLast().eval()
     images = torch.randn(2, 24, 30, 3)
@@ -364,7 +364,7 @@ def test_where_the_channels_of_images_are_is_seen_without_a_convolution():
 
 
 class LastPermuted(nn.Module):
-    """Takes images with the channels last, and permutes them behind a module."""
+    """Takes channels-last images, and permutes them after a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -386,7 +386,7 @@ def test_channels_last_before_the_first_permute(site, size):
 
 
 class Lines(nn.Module):
-    """Grey inside, and made for one width, as readers of text are."""
+    """Converts to grey and takes one width, like text recognition networks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -429,7 +429,7 @@ class WrittenLater(networks.Net):
 
 
 @pytest.mark.parametrize("kind", [ByKeyword, WrittenLater])
-def test_what_is_written_under_another_name_is_refused(kind):
+def test_writes_through_an_alias_are_refused(kind):
     model = kind().eval()
     model.site = nn.Identity() if kind is ByKeyword else Stashed(8, 8, 1)
     with pytest.raises(SiteError, match="CV109"):
@@ -437,7 +437,7 @@ def test_what_is_written_under_another_name_is_refused(kind):
 
 
 class Aside(networks.Net):
-    """An auxiliary head in front of the site."""
+    """An auxiliary head before the site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -449,7 +449,7 @@ class Aside(networks.Net):
 
 
 @pytest.mark.parametrize("views", ["centre", [0, 1], None])
-def test_a_head_in_front_of_the_site_is_left_alone(views):
+def test_a_head_before_the_site_is_unchanged(views):
     model = Aside().eval()
     wanted = model(IMAGES)["aux_logits"]
     voting = inject_crop_vote(model, after="site", vote="probs", eval_views=views, input_size=48)
@@ -492,12 +492,12 @@ def test_errors_of_the_model_that_are_hard_to_handle(kind):
         sites(kind().eval(), 12)
 
 
-def test_a_copy_without_a_buffer_is_checked_all_the_same():
+def test_a_copy_without_a_buffer_is_still_checked():
     assert "site" in [site.name for site in sites(Forgetful().eval(), 12)]
 
 
 class Frozen(networks.Net):
-    """Its front makes inference tensors."""
+    """Its front creates inference tensors."""
 
     def forward(self, x):
         with torch.inference_mode():
@@ -512,7 +512,7 @@ class Sparse(networks.Net):
 
 def test_inference_tensors_and_sparse_ones_are_followed():
     assert "site" in [site.name for site in sites(Frozen().eval(), 12)]
-    with contextlib.suppress(PlainModelError):  # where fake tensors know no sparse ones
+    with contextlib.suppress(PlainModelError):  # if fake tensors do not support sparse ones
         assert "site" in [site.name for site in sites(Sparse().eval(), 12)]
 
 

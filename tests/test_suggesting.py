@@ -1,4 +1,4 @@
-"""The site that is suggested for a budget: against a look at all of them, and its errors."""
+"""suggest_site: compared with a search over all sites, and its errors."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def test_the_earliest_site_within_the_budget(budget):
     assert found.reason.startswith("the earliest site that costs at most")
 
 
-def test_no_site_is_suggested_behind_which_the_views_say_the_same():
-    """Not behind the last attention or convolution."""
-    vit = networks.tokens(img_size=96)  # a grid on which all ten crops and mirror images differ
+def test_no_site_is_suggested_if_the_views_agree_after_it():
+    """Sites after the last attention or convolution are not suggested."""
+    vit = networks.tokens(img_size=96)  # a grid on which all ten views differ
     with pytest.raises(SiteError, match=r"CV151.*blocks\.1"):
         suggest_site(vit, 96, max_macs_ratio=2.4)
     assert suggest_site(vit, 96, max_macs_ratio=3.5).site == "blocks.1"
 
 
-def test_the_tokens_of_a_map_are_the_same_place():
-    """Of a ViT that takes images of any size the map in front of the positions is a site; behind them is better."""
+def test_a_map_and_its_tokens_count_as_one_place():
+    """In a ViT for any image size, the map before the position embedding is a site, but after it is better."""
     model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, dynamic_img_size=True)
     assert {"patch_embed.proj", "pos_drop"} < {site.name for site in sites(model)}
     assert suggest_site(model, max_macs_ratio=12).site == "pos_drop"
@@ -63,7 +63,7 @@ def test_the_tokens_of_a_map_are_the_same_place():
     assert "five_crop" not in suggest_site(model, max_macs_ratio=4, views=five_crop()).reason
 
 
-def test_the_error_proposes_fewer_views_than_asked_for():
+def test_the_error_proposes_fewer_views():
     for views, hint in ((ten_crop(), r"views=five_crop\(\) or views=hflip\(\)\."), (five_crop(), r"views=hflip\(\)\.")):
         with pytest.raises(SiteError, match=rf"CV151.*: {hint}$"):
             suggest_site(networks.fer(), 48, max_macs_ratio=0.1, views=views)

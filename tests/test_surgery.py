@@ -1,4 +1,4 @@
-"""inject_crop_vote, remove_crop_vote, settings: the model stays itself, and misuse is refused."""
+"""inject_crop_vote, remove_crop_vote and settings leave the model itself unchanged."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_settings_are_live():
 
 
 def test_input_site_is_test_time_augmentation():
-    """after="input" equals running the model on the crops, also when the images come by name."""
+    """after="input" equals running the model on the crops, also if the images are a keyword argument."""
     plain = networks.fer()
     model = inject_crop_vote(networks.fer(), after="input", input_size=48)
     expected = vote(plain(split_views(IMAGES, ten_crop())), 10)
@@ -99,8 +99,8 @@ def test_two_forwards_before_a_backward():
     (first + second).sum().backward()
 
 
-def test_threads_do_not_meet():
-    """State of a call is per call: eight threads with other batches get what one thread gets."""
+def test_threads_do_not_interfere():
+    """Each call has its own state: eight threads with different batches get the same results as one."""
     model = inject_crop_vote(networks.fer(), after="layer2", input_size=48)
     batches = [torch.randn(1 + i, 3, 48, 48) for i in range(8)]
     expected, found = [model(batch) for batch in batches], {}
@@ -112,8 +112,8 @@ def test_threads_do_not_meet():
     assert all(torch.allclose(found[i], expected[i], atol=1e-5) for i in range(8))
 
 
-def test_a_timm_models_own_size_is_used():
-    """Also where in_chans= makes it another than the one in its configuration."""
+def test_a_timm_models_own_input_size_is_used():
+    """This also holds if in_chans= changes it from the size in the configuration."""
     model = inject_crop_vote(timm.create_model("resnet18", in_chans=1, num_classes=7), after="layer1")
     assert {training for training, _ in model._cropvote.checked} == {True, False}
 

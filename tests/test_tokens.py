@@ -1,4 +1,4 @@
-"""Transformers: views cut from the grid of tokens, against the oracle and against plain indexing."""
+"""Transformers: views cut from the token grid, against the oracle and plain indexing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def torchvision_vit() -> nn.Module:
 
 
 class HuggingFace(nn.Module):
-    """Its logits alone."""
+    """A Hugging Face model that returns only its logits."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ MODELS = {
 
 
 def cut(x: Tensor, prefix: int, views=oracle.ten_views) -> list[Tensor]:
-    """Views of a grid of 6 x 6 tokens, by indexing."""
+    """Return views of a 6 x 6 token grid, by indexing."""
     maps = torch.stack([x[:, prefix + 6 * row : prefix + 6 * row + 6] for row in range(6)], 1).permute(0, 3, 1, 2)
     return [torch.cat([x[:, :prefix], *v.permute(0, 2, 3, 1).unbind(1)], 1) for v in views(maps)]
 
@@ -74,7 +74,7 @@ def test_against_the_oracle(kind, views):
         rows = oracle.tail_rows(copy.deepcopy(model), site, IMAGES, lambda x: cut(x, prefix, theirs))
     if views == "ten":
         assert rows.std(1).max() > 1e-4  # the views differ
-    else:  # but those of the whole mirrored grid do not: attention does not see the order of its tokens
+    else:  # the mirrored full grid does not differ: attention ignores the order of tokens
         assert rows.std(1).max() < 1e-5
     assert {row.name: row.layout for row in sites(model, 48)}[site] == Tokens(6, 6, prefix)
     inject_crop_vote(model, after=site, views=ours, input_size=48)
@@ -84,7 +84,7 @@ def test_against_the_oracle(kind, views):
 @pytest.mark.parametrize("where", [{"blocks.0": None}, {"input": hflip(), "blocks.1": five_crop()}], ids=["one", "two"])
 @torch.no_grad()
 def test_images_of_another_size_give_another_grid(where):
-    """Each size is checked once, and every call takes the grid of its own size."""
+    """Each size is checked once, and every call uses the grid of its size."""
     torch.manual_seed(0)
     plain = networks.tokens(dynamic_img_size=True).eval()
     after, views = ("blocks.0", ten_crop()) if len(where) == 1 else (where, None)
@@ -100,7 +100,7 @@ def test_images_of_another_size_give_another_grid(where):
         assert torch.allclose(compiled(images[size]), model(images[size]), atol=1e-6)
     with pytest.raises(SurgeryError, match="CV503"):
         compiled(torch.randn(2, 3, 32, 32))
-    tall = torch.randn(2, 3, 80, 64)  # as many tokens as of 64 x 80
+    tall = torch.randn(2, 3, 80, 64)  # as many tokens as 64 x 80
     once = inject_crop_vote(copy.deepcopy(plain), after=after, views=views, input_size=(80, 64))
     assert torch.allclose(model(tall), once(tall), atol=1e-6)
     torch._dynamo.reset()  # a refused call is not compiled again
@@ -109,8 +109,8 @@ def test_images_of_another_size_give_another_grid(where):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_token_stands_where_its_patch_is(kind):
-    """The gradient of token (row, column) is largest on the patch (row, column) of the image."""
+def test_a_token_is_at_the_position_of_its_patch(kind):
+    """The gradient of token (row, column) is largest at the image's patch (row, column)."""
     make, site, prefix = MODELS[kind]
     torch.manual_seed(0)
     model = make().eval()
@@ -125,7 +125,7 @@ def test_a_token_stands_where_its_patch_is(kind):
 
 
 class Unstated(nn.Module):
-    """Tokens of a grid that the model does not tell."""
+    """Tokens of a grid that the model does not state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Unstated(nn.Module):
 
 
 class Unbuilt(Unstated):
-    """Its patch embedding is a property that cannot be read yet."""
+    """Its patch embedding is a property that raises."""
 
     @property
     def patch_embed(self) -> nn.Module:
@@ -195,7 +195,7 @@ def test_a_fixed_or_unknown_grid_is_refused(name, site, reason):
 
 
 def test_extra_arguments_keep_their_places():
-    """xcit's blocks take (x, height, width); the split must not stand in their way, here for whole views."""
+    """xcit's blocks take (x, height, width), which the split must pass on; tested here with full-size views."""
     torch.manual_seed(0)
     model = timm.create_model("xcit_nano_12_p16_224", num_classes=7, img_size=64).eval()
     images = torch.randn(2, 3, 64, 64)

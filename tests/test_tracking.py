@@ -1,4 +1,4 @@
-"""Calls with one image or one view: the data is tracked, at no cost but Python's, and no trace of it remains."""
+"""Calls with one image or one view track the data, at only Python's cost, and leave no trace of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_is_computed_from_a_tracked_tensor_is_tracked():
     assert came_around(behind, 1)
 
 
-def test_gradients_files_and_copies_are_those_of_plain_tensors():
+def test_gradients_files_and_copies_match_plain_tensors():
     leaf = torch.randn(3, requires_grad=True)
     track(leaf, 0).square().sum().backward()
     assert torch.allclose(leaf.grad, 2 * leaf)
@@ -96,7 +96,7 @@ def test_a_new_size_and_a_counting_argument_need_no_check(monkeypatch):
     assert not model._cropvote.layouts_by_size
 
 
-def test_what_is_remembered_is_bounded():
+def test_the_memory_of_checks_is_bounded():
     class Flags(networks.Net):
         def forward(self, x, **flags):
             return super().forward(x)
@@ -108,7 +108,7 @@ def test_what_is_remembered_is_bounded():
 
 
 class Opening(networks.Net):
-    """Opens a path around the site in one call, by a way of its own."""
+    """Opens a path around the site with the function ``way``."""
 
     way = None
 
@@ -155,8 +155,8 @@ def test_ways_around_the_site_with_one_image(way):
             model(IMAGES[:1])
 
 
-def test_a_path_that_is_there_once_is_not_returned():
-    """A check afterwards runs a copy whose count has gone on."""
+def test_the_result_of_a_one_time_path_is_not_returned():
+    """A check afterwards runs on a copy with a later count."""
 
     class Counting(networks.Net):
         count = 0
@@ -176,7 +176,7 @@ def test_a_path_that_is_there_once_is_not_returned():
 
 
 class Scaled(torch.Tensor):
-    """A weight that has an override of its own, as a quantised one."""
+    """A weight with its own override, like a quantised one."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -184,7 +184,7 @@ class Scaled(torch.Tensor):
         return func(*args, **(kwargs or {}))
 
 
-def test_weights_with_an_override_of_their_own_are_asked():
+def test_overrides_of_weight_classes_are_used():
     class Quantised(networks.Net):
         def __init__(self):
             super().__init__()
@@ -200,7 +200,7 @@ def test_weights_with_an_override_of_their_own_are_asked():
     assert torch.allclose(model(IMAGES[:1]), wanted, atol=1e-5)
 
 
-def test_a_model_that_takes_no_other_class_of_tensor_runs_as_it_is():
+def test_a_model_that_rejects_tensor_subclasses_runs_untracked():
     class Strict(networks.Net):
         def forward(self, x):
             if type(x) is Tracked:
@@ -302,8 +302,8 @@ def test_a_change_in_the_middle_of_a_call_has_no_effect_on_it(change):
 
 
 @pytest.mark.parametrize("change", [{"eval_views": [2, 3]}, {"enabled": False}, "train"])
-def test_a_checkpoint_that_would_run_again_otherwise_is_refused(change):
-    """A part with the split and what follows, which the backward pass runs again."""
+def test_a_checkpoint_that_would_rerun_with_other_settings_is_refused(change):
+    """The checkpointed part, the split and what follows, runs again in the backward pass."""
 
     class Checkpointed(networks.Net):
         def forward(self, x):
@@ -328,7 +328,7 @@ def test_a_checkpoint_that_would_run_again_otherwise_is_refused(change):
     assert gradients[0].abs().sum() > 0
 
 
-def test_threads_that_read_views_leave_the_compilers_stance_alone():
+def test_threads_that_read_views_do_not_change_the_compilers_stance():
     model = inject_crop_vote(networks.fer(), after="layer2", input_size=48)
     barrier = threading.Barrier(4, timeout=30)
 
@@ -353,7 +353,7 @@ def test_threads_that_read_views_leave_the_compilers_stance_alone():
     assert graphs
 
 
-def test_a_part_that_is_compiled_with_its_split_is_read_with_an_error():
+def test_reading_views_of_a_separately_compiled_part_is_an_error():
     model = inject_crop_vote(networks.fer(), after="layer2", input_size=48, views=hflip())
     model.layer2.compile(backend="eager")
     with torch.no_grad():
@@ -380,7 +380,7 @@ def into_out(h, x):
     "leak", [foreach, into_out, lambda h, x: h + copy.copy(x), lambda h, x: h + copy.deepcopy(x),
              lambda h, x: h + x.new_tensor(x)]
 )  # fmt: skip
-def test_ways_of_data_that_pytorch_has_beside_functions(leak):
+def test_data_paths_other_than_functions(leak):
     class Sometimes(networks.Net):
         open = False
 
@@ -397,8 +397,8 @@ def test_ways_of_data_that_pytorch_has_beside_functions(leak):
         model(IMAGES[:1])
 
 
-def test_a_call_that_is_run_again_changes_nothing_twice():
-    """A model that refuses tensors of another class: BatchNorm counts one call, and as many numbers are drawn."""
+def test_a_repeated_call_has_side_effects_only_once():
+    """If a model rejects other tensor classes, BatchNorm still counts one call, and random numbers are drawn once."""
 
     class Refusing(networks.Net):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Agreement, entropy and mutual information, against plain Python and what is known of them."""
+"""Agreement, entropy and mutual information, against plain Python and known values."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_against_plain_python(samples, views, classes, scale, seed):
 
 
 def test_the_ends_of_their_scales():
-    opposite = torch.eye(5).mul(1000.0)[None]  # five views, each sure of another class
+    opposite = torch.eye(5).mul(1000.0)[None]  # five views, each sure of a different class
     alike = opposite[:, :1].expand(-1, 5, -1)
     unsure = torch.zeros(1, 5, 5)
     assert [float(f(opposite)) for f in FUNCTIONS] == pytest.approx([0.2, math.log(5), math.log(5)])
     assert [float(f(alike)) for f in FUNCTIONS] == pytest.approx([1, 0, 0])
     assert [float(f(unsure)) for f in FUNCTIONS] == pytest.approx([1, math.log(5), 0], abs=1e-6)
-    assert mutual_information(torch.randn(50, 10, 7) * 1e-4).min() >= 0  # not a rounding error below
+    assert mutual_information(torch.randn(50, 10, 7) * 1e-4).min() >= 0  # no negative rounding errors
 
 
 def test_half_precision_masks_and_no_samples():
@@ -76,7 +76,7 @@ def test_half_precision_masks_and_no_samples():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_what_are_no_logits(function):
+def test_invalid_logits(function):
     with pytest.raises(CropVoteError, match="CV844"):
         function(torch.zeros(30, 7))
     with pytest.raises(CropVoteError, match="CV844"):

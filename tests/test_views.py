@@ -21,7 +21,7 @@ SMALL = Spec([(Fraction(0), Fraction(0)), (Fraction(1), Fraction(1, 3))], (Fract
 
 
 def numbered(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A map whose values are all different: 0, 1, 2, ..."""
+    """Return a map whose values all differ: 0, 1, 2, ..."""
     count = 1
     for size in shape:
         count *= size
@@ -29,12 +29,12 @@ def numbered(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def expected_split(x: Tensor, spec: Spec) -> Tensor:
-    """The oracle's batch."""
+    """Return the oracle's batch."""
     return oracle.sample_major(oracle.free_views(x, spec.positions, spec.scale, spec.mirror))
 
 
 def assert_refused(spec: Spec, high: int, wide: int) -> None:
-    """Every way to use the views on such a map raises the library's own ValueError."""
+    """Check that every use of the views on a map of this size raises the library's ValueError."""
     for use in (
         lambda: spec.views().crop_size(high, wide),
         lambda: spec.views().offsets(high, wide),
@@ -52,8 +52,8 @@ def assert_refused(spec: Spec, high: int, wide: int) -> None:
 @given(high=sides, wide=sides, spec=specs)
 @example(high=3, wide=9, spec=Spec([(Fraction(0), Fraction(0)), (Fraction(1), Fraction(0))], Fraction(5, 6), True))
 @example(high=9, wide=3, spec=Spec([(Fraction(0), Fraction(0)), (Fraction(1), Fraction(0))], Fraction(5, 6), True))
-def test_sizes_and_offsets_are_the_contracts_integers(high: int, wide: int, spec: Spec) -> None:
-    """Sizes, offsets, and an error exactly where the contract has one."""
+def test_sizes_and_offsets_match_the_contract(high: int, wide: int, spec: Spec) -> None:
+    """Sizes, offsets, and errors exactly as in the contract."""
     if oracle.is_error(high, wide, spec.positions, spec.scale):
         assert_refused(spec, high, wide)
         return
@@ -66,7 +66,7 @@ def test_sizes_and_offsets_are_the_contracts_integers(high: int, wide: int, spec
 
 @pytest.mark.parametrize("side", range(1, 65))
 def test_ten_crop_on_every_side(side: int) -> None:
-    """(5*H + 3) // 6 on all sides; sides 1 to 3 are refused, and no others."""
+    """(5*H + 3) // 6 for all sides; only sides 1 to 3 are refused."""
     crop = (5 * side + 3) // 6
     if side <= 3:
         for high, wide in ((side, 24), (24, side)):
@@ -130,7 +130,7 @@ def test_split_equals_the_slices(dtype: torch.dtype, data: st.DataObject, spec: 
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 24, 24), (1, 2, 4, 7), (3, 1, 13, 8), (2, 2, 48, 36)])
-def test_ten_crop_equals_the_ten_slices_written_by_hand(shape: tuple[int, ...]) -> None:
+def test_ten_crop_equals_ten_hand_written_slices(shape: tuple[int, ...]) -> None:
     x = numbered(*shape)
     assert torch.equal(split_views(x, ten_crop()), oracle.sample_major(oracle.ten_views(x)))
     assert torch.equal(split_views(x, five_crop()), oracle.sample_major(oracle.five_views(x)))
@@ -167,7 +167,7 @@ def test_d4_holds_the_eight_symmetries_of_a_square() -> None:
 
 @pytest.mark.parametrize("side", [9, 12, 24, 29, 48, 60])
 def test_torchvision_ten_crop_agrees(side: int) -> None:
-    """Same crops, same order (sides on which torchvision's rounded centre is the floor)."""
+    """Same crops in the same order (for sides where torchvision rounds the centre down)."""
     functional = pytest.importorskip("torchvision.transforms.functional")
     crop = (5 * side + 3) // 6
     assert round((side - crop) / 2) == (side - crop) // 2
@@ -198,7 +198,7 @@ def test_memory_format_is_kept(views: Views) -> None:
 @quick
 @given(count=st.integers(1, 4), high=st.integers(1, 20), wide=st.integers(1, 20), spec=specs)
 def test_rows_are_sample_major(count: int, high: int, wide: int, spec: Spec) -> None:
-    """Row n*V + v is view v of sample n: sample, row and column are written into the map's channels."""
+    """Row n*V + v is view v of sample n: the map's channels encode sample, row and column."""
     assume(not oracle.is_error(high, wide, spec.positions, spec.scale))
     x = torch.stack(torch.meshgrid(*(torch.arange(size) for size in (count, high, wide)), indexing="ij"), dim=1)
     rows = split_views(x, spec.views())
@@ -217,7 +217,7 @@ def test_rows_are_sample_major(count: int, high: int, wide: int, spec: Spec) -> 
 @quick
 @given(x=maps(torch.float64, min_side=3), spec=specs, how=st.sampled_from(["soft", "probs", "hard", "mean", "median"]))
 def test_vote_gathers_the_rows_that_split_made(x: Tensor, spec: Spec, how: str) -> None:
-    """Pooled views, voted, equal the oracle's vote over the oracle's views of each sample."""
+    """The vote over pooled views equals the oracle's vote over its own views of each sample."""
     assume(not oracle.is_error(x.shape[2], x.shape[3], spec.positions, spec.scale))
     assume(x.shape[1] > 1 or how not in ("probs", "hard"))
     x = torch.sin(x)
@@ -259,7 +259,7 @@ def test_gradcheck_and_gradgradcheck(spec: Spec, layout: str, memory: torch.memo
 @given(x=maps(torch.float64, min_side=3), spec=specs)
 @example(x=numbered(2, 3, 12, 8), spec=SMALL)
 def test_gradient_equals_autograd_through_naive_slices(x: Tensor, spec: Spec) -> None:
-    """Exactly: the incoming gradients are whole numbers."""
+    """The match is exact because the incoming gradients are whole numbers."""
     assume(not oracle.is_error(x.shape[2], x.shape[3], spec.positions, spec.scale))
     naive, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     want = expected_split(naive, spec)
@@ -272,7 +272,7 @@ def test_gradient_equals_autograd_through_naive_slices(x: Tensor, spec: Spec) ->
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("views", [ten_crop(), Views([(0, 0)], scale=1)], ids=["ten", "whole"])
 def test_the_rows_may_be_changed_in_place(views: Views, memory: torch.memory_format) -> None:
-    """As by an in-place ReLU at the tail's start: allowed under autograd, right gradient, the map left alone."""
+    """An in-place ReLU at the tail's start, for example, works with autograd and leaves the map unchanged."""
     x = numbered(2, 3, 12, 9).sub(300).contiguous(memory_format=memory)
     naive, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.relu_(split_views(ours, views)).pow(2).sum().backward()
@@ -283,7 +283,7 @@ def test_the_rows_may_be_changed_in_place(views: Views, memory: torch.memory_for
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gradient_counts_the_views_over_each_pixel(dtype: torch.dtype) -> None:
-    """With an expanded incoming gradient (from .sum()), in low precision, and channels_last."""
+    """Also with an expanded incoming gradient (from .sum()), in low precision, and channels_last."""
     x = numbered(2, 3, 12, 9, dtype=dtype).contiguous(memory_format=torch.channels_last)
     naive, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     sum(view.sum() for view in oracle.ten_views(naive)).backward()
@@ -294,7 +294,7 @@ def test_gradient_counts_the_views_over_each_pixel(dtype: torch.dtype) -> None:
 
 
 def test_vmap_equals_a_loop() -> None:
-    """Over the first and another dimension, and through the gradient."""
+    """Over the first or another dimension, and through the gradient."""
     x = numbered(3, 2, 2, 6, 7)
     views = SMALL.views()
     want = torch.stack([split_views(one, views) for one in x])
@@ -312,7 +312,7 @@ def test_vmap_equals_a_loop() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Warning")  # raised inside torch's own jvp
 def test_forward_mode_is_right() -> None:
-    """Never a silent zero: torch.func.jvp and the dual numbers of torch.autograd.forward_ad."""
+    """torch.func.jvp and the dual numbers of torch.autograd.forward_ad never give a silent zero."""
     x, tangent = numbered(2, 2, 6, 7), numbered(2, 2, 6, 7).cos()
     want = expected_split(tangent, SMALL)
     _, found = torch.func.jvp(lambda x: split_views(x, SMALL.views()), (x,), (tangent,))

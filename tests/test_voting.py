@@ -18,7 +18,7 @@ rules = pytest.mark.parametrize("how", RULES)
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers that are the same in every run."""
+    """Return normal random numbers, the same in every run."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
@@ -49,7 +49,7 @@ def test_hard_elects_the_majority_and_breaks_ties_by_mean_probability(rows: Tens
 
 
 def test_hard_on_a_tie_worked_by_hand() -> None:
-    """Two views for class 0, two for class 1, which is surer of itself; class 2 is a strong second everywhere."""
+    """Two views choose class 0, two class 1 with more confidence; class 2 is always a close second."""
     p = torch.tensor([[0.50, 0.05, 0.45], [0.50, 0.05, 0.45], [0.00, 0.60, 0.40], [0.00, 0.60, 0.40]])
     counts, mean = torch.tensor([2.0, 2.0, 0.0]), torch.tensor([0.25, 0.325, 0.425])
     found = vote(p.log(), 4, how="hard")
@@ -88,7 +88,7 @@ def test_one_view_is_the_plain_model_bit_for_bit(how: str, dtype: torch.dtype) -
 @rules
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_voted_in_float32(how: str, dtype: torch.dtype) -> None:
-    """As if the logits had been float32 all along."""
+    """The result is the same as for float32 logits."""
     rows = seeded(12, 5).to(dtype)
     found = vote(rows, 4, how=how)
     assert found.dtype == torch.float32
@@ -143,7 +143,7 @@ def test_views_may_be_a_number_or_views() -> None:
     ],
 )
 def test_bad_votes_are_refused(rows: Tensor, views: int, how, builtin) -> None:
-    """The library's error, which is also the builtin that a person would catch."""
+    """The library's error is also the builtin that users would catch."""
     with pytest.raises(CropVoteError) as caught:
         vote(rows, views, how=how)
     assert isinstance(caught.value, builtin)
@@ -162,7 +162,7 @@ def test_loss_on_class_indices_equals_the_loops(rows: Tensor, smoothing: float, 
 
 
 def test_loss_on_soft_targets_equals_the_loops() -> None:
-    """Mixup's targets: a distribution for each sample, repeated for each of its views."""
+    """Mixup's targets, a distribution per sample, are repeated for each of its views."""
     rows, targets = seeded(3, 4, 5, dtype=torch.float64), seeded(3, 5, dtype=torch.float64).softmax(dim=1)
     total = 0.0
     for n in range(3):
@@ -181,7 +181,7 @@ def test_loss_for_regression() -> None:
 
 @pytest.mark.parametrize("views", [None, 4])
 def test_reduction_none_gives_one_loss_per_row(views: int | None) -> None:
-    """(N*V,), sample by sample."""
+    """The shape is (N*V,), sample by sample."""
     rows, targets = seeded(12, 5), torch.tensor([4, 0, 2])
     loss = CropVoteLoss(nn.CrossEntropyLoss(reduction="none"), views=views)(rows, targets)
     want = [float(rows[4 * n + v].logsumexp(0) - rows[4 * n + v, targets[n]]) for n in range(3) for v in range(4)]
@@ -192,7 +192,7 @@ def test_reduction_none_gives_one_loss_per_row(views: int | None) -> None:
 @pytest.mark.parametrize("views", [None, 10, ten_crop()], ids=["none", "int", "Views"])
 @pytest.mark.parametrize("targets", [torch.tensor([1, 0, 4]), seeded(3, 5).softmax(dim=1)], ids=["indices", "soft"])
 def test_on_an_unsplit_model_the_loss_is_the_criterion(views, targets: Tensor) -> None:
-    """One row per target (no split, or the vote): exactly the criterion."""
+    """With one row per target (no split, or the vote), the loss is exactly the criterion."""
     rows, criterion = seeded(3, 5), nn.CrossEntropyLoss(label_smoothing=0.1)
     assert torch.equal(CropVoteLoss(criterion, views=views)(rows, targets), criterion(rows, targets))
 
@@ -217,8 +217,8 @@ def test_a_wrong_number_of_targets_is_refused(rows: int, targets: int) -> None:
 
 
 @pytest.mark.parametrize("views", ["soft", torch.tensor(2), {"a": 1, "b": 2}, 2.0, True, None])
-def test_what_counts_no_views_is_refused(views) -> None:
-    """A string has a length, too."""
+def test_an_invalid_number_of_views_is_refused(views) -> None:
+    """A string also has a length."""
     with pytest.raises(CropVoteError):
         vote(torch.zeros(4, 3), views)
 
@@ -233,14 +233,14 @@ def test_a_class_that_every_view_masks_has_a_finite_gradient(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["probs", "hard"])
-def test_a_single_output_is_no_vote_of_classes(how: str) -> None:
-    """Their log-probability is 0, whatever the output."""
+def test_a_single_output_cannot_use_class_votes(how: str) -> None:
+    """Its log-probability is 0, whatever the output."""
     with pytest.raises(RowsError, match="CV607"):
         vote(seeded(10, 1), 10, how=how)
     assert torch.equal(vote(seeded(10, 1), 10), seeded(10, 1).mean(0, keepdim=True))
 
 
-def test_a_class_is_no_criterion() -> None:
+def test_a_class_is_not_a_criterion() -> None:
     with pytest.raises(InputTypeError, match="CV833"):
         CropVoteLoss(nn.CrossEntropyLoss)
 
@@ -259,7 +259,7 @@ def squares(rows, targets):
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), squares])
 @pytest.mark.parametrize("rows", [40, 4])
-def test_a_number_for_each_sample_meets_the_rows_of_one_output(criterion, rows):
+def test_one_number_per_sample_matches_rows_of_one_output(criterion, rows):
     """(rows, 1) against (rows,) would be (rows, rows), without an error."""
     outputs, targets = torch.randn(rows, 1), torch.randn(4)
     wanted = sum((outputs[i, 0] - targets[i * 4 // rows]) ** 2 for i in range(rows)) / rows
@@ -284,8 +284,8 @@ def test_shapes_that_would_be_broadcast_are_refused(outputs, targets):
             CropVoteLoss(criterion)(outputs, targets)
 
 
-def test_class_indices_are_nothing_to_a_loss_that_compares_one_by_one():
-    """With as many classes as rows they would be broadcast."""
+def test_an_elementwise_loss_refuses_class_indices():
+    """With as many classes as rows, they would be broadcast."""
     for criterion in (nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()):
         with pytest.raises(RowsError):
             CropVoteLoss(criterion)(torch.zeros(20, 20), torch.zeros(2, dtype=torch.long))
@@ -309,7 +309,7 @@ def test_class_indices_of_every_pixel_and_labels_of_every_class():
 
 
 @pytest.mark.parametrize("rows", [6, 2])
-def test_a_samples_weight_is_that_of_each_of_its_views(rows):
+def test_a_samples_weight_applies_to_each_of_its_views(rows):
     outputs, targets, weights = torch.randn(rows, 5), torch.tensor([1, 4]), torch.tensor([0.5, 2.0])
     losses = [nn.functional.cross_entropy(outputs[i], targets[i * 2 // rows]) for i in range(rows)]
     of_rows = [float(weights[i * 2 // rows]) for i in range(rows)]

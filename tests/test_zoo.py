@@ -1,6 +1,6 @@
-"""Every family of timm and torchvision, some of transformers: the verdicts of benchmarks/zoo.py, and its two witnesses.
+"""Every family of timm and torchvision, some of transformers: the verdicts of benchmarks/zoo.py, and its two checks.
 
-The stored results say which sites work; the sweep that wrote them compared each with an oracle and with noise.
+The stored results say which sites work; the sweep compared each with an oracle and with noise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cropvote.probe.trace import record_trace
 from cropvote.probe.verdicts import Site, judge_site
 from zoo_witnesses import against_noise, against_oracle
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the models' own code
+pytestmark = pytest.mark.filterwarnings("ignore")  # from the models' own code
 
 
 STORED = json.loads(zoo_page.RESULTS.read_text())
@@ -35,7 +35,7 @@ DOZEN = [
 ]  # fmt: skip
 
 
-#: Entries of feature_info that are no sites: (model, module, why).
+#: Entries of feature_info that are not sites: (model, module, reason).
 REFUSED = [
     ("coat_tiny", "serial_blocks1", "CV104"),
     ("coat_tiny", "parallel_blocks", "CV104"),
@@ -57,7 +57,7 @@ CASES = [pytest.param(*case, marks=[pytest.mark.slow] * case[0].startswith(LARGE
 
 
 @pytest.mark.parametrize(("name", "site", "reason"), CASES, ids=[f"{name}-{site}" for name, site, _ in REFUSED])
-def test_what_is_no_site_is_refused_with_the_reason_and_the_valid_ones(name, site, reason):
+def test_invalid_sites_are_refused_with_the_reason_and_the_valid_ones(name, site, reason):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7).eval()
     with pytest.raises(SiteError, match=reason) as caught:
@@ -72,13 +72,13 @@ def build(family: str, fake: bool) -> nn.Module:
         try:
             with torch.device("meta"):
                 return zoo_models.make(family, known["model"], known["small"]).eval()
-        except Exception:  # some constructors compute with numbers that the meta device does not have
+        except Exception:  # some constructors need values, which meta tensors do not have
             torch.manual_seed(0)
     return zoo_models.make(family, known["model"], known["small"]).eval()
 
 
 def look(model: nn.Module, family: str) -> dict[str, Site]:
-    """The sites of feature_info alone, for which sites(all=True) would take too long."""
+    """Return only the sites of feature_info, because sites(all=True) would take too long."""
     known = FAMILIES[family]
 
     def judge(fake: nn.Module) -> dict[str, Site]:
@@ -89,7 +89,7 @@ def look(model: nn.Module, family: str) -> dict[str, Site]:
 
 
 def tried(family: str, most: int = 16) -> list[str]:
-    """Every entry of feature_info; of models without one, an even sample of the modules that the sweep tried."""
+    """Return all entries of feature_info, or else an even sample of the modules that the sweep tried."""
     names = list(FAMILIES[family]["tried"])
     return names if family.startswith("timm/") else names[:: -(-len(names) // most)]
 
@@ -98,13 +98,13 @@ def works(known: dict[str, Any]) -> set[str]:
     return {site for site, verdict in known["tried"].items() if verdict["verdict"] == "works"}
 
 
-#: Most families are looked at among the slow tests, every eighth here.
+#: Every eighth family is tested here, the others in the slow tests.
 VERDICTS = [pytest.param(f, marks=[pytest.mark.slow] * bool(i % 8)) for i, f in enumerate(FAMILIES)]
 
 
 @pytest.mark.parametrize("family", VERDICTS)
 def test_verdicts_on_fake_tensors(family):
-    """At every entry of feature_info the verdict is the stored one, and every refusal has its reason."""
+    """At every entry of feature_info, the verdict equals the stored one, and every refusal has a reason."""
     known = FAMILIES[family]
     rows = look(build(family, fake=True), family)
     assert {name for name, site in rows.items() if not site.reason} == works(known).intersection(tried(family))
@@ -112,7 +112,7 @@ def test_verdicts_on_fake_tensors(family):
 
 
 def assert_judged_right(family: str, whole: bool) -> None:
-    """Compare votes with the oracle, in float64, and verdicts with noise: of all modules, or of the feature sites."""
+    """Compare votes with the oracle in float64, and verdicts (of all modules, or of the feature sites) with noise."""
     known, size = FAMILIES[family], tuple(FAMILIES[family]["size"])
     model = zoo_models.randomise(build(family, fake=False)).eval()
     zoo_models.calibrate(model, size)
@@ -124,7 +124,7 @@ def assert_judged_right(family: str, whole: bool) -> None:
         errors, alike = against_oracle(model.double(), size, rows, listed, first, 2 if whole else 1)
         noise = against_noise(model, size, rows, 5 if whole else 2)
     assert max(errors.values(), default=0) < 1e-5, errors
-    assert len(alike) < len(errors) or not errors  # else the oracle would prove nothing
+    assert len(alike) < len(errors) or not errors  # otherwise the oracle would prove nothing
     assert not noise["invented"]
 
 
@@ -147,8 +147,8 @@ TOKENS = [f for f, known in FAMILIES.items() if any(v.get("layout") == "tokens" 
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[pytest.mark.slow] * bool(i % 4)) for i, f in enumerate(TOKENS)]
 )
-def test_tokens_stand_where_their_patches_are(family):
-    """The gradient of the token (row, column) of the stated grid is largest on that patch of the image."""
+def test_tokens_are_at_the_positions_of_their_patches(family):
+    """The gradient of token (row, column) of the stated grid is largest at that image patch."""
     known, model = FAMILIES[family], build(family, fake=False)
     site = next(site for site, verdict in known["tried"].items() if verdict.get("layout") == "tokens")
     layout = look(model, family)[site].layout
@@ -162,11 +162,11 @@ def test_tokens_stand_where_their_patches_are(family):
         (grad,) = torch.autograd.grad(token.square().sum(), images, retain_graph=True)
         patches = torch.nn.functional.adaptive_avg_pool2d(grad.abs().sum(1), (height, width))
         found = divmod(int(patches.argmax()), width)
-        assert max(abs(found[0] - row), abs(found[1] - column)) <= 1  # behind convolutions, a neighbour may weigh more
+        assert max(abs(found[0] - row), abs(found[1] - column)) <= 1  # after convolutions, a neighbour's may be larger
 
 
-def test_nothing_crashed_and_nothing_is_wrong():
-    """As stored, on the page, and for every family of the versions that the sweep saw."""
+def test_no_result_is_a_crash_or_wrong():
+    """Check the stored results, the page, and that no family of the swept versions is missing."""
     page = zoo_page.PAGE.read_text()
     for row in ("| crashed | 0 |", "| wrong | 0 |", "| accepted, but no true site by noise | 0 |"):
         assert row in page

@@ -1,7 +1,7 @@
-"""What a training batch is made of: which faces, in which order, and what is done to each of them.
+"""Training batches: which faces, in which order, and how they are augmented.
 
-Everything runs on the device that holds the faces, all faces of a batch at once, each with random numbers of its own;
-nothing waits for the device. One resampling does crop, shift, tilt and mirror image, so a face is blurred once.
+Everything runs on the device of the faces, on the whole batch at once, with different random numbers for each face, and
+without synchronising. Crop, shift, tilt and mirroring share one resampling, so a face is blurred only once.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: ITU-R BT.601: how much red, green and blue count for the grey that saturation moves to or from.
+#: ITU-R BT.601: the weights of red, green and blue in the grey image, used to change saturation.
 GREY = (0.299, 0.587, 0.114)
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """A field that is an option of the command line: its default, its help, and ``choices``, ``least``, ``most``."""
+    """Return a dataclass field that is also a command-line option, with help and ``choices``, ``least``, ``most``."""
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """How far faces are altered; the kinds are the paper's, the strengths ours, as it names none."""
+    """How strongly faces are augmented: the paper's augmentations; it gives no strengths, so we chose them."""
 
-    crop: float = option(0.8, "smallest share of a side that a crop keeps", least=0.1, most=1.0)
-    stretch: float = option(1.1, "most that a crop's width to height may differ from 1", least=1.0, most=2.0)
-    shift: float = option(0.08, "most that a face moves, in sides", least=0.0, most=1.0)
-    tilt: float = option(10.0, "most that a face turns, in degrees", least=0.0, most=180.0)
-    brightness: float = option(0.25, "most that brightness changes, as a factor", least=0.0, most=1.0)
-    contrast: float = option(0.25, "most that contrast changes, as a factor", least=0.0, most=1.0)
+    crop: float = option(0.8, "the least share of a side that a crop keeps", least=0.1, most=1.0)
+    stretch: float = option(1.1, "the largest aspect ratio of a crop", least=1.0, most=2.0)
+    shift: float = option(0.08, "the largest shift, as a share of the side", least=0.0, most=1.0)
+    tilt: float = option(10.0, "the largest rotation, in degrees", least=0.0, most=180.0)
+    brightness: float = option(0.25, "the largest relative change of brightness", least=0.0, most=1.0)
+    contrast: float = option(0.25, "the largest relative change of contrast", least=0.0, most=1.0)
     saturation: float = option(
-        0.25, "most that saturation changes, as a factor; nothing on grey faces", least=0.0, most=1.0
+        0.25, "the largest relative change of saturation; no effect on grey faces", least=0.0, most=1.0
     )
     erase: float = option(0.5, "probability that a rectangle is erased", least=0.0, most=1.0)
-    erased: float = option(0.15, "most that the rectangle covers, as a share of the face", least=0.0, most=1.0)
-    mirror: float = option(0.0, "probability of a mirror image", least=0.0, most=1.0)
+    erased: float = option(0.15, "the largest area of the rectangle, as a share of the face", least=0.0, most=1.0)
+    mirror: float = option(0.0, "probability of mirroring", least=0.0, most=1.0)
 
 
 def epoch_rows(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
-    """The rows of one epoch, shuffled, (m,) on the CPU.
+    """Return the shuffled rows of one epoch, (m,) on the CPU.
 
-    ``per_class`` 0: every row once. Else that many rows of each class (-1: as many as the median class has): a larger
-    class is sampled without repetition, a smaller one repeated as a whole as often as it fits, the rest drawn.
+    With ``per_class`` 0, every row comes once. Otherwise every class gives that many rows (-1: the size of the median
+    class): larger classes are sampled without replacement, smaller ones repeated and topped up with a random sample.
     """
     if per_class == 0:
         return torch.randperm(len(labels), generator=generator)
@@ -62,25 +62,25 @@ def epoch_rows(labels: Tensor, per_class: int, generator: torch.Generator) -> Te
 
 
 def to_input(images: Tensor) -> Tensor:
-    """uint8 (n, c, H, W) -> float32 (n, 3, H, W) in -1..1; a grey face stands in all three channels."""
+    """Convert uint8 (n, c, H, W) to float32 (n, 3, H, W) in -1..1; a grey face fills all three channels."""
     return (images.float() / 127.5 - 1).expand(-1, 3, -1, -1)
 
 
 def augment(images: Tensor, how: Strengths) -> Tensor:
-    """uint8 (n, c, H, W) -> float32 (n, 3, H, W) in -1..1, every face altered in its own way."""
+    """Augment every face at random: uint8 (n, c, H, W) -> float32 (n, 3, H, W) in -1..1."""
     x = move(images.float() / 255, how)
     return (erase(relight(x, how), how) * 2 - 1).expand(-1, 3, -1, -1)
 
 
 def move(x: Tensor, how: Strengths) -> Tensor:
-    """Crop, shift, tilt and mirror, resampled once; what lies outside repeats the edge. (n, c, H, W) -> the same."""
+    """Crop, shift, tilt and mirror in one resampling; the outside repeats the edge. (n, c, H, W) -> (n, c, H, W)."""
     n, height, width = len(x), *x.shape[-2:]
     size = uniform(x, how.crop, 1)
     tall = torch.exp(uniform(x, -math.log(how.stretch), math.log(how.stretch)) / 2)
     high, wide = (size * tall).clamp(max=1), (size / tall).clamp(max=1)
     tilt = uniform(x, -how.tilt, how.tilt) * (math.pi / 180)
     flip = 1 - 2 * (uniform(x, 0, 1) < how.mirror).float()
-    # affine_grid maps an output pixel to where it is read, both in -1..1: a crop's centre lies within its margin
+    # affine_grid maps output to input pixels, both in -1..1; a crop's centre stays within the free margin
     right = uniform(x, -1, 1) * (1 - wide) + 2 * uniform(x, -how.shift, how.shift)
     down = uniform(x, -1, 1) * (1 - high) + 2 * uniform(x, -how.shift, how.shift)
     cos, sin, aspect = tilt.cos(), tilt.sin(), width / height
@@ -92,7 +92,7 @@ def move(x: Tensor, how: Strengths) -> Tensor:
 
 
 def relight(x: Tensor, how: Strengths) -> Tensor:
-    """Brightness, contrast and saturation, each by a factor around 1; (n, c, H, W) in 0..1 -> the same."""
+    """Scale brightness, contrast and saturation by factors around 1; (n, c, H, W) in 0..1 -> the same."""
     x = (x * factor(x, how.brightness)).clamp(0, 1)
     mean = _grey(x).mean(dim=(1, 2, 3), keepdim=True)
     x = (mean + (x - mean) * factor(x, how.contrast)).clamp(0, 1)
@@ -103,7 +103,7 @@ def relight(x: Tensor, how: Strengths) -> Tensor:
 
 
 def erase(x: Tensor, how: Strengths) -> Tensor:
-    """With probability ``erase`` a rectangle inside the face becomes middle grey; (n, c, H, W) -> the same."""
+    """Fill a rectangle inside the face with middle grey, with probability ``erase``; (n, c, H, W) -> the same."""
     n, height, width = len(x), *x.shape[-2:]
     area, tall = uniform(x, min(0.02, how.erased), how.erased), torch.exp(uniform(x, -1, 1) * math.log(3) / 2)
     high, wide = ((area.sqrt() * tall).clamp(max=1) * height, (area.sqrt() / tall).clamp(max=1) * width)
@@ -120,12 +120,12 @@ def factor(x: Tensor, strength: float) -> Tensor:
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
-    """One number for each face of ``x``, on its device, (n,)."""
+    """Return a random number for each face of ``x``, (n,), on the same device."""
     return low + (high - low) * torch.rand(len(x), device=x.device)
 
 
 def _grey(x: Tensor) -> Tensor:
-    """(n, c, H, W) -> (n, 1, H, W)."""
+    """Convert (n, c, H, W) to grey, (n, 1, H, W)."""
     if x.shape[1] == 1:
         return x
     red, green, blue = x.split(1, dim=1)

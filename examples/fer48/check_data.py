@@ -1,9 +1,9 @@
-"""Look at a data set before training: its layout, faces a class beside the published numbers, copies, and some faces.
+"""Check a data set before training: its layout, faces per class against the published counts, copies, some faces.
 
     python examples/fer48/check_data.py fer2013.csv
     python examples/fer48/check_data.py RAF-DB --label-order rafdb --sheet faces.png
 
-Exit code 1: the numbers are not the published ones, or the data cannot be used.
+Exit code 1: the counts differ from the published ones, or the data cannot be used.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(faces: Faces) -> list[str]:
-    """Print what there is to know; the numbers that are not the published ones, in words."""
+    """Print the report; return a description of each count that differs from the published one."""
     print(f"{faces.name} ({faces.layout}); {faces.note}.\n")
     differences = print_counts(faces)
-    print(f"\nLeft out, as unreadable: {len(faces.skipped)}")
+    print(f"\nLeft out as unreadable: {len(faces.skipped)}")
     for line in faces.skipped[:20]:
         print(f"  {line}")
     if len(faces.skipped) > 20:
@@ -54,7 +54,7 @@ def report(faces: Faces) -> list[str]:
 
 
 def print_counts(faces: Faces) -> list[str]:
-    """A row a class, a column a split: what was found, and after a slash what was published, where they differ."""
+    """Print a row per class and a column per split, each cell the count found and, if different, / the published."""
     differences: list[str] = []
     table = [["", *(split.name for split in faces.splits.values())]]
     table += [[name] for name in [*faces.classes, "all"]]
@@ -75,7 +75,7 @@ def print_counts(faces: Faces) -> list[str]:
 
 
 def expected_counts(faces: Faces, split: str) -> list[int] | None:
-    """The published numbers of a split in the order of the classes; None where none are known."""
+    """Return the published counts of a split in the order of the classes, or None if unknown."""
     numbers = PUBLISHED.get(faces.name, {}).get(split)
     if numbers is None:
         return None
@@ -84,7 +84,7 @@ def expected_counts(faces: Faces, split: str) -> list[int] | None:
 
 
 def print_copies(faces: Faces) -> None:
-    """How many faces of a later split are, pixel for pixel, in an earlier one; and how many are of one colour."""
+    """Print how many faces are pixel-identical to one in an earlier split, and how many have a single colour."""
     hashes = {split.name: [hashlib.sha256(image.tobytes()).digest() for image in split.images.numpy()]
               for split in faces.splits.values()}  # fmt: skip
     print("\nExact copies across splits:")
@@ -95,12 +95,12 @@ def print_copies(faces: Faces) -> None:
 
 
 def constant(images: Tensor) -> int:
-    """How many of the images (n, c, H, W) have one colour all over."""
+    """Count the images (n, c, H, W) of a single colour."""
     return sum(int((part == part[:, :, :1, :1]).flatten(1).all(1).sum()) for part in images.split(4096))
 
 
 def draw_sheet(faces: Faces, path: Path) -> None:
-    """Training faces, a row for each class, drawn with one fixed seed."""
+    """Draw a picture of random training faces, a row per class, with a fixed seed."""
     train, rng = faces.splits["train"], np.random.default_rng(0)
     figure = Figure(figsize=(COLUMNS * 0.9 + 1.2, len(faces.classes) * 0.9 + 0.5), layout="compressed")
     axes = figure.subplots(len(faces.classes), COLUMNS, squeeze=False)
@@ -130,9 +130,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="SET|NAMES",
         help="classes of folders 0..6: rafdb, affectnet, fer2013, names",
     )
-    add("--contempt", action="store_true", help="keep that class, where the set has it")
-    add("--strict", action="store_true", help="refuse a set with any unreadable image")
-    add("--cache", default="", metavar="FOLDER", help="where decoded faces are kept; default: the user's cache folder")
+    add("--contempt", action="store_true", help="keep that class, if the set has it")
+    add("--strict", action="store_true", help="reject a set with any unreadable image")
+    add("--cache", default="", metavar="FOLDER", help="where to cache decoded faces; default: the user's cache folder")
     add("--sheet", default="check_data.png", metavar="FILE", help="where to draw sample faces")
     options = parser.parse_args(argv)
     if Path(options.sheet).suffix.lower() not in (".png", ".jpg", ".pdf"):

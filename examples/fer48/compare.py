@@ -1,9 +1,9 @@
-"""The paper's Table 3 on any data: the plain network, and ten views at every site, over several seeds.
+"""Reproduce the paper's Table 3 on any data: the plain network, and ten views at every site, over several seeds.
 
     python examples/fer48/compare.py --sites none layer1 --seeds 0 --width 8 --epochs 10     toy faces, in minutes
     python examples/fer48/compare.py --recipe fer2013 --data fer2013.csv --fast --out runs/fer2013   on a GPU
 
-Every run has its folder and is not repeated once it is complete; an interrupted one goes on. Writes compare.md,
+Every run has its own folder; complete runs are not repeated, and interrupted ones continue. Writes compare.md,
 compare.json and compare.png into --out.
 """
 
@@ -34,7 +34,7 @@ from train import EXPECTED, read_faces, scored_split, train
 
 MIRRORED = "plain, averaged with its mirror image"
 VOTES = ("soft", "hard")
-#: The colour of every network in pictures.
+#: The colour of each network in plots.
 COLOURS = {
     "none": "#444444",
     MIRRORED: "#999999",
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def one_run(config: Config, site: str, seed: int, here: Machine) -> dict[str, Any]:
-    """The result of one network and seed: the stored one, if it is complete and of the same options."""
+    """Return the result of one network and seed: the stored one if it is complete and has the same options."""
     out = Path(config.out) / f"{site}-{seed}"
     mine = dataclasses.replace(config, after=site, seed=seed, out=str(out))
     here.wait()
@@ -76,7 +76,7 @@ def one_run(config: Config, site: str, seed: int, here: Machine) -> dict[str, An
 
 
 def compare(runs: dict[str, list[dict[str, Any]]], config: Config, here: Machine) -> list[dict[str, Any]]:
-    """A row for every network and vote: accuracy of every seed, cost, and McNemar's test against the plain network."""
+    """Return a row per network and vote: accuracy by seed, cost, and McNemar's test against the plain network."""
     labels = [labels_of(same_seed) for same_seed in zip(*runs.values(), strict=True)]
     found: dict[tuple[str, str], list[Tensor]] = {}
     for site, results in runs.items():
@@ -98,7 +98,7 @@ def compare(runs: dict[str, list[dict[str, Any]]], config: Config, here: Machine
 
 
 def labels_of(runs: tuple[dict[str, Any], ...]) -> Tensor:
-    """The labels that runs of one seed were scored on; they must be the same faces (toy faces change with the seed)."""
+    """Return the labels that runs of one seed share; raise if they were scored on different faces."""
     labels = [stored(one, "labels") for one in runs]
     for one, theirs in zip(runs, labels, strict=True):
         if not torch.equal(labels[0], theirs):
@@ -107,20 +107,20 @@ def labels_of(runs: tuple[dict[str, Any], ...]) -> Tensor:
 
 
 def stored(result: dict[str, Any], name: str) -> Tensor:
-    """``logits`` (n, v, k) or ``labels`` (n,) of a finished run."""
+    """Return the ``logits`` (n, v, k) or ``labels`` (n,) of a finished run."""
     with np.load(Path(result["out"]) / LOGITS, allow_pickle=False) as arrays:
         return torch.from_numpy(arrays[name])
 
 
 def mcnemar(ours: Tensor, plain: Tensor, labels: Tensor) -> dict[str, Any]:
-    """McNemar's exact test on the faces that only one of two networks gets right: how likely by a fair coin."""
+    """Return McNemar's exact test on the faces that only one of the two networks gets right."""
     won = int(((ours == labels) & (plain != labels)).sum())
     lost = int(((ours != labels) & (plain == labels)).sum())
     return {"won": won, "lost": lost, "p": float(binomtest(won, won + lost).pvalue) if won + lost else 1.0}
 
 
 def mirrored(config: Config, result: dict[str, Any], here: Machine) -> Tensor:
-    """Classes by the plain network's logits, averaged over the face and its mirror image: what a flip alone gives."""
+    """Return the plain network's classes, with logits averaged over the face and its mirror image."""
     model, _ = load_model(result["out"])
     inject_crop_vote(model, after="input", views=hflip(), input_size=48)
     split = scored_split(config, read_faces(dataclasses.replace(config, seed=result["config"]["seed"])))
@@ -128,7 +128,7 @@ def mirrored(config: Config, result: dict[str, Any], here: Machine) -> Tensor:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each row."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| network | vote | accuracy, % | against plain | won : lost (p) | parameters | GMACs | training MiB |",
         "|---|---|---|---|---|---|---|---|",
@@ -156,13 +156,13 @@ def name_of(site: str) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """``57.3 ± 0.4``: mean and standard deviation over the seeds, in %."""
+    """Return the mean and standard deviation over the seeds in %, such as ``57.3 ± 0.4``."""
     mean, sd = mean_and_sd(values)
     return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {sd:.1f}"
 
 
 def mean_and_sd(values: list[float]) -> tuple[float, float]:
-    """Shares -> their mean and sample standard deviation in %; 0 for a single one."""
+    """Return the mean and sample standard deviation in % (0 for a single value)."""
     return 100 * statistics.mean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -195,7 +195,7 @@ def write(
 
 
 def plot(path: Path, rows: list[dict[str, Any]], where: str) -> None:
-    """Accuracy against multiply-adds; bars are one standard deviation over the seeds."""
+    """Plot accuracy against multiply-adds; bars are one standard deviation over the seeds."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     for row in rows:
@@ -223,7 +223,7 @@ def parse(argv: list[str] | None) -> tuple[Config, list[str], list[int]]:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sites = ["none", "layer1", "layer2", "layer3", "input", PLANS[0]]
-    text = f"where to split, one network each (default: {' '.join(sites)}); also {' '.join(PLANS[1:])}"
+    text = f"the sites to compare, one network each (default: {' '.join(sites)}); also {' '.join(PLANS[1:])}"
     parser.add_argument("--sites", nargs="+", choices=PLACES, default=sites, metavar="SITE", help=text)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     add_options(parser, without=("after", "seed", "retrain", "target", "out"))
@@ -231,7 +231,7 @@ def parse(argv: list[str] | None) -> tuple[Config, list[str], list[int]]:
     options = vars(parser.parse_args(argv))
     sites, seeds = list(dict.fromkeys(options.pop("sites"))), list(dict.fromkeys(options.pop("seeds")))
     if min(seeds) < 0:
-        parser.error("--seeds are whole numbers from 0 on")
+        parser.error("--seeds must be whole numbers, 0 or more")
     try:
         config = from_options(options)
         if config.learn == "train+val" and not config.final_test:

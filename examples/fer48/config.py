@@ -1,4 +1,4 @@
-"""What decides a run: the options of train.py, and the recipes that set them."""
+"""The options of train.py, and the recipes that set them."""
 
 from __future__ import annotations
 
@@ -11,82 +11,80 @@ from typing import Any
 from batches import Strengths, option
 from cropvote import Views, five_crop, hflip
 
-#: Mirrored at one place and cropped at a later one: the same ten views for less work.
+#: Mirror at one site and crop at a later one: also ten views, for less work.
 PLANS = ("layer1=hflip,layer3=five", "layer1=hflip,layer2=five", "layer2=hflip,layer3=five")
-#: Where a network can be split: nowhere, the images themselves, the paper's three places, or two of them.
+#: Where a network can be split: nowhere, at the input, at one of the paper's three sites, or at two sites.
 PLACES = ("none", "input", "layer1", "layer2", "layer3", *PLANS)
 VALENCE_AROUSAL = "valence-arousal"
 
 
 @dataclass(frozen=True)
 class Config(Strengths):
-    """A run: everything that decides its figures. Every field is an option of train.py."""
+    """All settings of a run. Every field is an option of train.py."""
 
     recipe: str = option("toy", "sets every option that is not given", choices=("toy", "fer2013", "rafdb", "affectnet"))
-    data: str = option("toy", "toy faces, or the path of a data set: see check_data.py", metavar="toy|PATH")
-    label_order: str = option("", "the order of the labels 0..6, where the data cannot tell", metavar="SET|NAMES")
+    data: str = option("toy", "toy, or the path of a data set: see check_data.py", metavar="toy|PATH")
+    label_order: str = option("", "the order of the labels 0..6, if the data do not say", metavar="SET|NAMES")
     contempt: bool = option(False, "keep AffectNet's and FER+'s eighth class")
-    cache: str = option("", "where decoded faces are kept; default: the user's cache folder", metavar="FOLDER")
-    strict: bool = option(False, "refuse a data set with an unreadable picture, rather than leave the picture out")
+    cache: str = option("", "where to cache decoded faces; default: the user's cache folder", metavar="FOLDER")
+    strict: bool = option(False, "reject a data set with an unreadable picture, instead of leaving the picture out")
     limit: int | None = option(None, "use at most this many faces of every split", least=1)
     validation: float = option(
         0.1,
-        "taken from the training faces where a set has no validation faces: a share, or a number a class",
+        "faces to hold out if a set has no validation split: a share of the training faces, or a number per class",
         least=0,
     )
-    split_seed: int = option(0, "draws that validation set; the same for every --seed", least=0)
+    split_seed: int = option(0, "seed of that random split, independent of --seed", least=0)
     learn: str = option(
-        "train", "which faces to learn from; without validation the last epoch is kept", choices=("train", "train+val")
+        "train", "faces to train on; without validation faces, the last epoch is kept", choices=("train", "train+val")
     )
-    target: str = option("expression", "what to learn", choices=("expression", VALENCE_AROUSAL))
+    target: str = option("expression", "what to predict", choices=("expression", VALENCE_AROUSAL))
 
-    after: str = option(
-        "layer1", "where to split; at two places: mirrored, then cropped", choices=PLACES, metavar="SITE"
-    )
+    after: str = option("layer1", "where to split; with two sites: mirror, then crop", choices=PLACES, metavar="SITE")
     vote: str = option("soft", "the vote that chooses the epoch", choices=("soft", "probs", "hard"))
-    width: int = option(64, "channels of the first stage; the paper's is 64", least=1)
+    width: int = option(64, "channels of the first stage; 64 in the paper", least=1)
     init: str = option("", "weights to start from: a run's folder or its model.safetensors", metavar="RUN")
 
-    epochs: int = option(10, "times through the training faces", least=1)
-    batch: int = option(135, "faces a step, all processes together", least=1)
+    epochs: int = option(10, "passes over the training faces", least=1)
+    batch: int = option(135, "batch size, over all processes", least=1)
     per_class: int = option(
-        0, "faces of each class an epoch: 0 takes every face once, -1 the median class's number", least=-1
+        0, "faces per class and epoch: 0 uses every face once, -1 the size of the median class", least=-1
     )
     optimizer: str = option("adam", "the optimizer", choices=("adam", "adamw", "sgd"))
-    rate: float = option(2e-4, "the learning rate, the highest one where it changes", least=1e-8, most=100)
-    schedule: str = option("exponential", "how the rate falls", choices=("exponential", "onecycle"))
-    decay: float = option(0.65, "exponential: the rate is multiplied by it after every epoch", least=1e-4, most=1.0)
-    warmup: float = option(0.3, "onecycle: the share of the steps in which the rate rises", least=0.0, most=1.0)
-    weight_decay: float = option(0.0, "of the optimizer", least=0.0, most=1.0)
-    label_smoothing: float = option(0.0, "of the cross-entropy", least=0.0, most=0.9)
+    rate: float = option(2e-4, "the highest learning rate of the schedule", least=1e-8, most=100)
+    schedule: str = option("exponential", "the learning rate schedule", choices=("exponential", "onecycle"))
+    decay: float = option(0.65, "exponential: the factor on the rate after every epoch", least=1e-4, most=1.0)
+    warmup: float = option(0.3, "onecycle: the share of steps with a rising rate", least=0.0, most=1.0)
+    weight_decay: float = option(0.0, "the optimizer's weight decay", least=0.0, most=1.0)
+    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy", least=0.0, most=0.9)
     mixup: float = option(
-        0.0, "mix pairs of faces and their labels; the parameter of the share's Beta law", least=0.0, most=10.0
+        0.0, "mix pairs of faces and their labels; the parameter of the Beta distribution", least=0.0, most=10.0
     )
     cutmix: float = option(
         0.0,
-        "paste a part of one face into another; with --mixup, one of the two a step",
+        "paste part of one face into another; with --mixup, each step uses one of the two",
         least=0.0,
         most=10.0,
     )
     ema: float = option(
         0.0,
-        "score and keep an average of the weights, of this decay a step; 0: themselves",
+        "score and keep a moving average of the weights with this decay per step; 0: none",
         least=0.0,
         most=0.99999,
     )
-    retrain: bool = option(False, "then train anew on training and validation faces, for as many epochs as were best")
+    retrain: bool = option(False, "then train again on training and validation faces, for the best number of epochs")
     final_test: bool = option(False, "score the test faces: once, at the very end")
 
-    seed: int = option(0, "of the weights, the order and the augmentation", least=0)
+    seed: int = option(0, "seed of weights, order and augmentation", least=0)
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     fast: bool = option(False, "bfloat16, channels_last, torch.compile and a fused optimizer")
     precision: str = option(
-        "", "of autocast; by default bfloat16 with --fast, else float32", choices=("float32", "bfloat16", "float16")
+        "", "autocast precision; default bfloat16 with --fast, else float32", choices=("float32", "bfloat16", "float16")
     )
     out: str = option("", "the run's folder; default: runs/DATA-AFTER-SEED", metavar="FOLDER")
 
     def __post_init__(self) -> None:
-        """Refuse what would be silently wrong: a number out of its range, options that contradict each other."""
+        """Reject numbers out of range and options that contradict each other."""
         for one in dataclasses.fields(self):
             check(one, getattr(self, one.name))
         if self.target == VALENCE_AROUSAL and self.label_smoothing:
@@ -97,20 +95,20 @@ class Config(Strengths):
             raise ValueError("--retrain chooses the number of epochs on validation faces; --learn train+val has none.")
 
 
-# What the paper says of its training, word for word in numbers: Adam at 2e-4, batch 135, the rate times 0.65 or 0.95
-# after each "iteration" (read as epoch: after 2,000 batches of 0.65 nothing would be left), 20 or 40 epochs; no
-# mirroring among its augmentations. What it leaves open is ours: the strengths (Strengths' defaults), and that a
-# balanced epoch takes of every class as many faces as the median class has.
+# The paper's training: Adam at 2e-4, batch size 135, a learning rate multiplied by 0.65 or 0.95 after each "iteration"
+# (read as epoch: per batch, nothing would be left after 2,000 batches), 20 or 40 epochs, no mirroring. The paper leaves
+# two things open, which we chose: the strengths of the augmentation (the defaults of Strengths), and the size of a
+# balanced epoch (from every class, as many faces as the median class has).
 _PAPER: dict[str, Any] = {"width": 64, "batch": 135, "optimizer": "adam", "rate": 2e-4, "schedule": "exponential"}
 RECIPES: dict[str, dict[str, Any]] = {
     "affectnet": {**_PAPER, "epochs": 20, "decay": 0.65, "per_class": -1, "validation": 500},
     "rafdb": {**_PAPER, "epochs": 40, "decay": 0.95, "validation": 0.1},
-    # Ours, as the paper has none for FER2013: its augmentations and mirroring, one cycle instead of 0.65 an epoch.
+    # Ours, because the paper has none for FER2013: its augmentations plus mirroring, and a one-cycle schedule.
     "fer2013": {
         "width": 64, "batch": 135, "epochs": 40, "optimizer": "adamw", "rate": 2e-3, "schedule": "onecycle",
         "weight_decay": 0.05, "label_smoothing": 0.1, "mirror": 0.5,
     },
-    # Ours too, small enough for two CPU cores.
+    # Also ours, small enough for two CPU cores.
     "toy": {
         "data": "toy", "width": 16, "batch": 64, "epochs": 8, "rate": 2e-3, "schedule": "onecycle", "mirror": 0.5,
     },
@@ -118,7 +116,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def sites_of(after: str) -> str | dict[str, Views]:
-    """``after`` as the library takes it: a place, or the views at each of several."""
+    """Return ``after`` in the library's form: a site, or a dict of views by site."""
     if "=" not in after:
         return after
     known = {"hflip": hflip, "five": five_crop}
@@ -127,7 +125,7 @@ def sites_of(after: str) -> str | dict[str, Views]:
 
 
 def in_words(after: str) -> str:
-    """What a network does, in tables and titles."""
+    """Return a network's name for tables and titles."""
     places = [part.partition("=")[0] for part in after.split(",")]
     if len(places) == 2:
         return f"ten views, mirrored after {places[0]} and cropped after {places[1]}"
@@ -135,7 +133,7 @@ def in_words(after: str) -> str:
 
 
 def check(one: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a value that is none of the choices or outside the range of its option."""
+    """Reject a value that is not one of the choices, or out of range."""
     name, choices = "--" + one.name.replace("_", "-"), one.metadata.get("choices")
     least, most = one.metadata.get("least"), one.metadata.get("most")
     if choices and value and value not in choices:
@@ -150,14 +148,14 @@ def check(one: dataclasses.Field[Any], value: Any) -> None:
 
 
 def recipe(name: str, **given: Any) -> Config:
-    """The recipe's options, but for those given."""
+    """Return the recipe's config, overridden by the options given."""
     return Config(**{"recipe": name, **RECIPES[name], **given})
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """One option for every field of Config; what is not given on the command line is left to the recipe."""
+    """Add an option for every field of Config; options that are not given are left to the recipe."""
     altering = {one.name for one in dataclasses.fields(Strengths)}
-    group = parser.add_argument_group("augmentation", "how far faces are altered in training")
+    group = parser.add_argument_group("augmentation", "how strongly training faces are altered")
     for one in dataclasses.fields(Config):
         if one.name in without:
             continue
@@ -173,7 +171,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
 
 
 def _help(one: dataclasses.Field[Any]) -> str:
-    """What the option is for and, where all recipes but Config's default differ, what each of them sets."""
+    """Return the option's help text, with its default and the values set by recipes."""
     text = str(one.metadata["help"])
     if "metavar" in one.metadata and "choices" in one.metadata:
         text += f"; one of {' '.join(one.metadata['choices'])}"
@@ -185,7 +183,7 @@ def _help(one: dataclasses.Field[Any]) -> str:
 
 
 def from_options(options: dict[str, Any]) -> Config:
-    """The config of parsed options: the recipe named among them, overruled by the others."""
+    """Return the config for parsed options: the named recipe, overridden by the others."""
     name = options.pop("recipe", None)
     if name not in (None, "toy") and "data" not in options:
         raise ValueError(f"--recipe {name} needs --data PATH.")
@@ -195,14 +193,14 @@ def from_options(options: dict[str, Any]) -> Config:
 
 
 def from_dict(stored: dict[str, Any]) -> Config:
-    """The config of a stored run, from its JSON."""
+    """Return the config of a stored run, from its JSON."""
     known = {one.name for one in dataclasses.fields(Config)}
     return Config(**{key: value for key, value in stored.items() if key in known})
 
 
 def differences(one: Config, other: dict[str, Any]) -> list[str]:
-    """The options in which a stored run differs from this one, in words; where the run lies does not count."""
+    """Describe the options that differ from a stored run's, except those that do not change its figures."""
     mine = json.loads(json.dumps(dataclasses.asdict(one)))
-    free = {"out", "device", "final_test", "retrain", "data", "cache", "strict"}  # the faces themselves are compared
+    free = {"out", "device", "final_test", "retrain", "data", "cache", "strict"}  # the faces are compared directly
     keys = sorted((mine.keys() | other.keys()) - free)
     return [f"{key} {other.get(key)!r}, now {mine.get(key)!r}" for key in keys if mine.get(key) != other.get(key)]

@@ -1,4 +1,4 @@
-"""Ten views of a real face vote: NASA's portrait of Eileen Collins, in the public domain, and the shipped network.
+"""Show the ten views of a real face vote: the shipped network on NASA's public-domain portrait of Eileen Collins.
 
     python examples/fer48/demo.py --out runs/demo
 
@@ -22,7 +22,7 @@ from machines import machine
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where the picture of the views goes")
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where to write the picture of the views")
     return parser.parse_args(argv)
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         predict.draw(model, card, face, here, out, 1)
     print(predict.describe(card))
     print(predict.in_words(face, row, card))
-    print(f"the ten views, and what each of them says: {out / '00001-astronaut.png'}")
+    print(f"the ten views and their predictions: {out / '00001-astronaut.png'}")
 
 
 if __name__ == "__main__":

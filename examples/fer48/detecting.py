@@ -1,4 +1,4 @@
-"""Faces in pictures, films and cameras, by OpenCV's frontal-face cascade, whose weights come with its package."""
+"""Detect faces in pictures, videos and cameras with OpenCV's frontal-face cascade, which its package includes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 CASCADE = "haarcascade_frontalface_default.xml"
-#: A smaller face has too few pixels to say anything.
+#: Smaller faces have too few pixels for a prediction.
 SMALLEST = 24
 
 
 class DetectError(Exception):
-    """No faces can be looked for; the message says what is missing."""
+    """Faces cannot be detected; the message says what is missing."""
 
 
 class Detector:
-    """Finds upright faces that look at the camera; profiles, tilted and covered faces it misses."""
+    """Finds upright faces that look at the camera; it misses profiles, tilted and covered faces."""
 
     def __init__(self) -> None:
         cv2 = _opencv()
@@ -30,7 +30,7 @@ class Detector:
         self.cascade = cv2.CascadeClassifier(str(path))
 
     def boxes(self, picture: np.ndarray) -> list[tuple[int, int, int, int]]:
-        """RGB uint8 (H, W, 3) -> (left, top, right, bottom) of every face, the largest first."""
+        """Return (left, top, right, bottom) of every face in an RGB uint8 picture (H, W, 3), largest first."""
         grey = _opencv().cvtColor(np.ascontiguousarray(picture), _opencv().COLOR_RGB2GRAY)
         found = self.cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, minSize=(SMALLEST, SMALLEST))
         boxes = [(int(x), int(y), int(x + w), int(y + h)) for x, y, w, h in found]
@@ -38,10 +38,10 @@ class Detector:
 
 
 def watch(source: str) -> Iterator[np.ndarray]:
-    """The frames of a camera, by its number, or of a film: RGB uint8 (H, W, 3), until Ctrl+C or the end.
+    """Yield the frames of a camera (by number) or a video, RGB uint8 (H, W, 3), until Ctrl+C or the end.
 
     Raises:
-        DetectError: no such camera, or a film that cannot be opened.
+        DetectError: If the camera or video cannot be opened.
     """
     cv2 = _opencv()
     camera = cv2.VideoCapture(int(source) if source.isdecimal() else source)

@@ -1,8 +1,8 @@
-"""Write a finished network as ONNX, votes included, for any batch; and check the file against PyTorch.
+"""Export a finished network with its vote to ONNX, for any batch size, and check the file against PyTorch.
 
     python examples/fer48/export.py --model runs/FER2013-layer1-0
 
-Classes and preprocessing stand in the file's metadata, as JSON.
+Classes and preprocessing are stored in the file's metadata, as JSON.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from batches import to_input
 from data.toy import toy_faces
 from keeping import KeptError, load_model
 
-#: Batches that the file is tried with, and how far its outputs may be from PyTorch's, relative to the largest.
+#: Batch sizes to check, and the largest allowed difference from PyTorch, relative to the largest output.
 BATCHES, TOLERANCE = (1, 2, 19), 1e-3
 
 
 class ExportError(Exception):
-    """The file was not written, or does not compute what the network does."""
+    """The file was not written, or its outputs differ from the network's."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,11 +41,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export(model: nn.Module, card: dict[str, Any], out: Path) -> float:
-    """Write the file; its largest relative difference to PyTorch on toy faces."""
+    """Write the file, and return its largest relative difference to PyTorch on toy faces."""
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401  # torch.onnx.export needs it, and says so less plainly
+        import onnxscript  # noqa: F401  # torch.onnx.export needs it, but its error is less clear
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed: pip install cropvote[onnx].") from error
     example = torch.zeros(2, 3, 48, 48)
@@ -63,10 +63,10 @@ def export(model: nn.Module, card: dict[str, Any], out: Path) -> float:
 
 
 def check(model: nn.Module, session: Any) -> float:
-    """The largest difference between file and network over several batches, relative to the largest output.
+    """Return the largest difference between file and network over several batches, relative to the largest output.
 
     Raises:
-        ExportError: it is more than TOLERANCE.
+        ExportError: If it is more than TOLERANCE.
     """
     worst = 0.0
     for size in BATCHES:

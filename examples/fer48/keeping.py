@@ -1,4 +1,4 @@
-"""What a run keeps: its state after every epoch, and the finished model with its card."""
+"""Save and load a run: its state after every epoch, and the finished model with its card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KeptError(Exception):
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Put a file in place at once: whoever reads the path sees the old file or the new one, never a part of one."""
+    """Write a file atomically: readers see the old file or the new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -47,21 +47,21 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
-    """The stored training state, None where there is none. Nothing but tensors and plain values is unpickled."""
+    """Return the stored training state, or None. Only tensors and plain values are unpickled."""
     path = folder / STATE
     if not path.exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
+    except Exception as error:  # for damaged files, torch raises many kinds of errors
         raise KeptError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise KeptError(f"{path}: is no training state of this version; --overwrite starts anew.")
+        raise KeptError(f"{path}: not a training state of this version; --overwrite starts a new run.")
     return state
 
 
 def build(classes: int, width: int, after: str, how: Any) -> FerResNet18:
-    """The network, voting behind ``after`` unless that is "none"; checked for 48x48 faces at once."""
+    """Build the network, voting after the site ``after`` unless it is "none", and check it for 48x48 faces."""
     model = fer_resnet18(num_classes=classes, width=width)
     if after != "none":
         inject_crop_vote(model, after=sites_of(after), vote=how, input_size=48)
@@ -69,7 +69,7 @@ def build(classes: int, width: int, after: str, how: Any) -> FerResNet18:
 
 
 def save_model(folder: Path, model: nn.Module, card: dict[str, Any]) -> None:
-    """Write model.safetensors and model.json: what ``load_model`` needs, and what a person wants to know."""
+    """Write model.safetensors, and model.json with what ``load_model`` needs and a reader wants to know."""
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     write_whole(folder / WEIGHTS, lambda file: file.write(save(weights, metadata={"format": "pt"})))
     text = json.dumps({"format": FORMAT, **card}, indent=2, ensure_ascii=False) + "\n"
@@ -77,7 +77,7 @@ def save_model(folder: Path, model: nn.Module, card: dict[str, Any]) -> None:
 
 
 def read_card(run: str | Path) -> dict[str, Any]:
-    """model.json of a run's folder, or beside a model.safetensors."""
+    """Read model.json from a run's folder, or next to a model.safetensors."""
     folder = Path(run).parent if Path(run).name == WEIGHTS else Path(run)
     path = folder / CARD
     try:
@@ -85,9 +85,9 @@ def read_card(run: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise KeptError(f"{run}: no finished model there, as {path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise KeptError(f"{path}: is no JSON ({error}).") from error
+        raise KeptError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT or card.get("architecture") != "fer_resnet18":
-        raise KeptError(f"{path}: describes no fer_resnet18 of this version.")
+        raise KeptError(f"{path}: does not describe a fer_resnet18 of this version.")
     return {**card, "folder": str(folder)}
 
 
@@ -100,21 +100,21 @@ def read_weights(card: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_model(run: str | Path) -> tuple[FerResNet18, dict[str, Any]]:
-    """A finished model in eval mode, voting as it was trained to, and its card."""
+    """Return a finished model in eval mode, voting as in training, and its card."""
     card = read_card(run)
     model = build(len(card["outputs"]), card["width"], card["after"], card["vote"])
     try:
         model.load_state_dict(read_weights(card))
     except RuntimeError as error:
-        raise KeptError(f"{run}: the weights are not those that its model.json describes ({error}).") from error
+        raise KeptError(f"{run}: the weights do not match its model.json ({error}).") from error
     return model.eval(), card
 
 
 def start_from(model: nn.Module, run: str, outputs: tuple[str, ...]) -> None:
-    """Copy a finished model's weights; the rows of its last layer go to the outputs of the same name.
+    """Copy a finished model's weights, matching the rows of the last layer by output name.
 
     Raises:
-        KeptError: another width, or an output that the other model does not know.
+        KeptError: If the width differs, or the other model lacks an output.
     """
     card = read_card(run)
     weights, theirs = read_weights(card), list(card["outputs"])

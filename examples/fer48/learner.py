@@ -1,4 +1,4 @@
-"""A network that learns: its optimizer, learning rate, average and state; and what it says of faces."""
+"""Train a network (optimizer, learning rate, averaged weights, state), and read its outputs for faces."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from machines import Machine
 
 
 class Learner:
-    """All that changes while a network learns.
+    """Everything that changes during training.
 
-    ``model`` is the network itself, ``network`` the same one as it is run: shared among processes, compiled.
+    ``model`` is the network itself; ``network`` wraps it for running, distributed or compiled.
     """
 
     def __init__(self, config: Config, outputs: tuple[str, ...], steps: int, here: Machine) -> None:
@@ -44,12 +44,12 @@ class Learner:
             ids = [here.device.index] if here.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, device_ids=ids)
         if config.fast:
-            torch.compiler.reset()  # it keeps eight versions of a forward at most, and every run is another one
+            torch.compiler.reset()  # it keeps at most eight versions of a forward, and each run adds one
             self.network = torch.compile(self.network)  # type: ignore[assignment]
 
     @property
     def kept(self) -> nn.Module:
-        """The network that is scored and kept: the averaged one, where there is one."""
+        """Return the network to score and keep: the averaged one, if there is one."""
         return self.model if self.averaged is None else self.averaged.module
 
     @property
@@ -57,7 +57,7 @@ class Learner:
         return float(self.schedule.get_last_lr()[0])
 
     def learn(self, x: Tensor, targets: Tensor) -> Tensor:
-        """One step on a batch, (n, 3, H, W); returns its loss, on the device."""
+        """Train one step on a batch, (n, 3, H, W), and return its loss, on the device."""
         if self.mix is not None:
             x, targets = self.mix(x, targets)
         with self.here.autocast():
@@ -73,7 +73,7 @@ class Learner:
         return loss.detach()
 
     def end_epoch(self) -> None:
-        """The paper's rate falls after every epoch."""
+        """Lower the exponential schedule's rate, as in the paper."""
         if self.config.schedule == "exponential":
             self.schedule.step()
 
@@ -93,7 +93,7 @@ class Learner:
 
 
 def _optimizer(model: nn.Module, config: Config, here: Machine) -> torch.optim.Optimizer:
-    """Norms and biases are not decayed."""
+    """Build the optimizer, without weight decay on norms and biases."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -105,7 +105,7 @@ def _optimizer(model: nn.Module, config: Config, here: Machine) -> torch.optim.O
 
 
 def _mixing(config: Config, classes: int) -> nn.Module | None:
-    """Faces (n, 3, H, W) and labels (n,) -> mixed faces and shares of the classes (n, classes)."""
+    """Return a module: faces (n, 3, H, W) and labels (n,) -> mixed faces and class probabilities (n, classes)."""
     kinds = {MixUp: config.mixup, CutMix: config.cutmix}
     mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds.items() if alpha]
     return RandomChoice(mixes) if mixes else None
@@ -119,13 +119,13 @@ def _schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> L
 
 @torch.no_grad()
 def read(model: nn.Module, images: Tensor, here: Machine, voting: bool, batch: int = 256) -> Tensor:
-    """Every view's outputs for every face, (n, v, k) in float32 on the CPU; several processes share the faces exactly.
+    """Return every view's outputs for every face, (n, v, k) in float32 on the CPU; processes share the work.
 
-    ``images`` are uint8 (n, c, 48, 48). A plain network's outputs are those of one view.
+    ``images`` are uint8 (n, c, 48, 48). A plain network has one view.
     """
     here.share_buffers(model)
     model.eval()
-    batches = here.mine(torch.arange(len(images))).split(batch)  # one, if an empty one, in every process
+    batches = here.mine(torch.arange(len(images))).split(batch)  # at least one in every process, even if it is empty
     rows = torch.cat([look(model, to_input(images[some].to(here.device)), here, voting).cpu() for some in batches])
     whole = torch.empty(len(images), *rows.shape[1:])
     for rank, theirs in enumerate(here.gather(rows)):
@@ -135,7 +135,7 @@ def read(model: nn.Module, images: Tensor, here: Machine, voting: bool, batch: i
 
 @torch.no_grad()
 def look(model: nn.Module, x: Tensor, here: Machine, voting: bool) -> Tensor:
-    """Every view's outputs for one batch on the device, (n, 3, H, W) -> (n, v, k) in float32."""
+    """Return every view's outputs for one batch on the device, (n, 3, H, W) -> (n, v, k) in float32."""
     with here.autocast():
         found = per_view(model, x) if voting else model(x).unsqueeze(1)
     return found.float()

@@ -1,4 +1,4 @@
-"""Where a run happens: one process on a CPU or a GPU, or several of them started by torchrun."""
+"""Where a run happens: one process on a CPU or GPU, or several started by torchrun."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 
 class MachineError(Exception):
-    """This machine cannot do what was asked; the message says what it lacks."""
+    """This machine cannot run the options given; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """This process: its device, the precision of its arithmetic, and its number among all of them."""
+    """This process: its device, its precision and its rank."""
 
     device: torch.device
     precision: torch.dtype
@@ -32,18 +32,18 @@ class Machine:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that prints and writes."""
+        """Return whether this process is the one that prints and writes."""
         return self.rank == 0
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def mine(self, rows: Tensor) -> Tensor:
-        """Every ``size``-th of the rows, so that each belongs to exactly one process."""
+        """Return every ``size``-th row, so each belongs to exactly one process."""
         return rows[self.rank :: self.size]
 
     def gather(self, thing: Any) -> list[Any]:
-        """The thing of every process, in the order of their numbers, in all of them."""
+        """Return every process's object, in rank order, to all processes."""
         if self.size == 1:
             return [thing]
         things: list[Any] = [None] * self.size
@@ -51,7 +51,7 @@ class Machine:
         return things
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over all processes."""
+        """Return the mean of a tensor over all processes."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -59,22 +59,22 @@ class Machine:
         return value
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers: each has seen other faces, and BatchNorm remembers them."""
+        """Copy the first process's buffers to all: BatchNorm's statistics differ, as each has seen other faces."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Until every process has come this far."""
+        """Wait until every process gets here."""
         if self.size > 1:
             dist.barrier()
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first process before the others, who then find its work done (a cache, say)."""
+        """Run the first process before the others, which then use its result (a cache, for example)."""
         if not self.first:
             self.wait()
-        yield  # if the first fails, it never says go: torchrun ends the others
+        yield  # if the first fails, the others wait until torchrun ends them
         if self.first:
             self.wait()
 
@@ -86,10 +86,10 @@ class Machine:
 
 @contextlib.contextmanager
 def machine(device: str, precision: str = "", fast: bool = False) -> Iterator[Machine]:
-    """This process's machine; under torchrun it joins the others, and leaves them at the end.
+    """Yield this process's machine; under torchrun it joins the process group and leaves it at the end.
 
     Raises:
-        MachineError: no CUDA device, fewer of them than processes, or float16 on a CPU.
+        MachineError: If there is no CUDA device, fewer than processes, or float16 is set on a CPU.
     """
     gpus, size = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -103,14 +103,14 @@ def machine(device: str, precision: str = "", fast: bool = False) -> Iterator[Ma
     place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(place)
-        torch.backends.cudnn.benchmark = fast  # every batch has the same size: the fastest kernel is found once
+        torch.backends.cudnn.benchmark = fast  # all batches have one size, so one search per kernel is enough
     kind = getattr(torch, precision or ("bfloat16" if fast else "float32"))
     if size == 1:
         yield Machine(place, kind, fast)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the first may decode for long
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # decoding takes long
     try:
         yield Machine(place, kind, fast, dist.get_rank(), dist.get_world_size())
     finally:
-        gc.collect()  # a model that still held the group would leave its threads behind, which may abort the exit
+        gc.collect()  # free models that hold the group, whose threads could crash the exit
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """The paper's baseline: ResNet-18 for 48x48 faces, with a 3x3 stride-1 stem and no max-pool.
 
-Importing this file makes it known to timm: ``timm.create_model("fer_resnet18", pretrained=True)``.
+Importing this file registers it with timm: ``timm.create_model("fer_resnet18", pretrained=True)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WEIGHTS, PRETRAINED_WIDTH = Path(__file__).parent / "weights" / "model.safetenso
 
 
 class FerResNet18(nn.Module):
-    """ResNet-18 for small images; ``layer1`` to ``layer4`` and ``fc`` are named as torchvision's.
+    """ResNet-18 for small images; ``layer1`` to ``layer4`` and ``fc`` are named as in torchvision.
 
     Shape:
         n in_chans H W -> n num_classes
@@ -39,7 +39,7 @@ class FerResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map, n in_chans H W -> n (8 width) H/8 W/8."""
+        """Return the last feature map, n in_chans H W -> n (8 width) H/8 W/8."""
         x = self.relu(self.bn1(self.conv1(x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -63,20 +63,20 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs))
 
 
-# There is no url: the weights lie beside this file. timm reads the size, the mean and the names from here.
+# There is no url: the weights are next to this file. timm reads the size, the mean and the names from here.
 _CFG = {"input_size": (3, 48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "first_conv": "conv1", "classifier": "fc"}
 default_cfgs = generate_default_cfgs({"fer_resnet18.untrained": {"num_classes": 7, "pool_size": (6, 6), **_CFG}})
 
 
 @register_model
 def fer_resnet18(pretrained: bool = False, **options: Any) -> FerResNet18:
-    """The network of the paper: 11,172,423 parameters with 7 classes at width 64; narrower for small machines.
+    """Build the paper's network: 11,172,423 parameters with 7 classes at width 64; use less on small machines.
 
     With ``pretrained=True`` it has width 32 and the weights of ``examples/fer48/weights``, trained on FER2013.
 
     Raises:
-        FileNotFoundError: the weights are not there: they come with a checkout, not with the package.
-        ValueError: another width than that of the weights.
+        FileNotFoundError: If the weights are missing; they come with a checkout, not with the package.
+        ValueError: If the width is not that of the weights.
     """
     if pretrained:
         if not WEIGHTS.exists():

@@ -1,12 +1,12 @@
-"""Say what a finished network sees in faces: class, probability, and how many of the ten views agree.
+"""Predict with a finished network: each face's class, its probability, and how many of the ten views agree.
 
     python examples/fer48/predict.py --detect photo.jpg --views pictures/
     python examples/fer48/predict.py face.jpg faces/ --csv faces.csv
     python examples/fer48/predict.py --webcam
     python examples/fer48/predict.py --model runs/RAF-DB-layer1-0 face.jpg
 
-Without --model it is the network in examples/fer48/weights, trained on FER2013. A picture is taken for a cropped face;
-with --detect faces are looked for first (pip install cropvote[detect]).
+The default model is in examples/fer48/weights, trained on FER2013. Each picture should be a cropped face; --detect
+finds the faces first (pip install cropvote[detect]).
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from machines import Machine, MachineError, machine
 
 #: The network that comes with this example.
 WEIGHTS = Path(__file__).parent / "weights"
-#: Faces that go through the network at once.
+#: The batch size.
 BATCH = 256
-#: From so many faces on, the same answer for all of them is worth a warning.
+#: From this many faces on, warn if all get the same class.
 MANY = 5
 
 
 @dataclass(frozen=True)
 class Face:
-    """A face to look at: uint8 (3, 48, 48), RGB; where it came from; or why there is none."""
+    """A face, RGB uint8 (3, 48, 48), with its source, or the reason why there is none."""
 
     source: str
     pixels: np.ndarray | None
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 def write(
     model: nn.Module, card: dict[str, Any], here: Machine, detector: Detector | None, options: argparse.Namespace
 ) -> tuple[int, int]:
-    """A line, a row of the csv file and a picture for every face; how many have no prediction, and how many one."""
+    """Write a line or csv row, and a picture if asked, for every face; return the counts of failed and predicted."""
     paths = pictures_in(options.images)
     if options.views:
         if card["after"] == "none":
@@ -119,13 +119,13 @@ def write(
 
 
 def describe(card: dict[str, Any]) -> str:
-    """Return what a network learnt and how good it was, as text."""
+    """Describe what a network was trained on and how accurate it is."""
     data = "toy faces, drawn by code: it knows nothing of real ones" if card["data"] == "toy" else card["data"]
     return f"network: {card['folder']}, trained on {data}; {card['summary']}"
 
 
 def predict(model: nn.Module, card: dict[str, Any], faces: list[Face], here: Machine) -> list[dict[str, Any]]:
-    """What the network says of every face, under the names of ``answers``; nothing of a face that could not be read."""
+    """Return each face's prediction as a dict with the keys of ``answers``, empty if it could not be read."""
     pixels = [face.pixels for face in faces if face.pixels is not None]
     if not pixels:
         return [{} for _ in faces]
@@ -135,12 +135,12 @@ def predict(model: nn.Module, card: dict[str, Any], faces: list[Face], here: Mac
 
 
 def read_rows(logits: Tensor, card: dict[str, Any]) -> list[dict[str, Any]]:
-    """(n, v, k) -> n rows: class, probability, agreement, every class's probability; or valence and arousal."""
+    """Turn logits (n, v, k) into n rows: class, probability, agreement, all probabilities; or valence and arousal."""
     outputs, views = card["outputs"], logits.shape[1]
     voted = vote(logits.flatten(0, 1), views, card["vote"])
     if card["target"] != "expression":
         return [{name: round(float(value), 4) for name, value in zip(outputs, row, strict=True)} for row in voted]
-    shares = (voted / card.get("temperature", 1.0)).softmax(1)  # calibrated, if the card says how
+    shares = (voted / card.get("temperature", 1.0)).softmax(1)  # calibrated, if the card has a temperature
     agreed = (logits.argmax(2) == voted.argmax(1, keepdim=True)).double().mean(1)  # with the vote
     return [
         {
@@ -154,7 +154,7 @@ def read_rows(logits: Tensor, card: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def answers(card: dict[str, Any]) -> list[str]:
-    """The columns of a prediction."""
+    """Return the columns of a prediction."""
     return [*(["class", "probability", "agreement"] if card["target"] == "expression" else []), *card["outputs"]]
 
 
@@ -170,7 +170,7 @@ def in_words(face: Face, row: dict[str, Any], card: dict[str, Any]) -> str:
 
 
 def pictures_in(images: list[str]) -> list[Path]:
-    """The files named, and all pictures below the folders named, in alphabetical order."""
+    """Return the given files, and all pictures in the given folders, in alphabetical order."""
     paths: list[Path] = []
     for image in map(Path, images):
         if image.is_dir():
@@ -184,7 +184,7 @@ def pictures_in(images: list[str]) -> list[Path]:
 
 
 def faces_in(paths: Iterable[Path], detector: Detector | None, bar: Any) -> Iterator[Face]:
-    """Every picture's face or faces; a picture that cannot be read, or shows none, is a Face with a problem."""
+    """Yield every picture's faces; an unreadable picture, or one without a face, gives a Face with a problem."""
     for path in paths:
         try:
             picture = read_picture(path)
@@ -205,14 +205,14 @@ def batched(faces: Iterator[Face], size: int) -> Iterator[list[Face]]:
 
 
 def draw(model: nn.Module, card: dict[str, Any], face: Face, here: Machine, folder: Path, number: int) -> None:
-    """The ten views of a face and what each says, as a picture."""
+    """Draw the ten views of a face with their predictions."""
     x = to_input(torch.from_numpy(np.array(face.pixels)[None]).to(here.device))
     path = folder / f"{number:05d}-{Path(face.source).stem}.png"
     plot_views(model, x[0], path, classes=card["outputs"], denormalise=lambda image: (image + 1) / 2)
 
 
 def show(model: nn.Module, card: dict[str, Any], here: Machine, detector: Detector, source: str) -> None:
-    """One line on the terminal, rewritten with every frame of the camera, until Ctrl+C or the end of a film."""
+    """Print one terminal line, rewritten with every frame, until Ctrl+C or the end of a video."""
     live = sys.stdout.isatty()
     for number, frame in enumerate(watch(source)):
         boxes = detector.boxes(frame)
@@ -233,18 +233,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE|FOLDER", help="pictures, or folders of them")
     add("--model", default=str(WEIGHTS), metavar="RUN", help="a finished run's folder, or its model.safetensors")
-    add("--csv", metavar="FILE", help="a row for every face, instead of lines")
-    add("--views", metavar="FOLDER", help="a picture of the ten views of every face, and what each of them says")
-    add("--detect", action="store_true", help="look for faces in the pictures first")
+    add("--csv", metavar="FILE", help="write a row per face to this file, instead of printing lines")
+    add("--views", metavar="FOLDER", help="draw each face's ten views with their predictions")
+    add("--detect", action="store_true", help="detect faces in the pictures first")
     add(
-        "--webcam", nargs="?", const="0", metavar="NUMBER|FILM", help="a camera (0 is the first) or a film; Ctrl+C ends"
+        "--webcam", nargs="?", const="0", metavar="NUMBER|FILM", help="a camera (0 is the first) or video; Ctrl+C stops"
     )
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     options = parser.parse_args(argv)
     if bool(options.images) == (options.webcam is not None):
-        parser.error("name pictures or folders, or --webcam: one of the two")
+        parser.error("give either pictures or folders, or --webcam")
     if options.webcam is not None and (options.csv or options.views):
-        parser.error("--webcam prints; it takes neither --csv nor --views")
+        parser.error("--webcam only prints; it does not work with --csv or --views")
     return options
 
 

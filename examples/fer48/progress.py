@@ -1,4 +1,4 @@
-"""What a person sees while a network trains: one bar for the whole run, a line for every epoch."""
+"""The display during training: one progress bar for the run, one line per epoch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ BOARD = "tensorboard"
 
 
 class Progress:
-    """A bar with loss, rate, faces a second and time left (on a terminal only), and TensorBoard's files if installed.
+    """A bar with loss, rate, faces per second and time left (terminal only), and TensorBoard logs if installed.
 
-    The loss is copied from the device at one refresh and shown at the next, so the device never waits for the bar.
+    The loss is copied from the device at one refresh and shown at the next, so training never waits for the bar.
     """
 
     def __init__(self, folder: Path, epochs: int, faces: int, done: int, shown: bool) -> None:
@@ -36,7 +36,7 @@ class Progress:
             self.board.close()
 
     def step(self, faces: int, epoch: int, total: Tensor, steps: int, rate: float) -> None:
-        """After a batch: ``total`` is the sum of the losses of the epoch's ``steps`` batches so far."""
+        """Update the bar after a batch; ``total`` is the summed loss of the epoch's ``steps`` batches so far."""
         if self.bar.update(faces):
             loss = "" if self.loss is None else f"{self.loss[0].item() / self.loss[1]:.3f}"
             self.bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
@@ -44,11 +44,11 @@ class Progress:
             self.loss = total.detach().to("cpu", non_blocking=True, copy=True), steps
 
     def scoring(self, epoch: int) -> None:
-        """The epoch's batches are done; its validation faces are read now."""
+        """Show that the epoch's training is done and validation has begun."""
         self.bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}, validation")
 
     def epoch(self, row: dict[str, Any], measure: str) -> None:
-        """After an epoch: one line that stays."""
+        """Print a permanent line after an epoch."""
         if not self.shown:
             return
         scored = f", {measure} {row['score']:.3f}" if "score" in row else ""

@@ -1,4 +1,4 @@
-"""What a run leaves behind: result.json, pictures, the logits of every view, and the model with its card."""
+"""Write a finished run: result.json, pictures, the logits of every view, and the model with its card."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from scoring import (
 )
 
 RESULT, LOGITS, VALIDATION, README = "result.json", "logits.npz", "validation.txt", "MODEL_CARD.md"
-#: All that a finished run writes, where it has it.
+#: All files that a finished run may write.
 WRITTEN = (RESULT, LOGITS, VALIDATION, README, CURVE, MATRIX, WEIGHTS, CARD)
 
 
 def figures(
     config: Config, faces: Faces, outputs: tuple[str, ...], curve: list[dict[str, Any]], here: Machine
 ) -> dict[str, Any]:
-    """All of result.json that does not depend on the scored faces."""
+    """Return the part of result.json that does not depend on the scored faces."""
     cost = costs(config, len(outputs))
     return {
         "config": dataclasses.asdict(config),
@@ -67,7 +67,7 @@ def figures(
 def scores(
     config: Config, split: Split | None, logits: Tensor | None, mood: bool, outputs: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The part of result.json on the scored faces; empty where there are none."""
+    """Return the part of result.json on the scored faces, empty if there are none."""
     if split is None or logits is None:
         return {"split": None, "votes": {}, "summary": "not scored"}
     votes = score(logits, aims(split, mood), outputs)
@@ -75,7 +75,7 @@ def scores(
 
 
 def costs(config: Config, outputs: int) -> dict[str, Any]:
-    """Multiply-adds in 1e9 and MiB kept for the backward pass, both per face and for all views; and parameters."""
+    """Return the parameters, and per face with all views, the GMACs and the MiB saved for the backward pass."""
     model = fer_resnet18(num_classes=outputs, width=config.width)
     site = "baseline" if config.after == "none" else config.after
     cost = profile(model, 48, sites=[] if config.after == "none" else [sites_of(config.after)])[site]
@@ -96,7 +96,7 @@ def versions(here: Machine) -> dict[str, str]:
 def write(
     out: Path, model: nn.Module, result: dict[str, Any], logits: Tensor | None, faces: Faces, scored: Split | None
 ) -> None:
-    """Put everything into the run's folder; result.json last, as the sign that the run is complete."""
+    """Write everything to the run's folder; result.json comes last and marks the run as complete."""
     config, title = result["config"], title_of(result)
     if scored is not None and logits is not None:
         stored = io.BytesIO()
@@ -129,7 +129,7 @@ def title_of(result: dict[str, Any]) -> str:
 
 
 def card(result: dict[str, Any]) -> dict[str, Any]:
-    """model.json: what a program needs to run the network."""
+    """Return model.json: what a program needs to run the network."""
     config = result["config"]
     return {
         "architecture": "fer_resnet18",
@@ -147,7 +147,7 @@ def card(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_card(result: dict[str, Any], title: str) -> str:
-    """The card for people: what the network is, what it reached and on what, and what it must not be used for."""
+    """Return the model card: what the network is, its accuracy and data, and what it must not be used for."""
     config, data = result["config"], result["data"]
     title = title.replace("\n", " ")
     how = config["vote"] if config["vote"] in result["votes"] else "soft"
@@ -168,10 +168,10 @@ def model_card(result: dict[str, Any], title: str) -> str:
         *table,
         f"Faces: {sizes} (layout: {data['layout']}). Recipe `{config['recipe']}`; all options are in result.json.",
         "",
-        "Input: an RGB face, cropped, 48×48, `x / 127.5 - 1`. Run it with `predict.py`, or `export.py` makes it ONNX.",
+        "Input: an RGB face, cropped, 48×48, `x / 127.5 - 1`. Run it with `predict.py`; `export.py` exports to ONNX.",
         "",
-        "The labels are what annotators thought that a picture shows, not what the person felt; the data lean to some "
-        "ages, skins and cultures, and so does the network. It is for research, not for decisions about people. The "
+        "The labels are what annotators saw in a picture, not what the person felt; some ages, skin tones and cultures "
+        "are over-represented, and the network inherits that. It is for research, not for decisions about people. The "
         "data set's terms decide who may use the weights, and for what.",
         "",
         "Method: Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, doi 10.3390/electronics12183837.",

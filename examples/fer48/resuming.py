@@ -1,4 +1,4 @@
-"""Nothing lost: a run's state after every epoch, and how a run goes on from it to the same figures."""
+"""Save a run's state after every epoch, and resume from it with identical results."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def open_run(
     config: Config, faces: Faces, outputs: tuple[str, ...], learner: Learner, order: torch.Generator, here: Machine,
     resume: bool, overwrite: bool,
 ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
-    """The run's folder and its record: a new one or, with ``resume``, the stored one, put back into the learner.
+    """Return the run's folder and record: a new one or, with ``resume``, the stored one, loaded into the learner.
 
     Raises:
-        KeptError: the folder holds a run and neither ``resume`` nor ``overwrite`` is asked for; or the stored run has
+        KeptError: If the folder holds a run and neither ``resume`` nor ``overwrite`` is set, or the stored run has
             other options, classes, faces or processes than this one.
     """
     out = Path(config.out or f"runs/{faces.name}-{config.after}-{config.seed}")
@@ -40,7 +40,7 @@ def open_run(
     }
     if (out / STATE).exists() and not (resume or overwrite):
         raise KeptError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out names another.")
-    here.wait()  # nobody writes before everybody has looked
+    here.wait()  # all processes have looked before one writes
     out.mkdir(parents=True, exist_ok=True)
     if overwrite and here.first:
         clear(out)
@@ -57,7 +57,7 @@ def open_run(
 
 
 def keep_run(out: Path, run: dict[str, Any], learner: Learner, order: torch.Generator, here: Machine) -> None:
-    """Write the whole state, at once: weights, optimizer, schedule, scaler, average, random numbers, record."""
+    """Save the full state atomically: weights, optimizer, schedule, scaler, average, random state, record."""
     mine = {"cpu": torch.get_rng_state()}
     if here.device.type == "cuda":
         mine["cuda"] = torch.cuda.get_rng_state(here.device)
@@ -67,7 +67,7 @@ def keep_run(out: Path, run: dict[str, Any], learner: Learner, order: torch.Gene
 
 
 def check_same(out: Path, config: Config, run: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Refuse to go on with a run that was another one."""
+    """Raise if the stored run is not the one to resume."""
     if stored["outputs"] != run["outputs"]:
         theirs, ours = ", ".join(stored["outputs"]), ", ".join(run["outputs"])
         raise KeptError(f"--resume {out}: its classes are {theirs}; this run's are {ours}.")
@@ -83,11 +83,11 @@ def check_same(out: Path, config: Config, run: dict[str, Any], stored: dict[str,
 
 
 def clear(out: Path) -> None:
-    """Remove all that a run wrote, so that nothing of it stands beside what the next one writes."""
+    """Remove everything a run wrote, so the next run's files are not mixed with it."""
     for name in (STATE, *WRITTEN):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / BOARD, ignore_errors=True)
     if (out / RETRAINED).is_dir():
         clear(out / RETRAINED)
-        with contextlib.suppress(OSError):  # a folder that holds something else stays
+        with contextlib.suppress(OSError):  # keep a folder with other files
             (out / RETRAINED).rmdir()

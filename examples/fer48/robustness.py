@@ -1,4 +1,4 @@
-"""What moved, covered and coarse faces do to finished networks; the paper claims robustness, and shows no table.
+"""Measure robustness to shifted, covered and coarse faces, which the paper claims without a table.
 
     python examples/fer48/robustness.py runs/compare/none-0 runs/compare/layer1-0
 
@@ -30,7 +30,7 @@ from results import RESULT
 from scoring import predictions, with_interval
 from train import EXPECTED, read_faces, scored_split
 
-#: What is done to the faces, how much of it, and the unit.
+#: The corruptions, their amounts and units.
 HARMS: dict[str, tuple[tuple[int, ...], str]] = {
     "shift": ((0, 2, 4, 6, 8), "pixels, mean of left, right, up and down"),
     "erase": ((0, 8, 16, 24), "pixels, the side of a grey square at a random place"),
@@ -38,7 +38,7 @@ HARMS: dict[str, tuple[tuple[int, ...], str]] = {
 }
 
 AXES = {"shift": "moved by, pixels", "erase": "side of the square, pixels", "resolution": "shrunk to, pixels"}
-#: In what the runs may differ; runs that differ in the seed alone are averaged.
+#: Options in which the runs may differ; runs that differ only in the seed are averaged.
 FREE = ("after", "vote", "seed")
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def one_run(run: str, final_test: bool, here: Machine) -> dict[str, Any]:
-    """The accuracy of one network under every harm, on the faces that chose its epoch, or on the test faces."""
+    """Return one network's accuracy under each corruption, on the validation or test faces."""
     model, card = load_model(run)
     stored = json.loads((Path(card["folder"]) / RESULT).read_text())
     config = dataclasses.replace(from_dict(stored["config"]), final_test=final_test)
@@ -85,13 +85,13 @@ def one_run(run: str, final_test: bool, here: Machine) -> dict[str, Any]:
 
 
 def harmed(images: Tensor, harm: str, amount: int) -> list[Tensor]:
-    """Versions of the faces, uint8 (n, c, H, W), whose accuracies are averaged; every network gets the same ones."""
+    """Return corrupted versions of the faces, uint8 (n, c, H, W), to average over; the same for every network."""
     makers: dict[str, Callable[[Tensor, int], list[Tensor]]] = {"shift": shifted, "erase": erased, "resolution": coarse}
     return makers[harm](images, amount)
 
 
 def shifted(images: Tensor, pixels: int) -> list[Tensor]:
-    """Four versions, moved right, left, down and up; the uncovered edge repeats the last row or column."""
+    """Return four versions, shifted right, left, down and up; the gap repeats the last row or column."""
     if pixels == 0:
         return [images]
     height, width = images.shape[-2:]
@@ -101,7 +101,7 @@ def shifted(images: Tensor, pixels: int) -> list[Tensor]:
 
 
 def erased(images: Tensor, side: int) -> list[Tensor]:
-    """A grey square in every face, wholly inside it, at a place that is the same for every network."""
+    """Put a grey square inside every face, at a random place that is the same for every network."""
     n, _, height, width = images.shape
     generator = torch.Generator().manual_seed(0)
     top = torch.randint(height - side + 1, (n, 1), generator=generator)
@@ -114,7 +114,7 @@ def erased(images: Tensor, side: int) -> list[Tensor]:
 
 
 def coarse(images: Tensor, side: int) -> list[Tensor]:
-    """Shrunk with antialias, and enlarged again, both bilinear."""
+    """Shrink with antialiasing and enlarge again, both bilinear."""
     if side == images.shape[-1]:
         return [images]
     small = F.interpolate(images.float(), size=side, mode="bilinear", antialias=True)
@@ -123,7 +123,7 @@ def coarse(images: Tensor, side: int) -> list[Tensor]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table for each harm; a line for each site, in %."""
+    """Return Markdown: a table per corruption, a line per site, in %."""
     parts = []
     for harm, (amounts, unit) in HARMS.items():
         lines = [
@@ -140,7 +140,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Runs of the same site and vote: the seeds."""
+    """Group runs by site and vote; each group holds the seeds."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["site"], row["vote"]), []).append(row)
@@ -199,7 +199,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("--final-test", action="store_true", help="on the test faces: once, at the very end")
+    parser.add_argument("--final-test", action="store_true", help="score the test faces: once, at the very end")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--out", default="runs/robustness", metavar="FOLDER", help="default: runs/robustness")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What the votes are worth: figures, tables and pictures, from the logits of every view."""
+"""Score the votes: figures, tables and plots from the logits of every view."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torchmetrics.functional import concordance_corrcoef, mean_squared_error
 from cropvote import vote
 from data import DataError, Split
 
-#: The votes that are scored; a plain network's prediction is the same under all of them.
+#: The votes to score; a plain network's prediction is the same under all of them.
 HOWS = ("soft", "probs", "hard")
 MOOD = ("valence", "arousal")
 CURVE, MATRIX = "curves.png", "confusion_matrix.png"
 
 
 def aims(split: Split, mood: bool) -> Tensor:
-    """What the network is to say of the faces: labels (n,), or valence and arousal (n, 2)."""
+    """Return the targets: labels (n,), or valence and arousal (n, 2)."""
     if mood:
         if split.mood is None:
             raise DataError(f"{split.name} has no valence and arousal.")
@@ -32,12 +32,12 @@ def aims(split: Split, mood: bool) -> Tensor:
 
 
 def predictions(logits: Tensor, how: str) -> Tensor:
-    """(n, v, k) logits -> (n,) classes."""
+    """Return the voted classes, (n, v, k) logits -> (n,)."""
     return vote(logits.flatten(0, 1), logits.shape[1], how).argmax(1)  # type: ignore[arg-type]  # HOWS are votes
 
 
 def score(logits: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The figures of every vote: logits (n, v, k) against labels (n,), or valence and arousal against (n, 2)."""
+    """Score every vote: logits (n, v, k) against labels (n,), or valence and arousal against (n, 2)."""
     if targets.dim() == 2:
         return {"mean": _score_mood(logits.mean(1), targets)}
     hows = HOWS if logits.shape[1] > 1 else HOWS[:1]
@@ -45,20 +45,20 @@ def score(logits: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> dict[str
 
 
 def chosen_by(scores: dict[str, dict[str, Any]], how: str) -> float:
-    """The one figure by which an epoch is chosen: the accuracy of that vote, or the concordance."""
+    """Return the figure that chooses the epoch: the vote's accuracy, or the concordance."""
     if "mean" in scores:
         return float(scores["mean"]["concordance"])
     return float(scores.get(how, scores["soft"])["accuracy"])
 
 
 def interval(right: int, faces: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of ``right / faces``."""
+    """Return Wilson's 95 % interval of ``right / faces``."""
     low, high = binomtest(right, faces).proportion_ci(method="wilson")
     return float(low), float(high)
 
 
 def with_interval(accuracy: float, faces: int) -> str:
-    """``73.1 % (95 %: 71.6–74.5)``: Wilson's interval, in whose middle the accuracy need not lie."""
+    """Format as ``73.1 % (95 %: 71.6–74.5)``, with Wilson's interval, which need not be symmetric."""
     low, high = interval(round(accuracy * faces), faces)
     return f"{100 * accuracy:.1f} % (95 %: {100 * low:.1f}–{100 * high:.1f})"
 
@@ -80,7 +80,7 @@ def _score_classes(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) 
 
 
 def _score_mood(predicted: Tensor, mood: Tensor) -> dict[str, Any]:
-    """Lin's concordance correlation coefficient (AffectNet's own measure) and the root mean squared error."""
+    """Return Lin's concordance correlation coefficient (AffectNet's measure) and the root mean squared error."""
     concordance = [_concordance(predicted[:, i], mood[:, i]) for i in range(2)]
     errors = [float(mean_squared_error(predicted[:, i].contiguous(), mood[:, i].contiguous()) ** 0.5) for i in range(2)]
     return {
@@ -91,14 +91,14 @@ def _score_mood(predicted: Tensor, mood: Tensor) -> dict[str, Any]:
 
 
 def _concordance(predicted: Tensor, mood: Tensor) -> float:
-    """Lin's coefficient; 0 for predictions or faces that are all alike, where torchmetrics gives NaN."""
+    """Return Lin's coefficient; 0 if all predictions or all targets are equal, where torchmetrics gives NaN."""
     if (predicted == predicted[0]).all() or (mood == mood[0]).all():
         return 0.0
     return float(concordance_corrcoef(predicted, mood))
 
 
 def summary(scores: dict[str, dict[str, Any]], faces: int, plain: bool) -> str:
-    """One line: the accuracy of every vote with its interval, or the concordance of valence and arousal."""
+    """Return one line: each vote's accuracy with its interval, or the concordance of valence and arousal."""
     if "mean" in scores:
         each = scores["mean"]["concordance_each"]
         return "concordance " + ", ".join(f"{name} {value:.3f}" for name, value in each.items())
@@ -107,7 +107,7 @@ def summary(scores: dict[str, dict[str, Any]], faces: int, plain: bool) -> str:
 
 
 def of_epochs(curve: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best, the last, and the mean of the last five epochs: how much of a figure is the choice of the epoch."""
+    """Return the best, the last and the mean of the last five epochs, to show the effect of choosing the epoch."""
     values = [row["score"] for row in curve]
     best = max(range(len(values)), key=values.__getitem__)
     return {
@@ -119,7 +119,7 @@ def of_epochs(curve: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def per_class_table(one: dict[str, Any]) -> str:
-    """Markdown: a row for each class, in %."""
+    """Return a Markdown table with a row per class, in %."""
     lines = ["| class | recall | precision | F1 | faces |", "|---|---|---|---|---|"]
     for name, row in one["per_class"].items():
         recall = "–" if row["recall"] is None else f"{100 * row['recall']:.1f}"
@@ -129,7 +129,7 @@ def per_class_table(one: dict[str, Any]) -> str:
 
 
 def normalised(confusion: list[list[int]]) -> np.ndarray:
-    """Counts -> shares of the true class; rows are true classes, a class without faces is a row of zeros."""
+    """Divide each row (a true class) by its sum; a class without faces gives a row of zeros."""
     counts = np.array(confusion, dtype=float)
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
@@ -144,7 +144,7 @@ def plot_confusion(path: Path, confusion: list[list[int]], classes: tuple[str, .
 
 
 def plot_curves(path: Path, curve: list[dict[str, Any]], title: str, measure: str, split: str) -> None:
-    """Training loss, learning rate and validation figure, epoch by epoch."""
+    """Plot training loss, learning rate and validation figure by epoch."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in curve]
@@ -163,7 +163,7 @@ def plot_curves(path: Path, curve: list[dict[str, Any]], title: str, measure: st
         right.legend(frameon=False, loc="lower right")
     else:
         right.set_axis_off()
-        right.text(0.5, 0.5, "no validation faces: all are trained on", ha="center", va="center")
+        right.text(0.5, 0.5, "no validation faces: all are used for training", ha="center", va="center")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

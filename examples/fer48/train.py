@@ -1,6 +1,6 @@
-"""Train the paper's face-expression network, plain or voting, and write what it reached.
+"""Train the paper's facial expression network, plain or voting, and write its results.
 
-python examples/fer48/train.py                                              toy faces, here, in minutes
+python examples/fer48/train.py                                              toy faces, in minutes on a CPU
 python examples/fer48/train.py --recipe fer2013 --data fer2013.csv --fast   FER2013 on a GPU
 python examples/fer48/train.py --recipe affectnet --data AffectNet --retrain --final-test
 torchrun --nproc-per-node 4 examples/fer48/train.py --recipe affectnet --data AffectNet --batch 136
@@ -34,10 +34,10 @@ from scoring import MOOD, aims, chosen_by, per_class_table, score
 
 
 class TrainError(Exception):
-    """The training cannot go on; the message says what to change."""
+    """Training cannot continue; the message says what to change."""
 
 
-#: What ends a run with one line and exit code 1; anything else is a bug, and shows where.
+#: Errors that end a run with one line and exit code 1; any other is a bug and shows its traceback.
 EXPECTED = (DataError, KeptError, MachineError, TrainError, cropvote.CropVoteError, OSError)
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_and_retrain(config: Config, here: Machine, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Train; with ``retrain`` once more, on training and validation faces, for the number of epochs that was best."""
+    """Train; with ``retrain``, train again on training and validation faces for the best number of epochs."""
     if not config.retrain:
         return train(config, here, resume, overwrite)
     found = train(dataclasses.replace(config, final_test=False), here, resume, overwrite)
@@ -64,8 +64,8 @@ def train_and_retrain(config: Config, here: Machine, resume: bool = False, overw
 
 
 def train(config: Config, here: Machine, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """One training, from its last epoch on where it is resumed. Returns what result.json holds."""
-    with here.in_turn():  # the first process decodes, the others read its cache
+    """Train once, or resume after the last epoch, and return the contents of result.json."""
+    with here.in_turn():  # the first process decodes; the others read its cache
         faces = read_faces(config)
     mood = config.target == VALENCE_AROUSAL
     outputs = MOOD if mood else faces.classes
@@ -76,7 +76,7 @@ def train(config: Config, here: Machine, resume: bool = False, overwrite: bool =
     torch.manual_seed(config.seed)
     learner = Learner(config, outputs, steps, here)
     order = torch.Generator().manual_seed(config.seed)
-    torch.manual_seed(config.seed + here.rank)  # every process augments in its own way
+    torch.manual_seed(config.seed + here.rank)  # processes augment differently
     out, run = open_run(config, faces, outputs, learner, order, here, resume, overwrite)
     curve = run["curve"]
     done = finished(out, config, curve, here)
@@ -117,12 +117,12 @@ def train(config: Config, here: Machine, resume: bool = False, overwrite: bool =
     if here.first:
         write(out, learner.model, result, rows, faces, scored)
         print(f"\n{report(result)}")
-    here.wait()  # nobody reads what is not written yet
+    here.wait()  # no process reads before the files are written
     return result
 
 
 def finished(out: Path, config: Config, curve: list[dict[str, Any]], here: Machine) -> dict[str, Any] | None:
-    """The result of a run that is complete: as it was asked for, or with test figures, which nothing replaces."""
+    """Return the result of a complete run that fits the config or has test figures, which are never replaced."""
     if len(curve) < config.epochs or not (out / RESULT).exists():
         return None
     result: dict[str, Any] = json.loads((out / RESULT).read_text())
@@ -136,7 +136,7 @@ def finished(out: Path, config: Config, curve: list[dict[str, Any]], here: Machi
 
 
 def read_faces(config: Config) -> Faces:
-    """The faces that the config asks for, and that it can be trained and scored on."""
+    """Load the faces for the config, and check that it can be trained and scored on them."""
     faces = load(
         config.data, limit=config.limit, seed=config.seed, validation=config.validation, split_seed=config.split_seed,
         label_order=config.label_order, contempt=config.contempt, strict=config.strict,
@@ -153,14 +153,14 @@ def read_faces(config: Config) -> Faces:
 
 
 def scored_split(config: Config, faces: Faces) -> Split:
-    """The faces that the figures are about: validation, or with ``final_test`` the test."""
+    """Return the split to score: validation, or the test split with ``final_test``."""
     if config.learn == "train+val" and not config.final_test:
-        raise DataError("the network has learnt the validation faces; --final-test scores the test faces.")
+        raise DataError("the network was trained on the validation faces; --final-test scores the test faces.")
     return faces.splits["test" if config.final_test else "val"]
 
 
 def count_steps(config: Config, labels: Tensor, here: Machine) -> int:
-    """Whole batches of an epoch; the few faces that are left over change from epoch to epoch."""
+    """Count the full batches of an epoch; a different few faces are left over each time."""
     steps = len(epoch_rows(labels, config.per_class, torch.Generator())) // config.batch
     if steps == 0:
         raise TrainError(f"{len(labels)} training faces are less than one batch of {config.batch}.")
@@ -177,15 +177,15 @@ def announce(config: Config, faces: Faces, steps: int, done: int, here: Machine)
     sizes = ", ".join(f"{len(split):,} {names[key]}" for key, split in faces.splits.items())
     print(f"{faces.name} ({faces.layout}): {sizes} faces; {faces.note}.")
     if faces.skipped:
-        print(f"Left out, as unreadable: {len(faces.skipped)} ({'; '.join(faces.skipped[:3])} ...).")
+        print(f"Left out as unreadable: {len(faces.skipped)} ({'; '.join(faces.skipped[:3])} ...).")
     shares = f", {config.batch // here.size} in each of {here.size} processes" if here.size > 1 else ""
-    print(f"{here.name()}: {steps} steps an epoch of {config.batch} faces{shares}; rate {config.rate:g}.")
+    print(f"{here.name()}: {steps} steps an epoch of {config.batch} faces{shares}; learning rate {config.rate:g}.")
     if done:
         print(f"Going on after epoch {done}.")
 
 
 def report(result: dict[str, Any]) -> str:
-    """What the run reached, the classes one by one, and where everything lies."""
+    """Return the results, overall and per class, and the files written."""
     where = result["split"] or "no split"
     chosen = " (which chose the epoch)" if where == result["data"]["names"].get("val") else ""
     lines = [f"{result['data']['name']} {where}{chosen}: {result['summary']}"]
@@ -206,7 +206,7 @@ def parse(argv: list[str] | None) -> tuple[Config, bool, bool]:
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     options = vars(parser.parse_args(argv))
     again = options.pop("resume"), options.pop("overwrite")

@@ -1,4 +1,4 @@
-"""The ways to a wrong number without an error, each with its guard, and with the means to take the guard out."""
+"""The known ways to a silent wrong number, each with its guard and a way to disable the guard."""
 
 from hazards import layouts, models, runs  # noqa: F401  # they fill the table
 from hazards.table import HAZARDS

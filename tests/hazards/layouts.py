@@ -1,4 +1,4 @@
-"""Where height, width and tokens are, and what the network behind the site keeps for them."""
+"""Hazards of layouts: the axes of height, width and tokens, and what the tail stores for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from toolchain import table as tools
 
 
 class StoredMask(networks.Net):
-    """Windows of 5 x 5 pixels and a mask for each that was stored for a whole map of 10 x 25: two rows of five."""
+    """Windows of 5 x 5 pixels, with a stored mask for each window of the full 10 x 25 map: two rows of five."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,18 +35,18 @@ class StoredMask(networks.Net):
 
 
 @hazard(
-    "masks stored for the whole map's windows",
+    "masks stored for the full map's windows",
     "a trial with a prime batch and a prime number of views",
     guards.all_views_at_once,
 )
 def _() -> None:
-    """Three windows per view are thirty per image, which ten masks divide."""
+    """Three windows per view make thirty per image, a multiple of ten masks."""
     views = Views([(0, Fraction(i, 9)) for i in range(10)], scale=(Fraction(1, 2), Fraction(3, 5)))
     refused(StoredMask().eval(), "site", torch.randn(4, 3, 10, 25), views=views)
 
 
 class Cached(networks.Net):
-    """A table of positions that is made once, for the first map."""
+    """A table of positions, made once for the first map."""
 
     table: Tensor | None = None
 
@@ -57,7 +57,7 @@ class Cached(networks.Net):
         return self.head(self.act(x + self.table))
 
 
-@hazard("a table of positions cached for the whole map", "the trial comes after a plain call", guards.no_probe)
+@hazard("a table of positions cached for the full map", "the trial comes after a plain call", guards.no_probe)
 def _() -> None:
     for called_before in (False, True):
         model = Cached().eval()
@@ -72,15 +72,15 @@ def wide_views(x: Tensor) -> list[Tensor]:
     return [view.flatten(2).transpose(1, 2) for view in oracle.ten_views(maps)]
 
 
-@hazard("tokens cut from the wrong grid", "the grid of patches is seen, not guessed", guards.guessed_grid)
+@hazard("tokens cut from the wrong grid", "the patch grid is observed, not guessed", guards.guessed_grid)
 def _() -> None:
-    """4 x 16 patches and no prefix, as many as 8 x 8."""
+    """4 x 16 patches without prefix: the same number as 8 x 8."""
     model = networks.tokens(img_size=(16, 64), patch_size=4, reg_tokens=0, class_token=False, global_pool="avg")
     right(model, "blocks.0", torch.randn(3, 3, 16, 64), cut=wide_views)
 
 
 class Resizing(nn.Module):
-    """Sees every image as a square."""
+    """Resizes every image to a square."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def grid_of_the_images(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layout, "_known_tokens", guess)
 
 
-@hazard("a grid of tokens that is not that of the images", "the grid of patches is seen", grid_of_the_images)
+@hazard("a token grid with another shape than the images", "the patch grid is observed", grid_of_the_images)
 def _() -> None:
     def cut(x: Tensor) -> list[Tensor]:
         maps = x[:, 3:].transpose(1, 2).reshape(len(x), 24, 6, 6)
@@ -108,7 +108,7 @@ def _() -> None:
 
 
 class ClassTokenLast(nn.Module):
-    """Another library's transformer, with the names of a known one."""
+    """An unknown transformer with the attribute names of a known one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,14 +129,14 @@ def any_library(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layout, "stated_tokens", lambda part: (1, "conv_proj"))
 
 
-@hazard("a class token taken for the first of the grid", "only known libraries are believed", any_library)
+@hazard("a class token taken for the grid's first token", "only known libraries are trusted", any_library)
 def _() -> None:
     refused(ClassTokenLast().eval(), "site", torch.randn(3, 3, 48, 48))
 
 
 @hazard(
-    "a stated grid kept for images of another shape",
-    "one shape of image where the user states tokens",
+    "a stated grid used for images of another shape",
+    "one image shape if the user states the tokens",
     guards.no_check_of_calls,
 )
 def _() -> None:
@@ -146,7 +146,7 @@ def _() -> None:
         model(torch.randn(2, 3, 24, 96))
 
 
-@hazard("as many tokens, from another shape of image", "a grid for each shape", guards.grids_by_length)
+@hazard("equally many tokens from another image shape", "a grid for each shape", guards.grids_by_length)
 def _() -> None:
     def cut(x: Tensor) -> list[Tensor]:
         maps = x[:, 3:].transpose(1, 2).reshape(len(x), 24, 4, 9)
@@ -171,7 +171,7 @@ def _() -> None:
 
 
 class ChannelsLast(nn.Module):
-    """It takes images as (N, H, W, C), of one size."""
+    """Takes images as (N, H, W, C), of one size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def images_channels_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layout, "_seen_image_layout", lambda _: "NCHW")
 
 
-@hazard("images whose channels are mirrored", "where they are is seen", images_channels_first)
+@hazard("images whose channels are mirrored", "the channel axis is observed", images_channels_first)
 def _() -> None:
     torch.manual_seed(0)
     model, images = ChannelsLast().eval(), torch.randn(10, 24, 24, 3)
@@ -195,7 +195,7 @@ def _() -> None:
     tools.agree(model(images), wanted)
 
 
-@hazard("grey images, of which no channel tells its axis", "asked for", images_channels_first)
+@hazard("grey images whose channel axis is unclear", "the layout must be stated", images_channels_first)
 def _() -> None:
     class Grey(networks.Net):
         def __init__(self) -> None:
@@ -216,7 +216,7 @@ def _() -> None:
 
 
 class Shuffled(nn.Module):
-    """Its patches are put into another order in each call, as in a masked autoencoder."""
+    """Shuffles its patches in each call, as a masked autoencoder does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Shuffle(nn.Module):
 
 
 class TokenLast(nn.Module):
-    """It runs the parts of a known transformer in a way of its own."""
+    """Runs the parts of a known transformer in its own way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,16 +251,16 @@ def tokens_stay(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layout, "_were_moved", lambda *_: False)
 
 
-@hazard("tokens in another order than their patches", "what moves tokens is seen", tokens_stay)
+@hazard("tokens in another order than their patches", "moves of tokens are detected", tokens_stay)
 def _() -> None:
     refused(Shuffled().eval(), "vit.blocks.0")
 
 
-@hazard("a class token moved behind the grid", "what moves tokens is seen", tokens_stay)
+@hazard("a class token moved behind the grid", "moves of tokens are detected", tokens_stay)
 def _() -> None:
     refused(TokenLast().eval(), "vit.blocks.0")
 
 
-@hazard("as many tokens dropped as stand in front of the grid", "what moves tokens is seen", tokens_stay)
+@hazard("as many tokens dropped as the prefix has", "moves of tokens are detected", tokens_stay)
 def _() -> None:
     refused(networks.tokens(reg_tokens=0, patch_drop_rate=0.02).train(), "blocks.0")

@@ -1,4 +1,4 @@
-"""Forwards with a way past the views, and outputs that are not what they seem."""
+"""Hazards of models: paths that bypass the views, and misleading outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from toolchain import table as tools
 
 @hazard(
     "one image, whose gate broadcasts over the views",
-    "paths of data; fake batch above 1",
+    "data paths; fake batch above 1",
     guards.no_paths,
     guards.batch_of_one,
 )
@@ -30,32 +30,32 @@ def _() -> None:
     refused(networks.Gate().eval(), "site", IMAGES[:1])
 
 
-@hazard("a path around the site that joins at the logits", "paths of data", guards.no_paths)
+@hazard("a path around the site that joins at the logits", "data paths", guards.no_paths)
 def _() -> None:
     refused(networks.LogitSkip().eval(), "site")
 
 
-@hazard("a module that is called twice splits twice", "the walk's count; the rows", guards.no_probe, guards.no_rows)
+@hazard("a module that is called twice splits twice", "the trace's count; the rows", guards.no_probe, guards.no_rows)
 def _() -> None:
     refused(networks.Twice().eval(), "site")
 
 
 @hazard(
-    "a site that is never called, and as many images as views", "the walk; the rows", guards.no_probe, guards.no_rows
+    "a site that is never called, and as many images as views", "the trace; the rows", guards.no_probe, guards.no_rows
 )
 def _() -> None:
     refused(networks.Unused().eval(), "site")
 
 
 class Flagged(networks.Net):
-    """A flag opens a gate, which broadcasts over the views of one image."""
+    """A flag opens a gate that broadcasts over the views of one image."""
 
     def forward(self, x: Tensor, gate: bool = False) -> Tensor:
         x = self.front(x)
         return self.head(self.site(x) * x.mean((2, 3), keepdim=True)) if gate else self.head(self.site(x))
 
 
-@hazard("a flag that opens a path, with one image", "flags are part of what was checked; tracking",
+@hazard("a flag that opens a path, with one image", "checks are stored by flags; tracking",
         guards.no_check_of_calls, guards.no_tracking)  # fmt: skip
 def _() -> None:
     model = inject_crop_vote(Flagged().eval(), after="site", input_size=48)
@@ -72,7 +72,7 @@ class SqueezedLogits(networks.Net):
 
 
 def first_rows(patch: pytest.MonkeyPatch) -> None:
-    """The predictions taken for the first rows that there are."""
+    """Take the first rows for the predictions."""
 
     def guess(output: object) -> list:
         rows = [place for place, x in outputs.tensors_of(output) if x.dim() == 2]
@@ -82,7 +82,7 @@ def first_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trace, "prediction_paths", guess)
 
 
-@hazard("features voted over in place of logits", "what is named logits must be rows", first_rows)
+@hazard("features voted over instead of logits", "outputs named logits must be rows", first_rows)
 def _() -> None:
     refused(SqueezedLogits().eval(), "site")
 
@@ -99,7 +99,7 @@ def by_constructor(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(outputs, "_replaced", lambda output, changed: type(output)(**changed))
 
 
-@hazard("an output whose constructor computes", "outputs are copied, not constructed again", by_constructor)
+@hazard("an output whose constructor computes", "outputs are copied, not reconstructed", by_constructor)
 def _() -> None:
     class Answering(networks.Net):
         def forward(self, x: Tensor) -> Doubling:
@@ -115,7 +115,7 @@ def _() -> None:
     tools.agree(model(IMAGES).logits, (plain[0] + plain[1]) / 2)
 
 
-@hazard("an auxiliary head in front of the site, mixed into one behind it", "paths of data", guards.no_paths)
+@hazard("an auxiliary head before the site, mixed into one after it", "data paths", guards.no_paths)
 def _() -> None:
     class Mixed(networks.Net):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,14 +127,14 @@ def _() -> None:
 
 
 class ExactClass(networks.Net):
-    """What follows a convolution depends on its very class."""
+    """What follows a convolution depends on its exact class."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.site(self.front(x))
         return self.head(torch.relu(x) if type(self.site) is nn.Conv2d else x)
 
 
-@hazard("a forward that asks for the very class of the site", "run with swapped classes too", lambda patch:
+@hazard("a forward that tests the exact class of the site", "run with swapped classes too", lambda patch:
     patch.setattr(probe_sites, "why_not_swapped", lambda *_: ""))  # fmt: skip
 def _() -> None:
     refused(ExactClass().eval(), "site")
@@ -148,7 +148,7 @@ class Options(networks.Net):
         return self.head(y * x.mean().sigmoid() if options["gate"] else y)
 
 
-@hazard("a path opened by what a container holds", "containers are looked into", lambda patch: patch.setattr(
+@hazard("a path opened by a container's contents", "containers are inspected", lambda patch: patch.setattr(
     injection, "_kind", lambda value: type(value).__name__))  # fmt: skip
 def _() -> None:
     model = inject_crop_vote(Options().eval(), after="site", input_size=None)
@@ -158,7 +158,7 @@ def _() -> None:
 
 
 class OwnStatistics(networks.Net):
-    """In training mode the tail reads what BatchNorm, in front of the site, wrote of this batch."""
+    """In training mode, the tail reads the batch statistics written by BatchNorm before the site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class OwnStatistics(networks.Net):
         return self.head(x - self.norm.running_mean.view(1, -1, 1, 1))
 
 
-@hazard("running statistics written in front of the site and read behind it", "they count as written", lambda patch:
+@hazard("running statistics written before the site and read after it", "they count as written", lambda patch:
     patch.setattr(taint, "written_arguments", lambda *_: []))  # fmt: skip
 def _() -> None:
     refused(OwnStatistics().train(), "site")
@@ -182,7 +182,7 @@ class SkipsSmall(networks.Net):
         return self.head(self.site(x) if x.shape[3] > 20 else x)
 
 
-@hazard("one view, and a split that does not run for small images", "the splits that ran are counted; tracking",
+@hazard("one view, and a split skipped for small images", "the splits that ran are counted; tracking",
         guards.no_watch, guards.no_tracking)  # fmt: skip
 def _() -> None:
     model = inject_crop_vote(SkipsSmall().eval(), after="site", input_size=48, eval_views="centre")
@@ -191,7 +191,7 @@ def _() -> None:
 
 
 class Caching(networks.Net):
-    """It keeps a ramp for each width, then does what a check cannot follow."""
+    """Caches a ramp for each width, then does something that a check cannot follow."""
 
     ramps: ClassVar[dict[int, Tensor]] = {}
 
@@ -201,7 +201,7 @@ class Caching(networks.Net):
         return self.head(x + ramp) * float(self.fc.bias.sum())
 
 
-@hazard("a cache left without numbers by a check that failed", "emptied after a failure, too", lambda patch:
+@hazard("a failed check leaves fake tensors in a cache", "emptied after a failure, too", lambda patch:
     patch.setattr(fakes, "_empty_stores", lambda *_: None))  # fmt: skip
 def _() -> None:
     Caching.ramps.clear()
@@ -211,7 +211,7 @@ def _() -> None:
 
 
 class Switched(networks.Net):
-    """What its attributes, numbers and options say opens a gate, which broadcasts over the views of one image."""
+    """Attributes, numbers and options open a gate that broadcasts over the views of one image."""
 
     gate = False
 
@@ -251,7 +251,7 @@ def _() -> None:
             model(IMAGES)
 
 
-@hazard("a hook that joins features of the front behind the site, with one image", "tracking", guards.no_tracking)
+@hazard("a hook that adds front features after the site, with one image", "tracking", guards.no_tracking)
 def _() -> None:
     model = inject_crop_vote(networks.Net().eval(), after="site", views=hflip(), input_size=48)
     kept: list[Tensor] = []

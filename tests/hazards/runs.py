@@ -1,4 +1,4 @@
-"""What happens to a model once it votes: compilers, copies, threads, modes, losses."""
+"""Hazards of voting models at run time: compilers, copies, threads, modes, losses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _() -> None:
     with torch.no_grad():
         wanted = oracle.vote(oracle.tail_rows(networks.timm_resnet(), "layer2", IMAGES), "soft")
     inject_crop_vote(model, after="layer2", input_size=48)
-    for stage in (model.layer1, model.layer2):  # children one by one, the way timm's checkpoint_seq runs them
+    for stage in (model.layer1, model.layer2):  # children one by one, as in timm's checkpoint_seq
         children = list(stage)
         stage.forward = lambda x, run=children: [x := checkpoint(child, x, use_reentrant=False) for child in run][-1]
     if swapping.own_forward(model.layer2):
@@ -41,7 +41,7 @@ def _() -> None:
 
 @hazard(
     "a graph compiled before the injection",
-    "classes, which guards of the graph see, not hooks",
+    "classes, which the graph's guards see, instead of hooks",
     guards.by_hooks,
     guards.no_rows,
 )
@@ -59,7 +59,7 @@ def _() -> None:
         torch.fx.symbolic_trace(tools.voting())
 
 
-@hazard("rows in another order than the vote's", "one order for split and vote", guards.views_outermost)
+@hazard("rows in another order than in the vote", "one order for split and vote", guards.views_outermost)
 def _() -> None:
     right(networks.fer(), "layer2")
 
@@ -72,7 +72,7 @@ def _() -> None:
         model(IMAGES)
 
 
-@hazard("replicas of one model in threads", "state of a call is in the call", guards.rows_in_an_attribute)
+@hazard("replicas of one model in threads", "a call keeps its own state", guards.rows_in_an_attribute)
 def _() -> None:
     slow = threading.Barrier(2, timeout=20)
 
@@ -114,7 +114,7 @@ def guarded(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class Asking(networks.Net):
-    """It is called for a vote while its own forward runs."""
+    """Calls itself for a vote during its own forward."""
 
     asked = False
     heard: list = []  # noqa: RUF012
@@ -128,7 +128,7 @@ class Asking(networks.Net):
         return super().forward(x)
 
 
-@hazard("a vote in the middle of a training step", "state of a call is in the call", guards.rows_in_an_attribute)
+@hazard("a vote in the middle of a training step", "a call keeps its own state", guards.rows_in_an_attribute)
 def _() -> None:
     model = Asking().eval()
     inject_crop_vote(model, after="input", views=hflip())
@@ -139,7 +139,7 @@ def _() -> None:
     tools.agree(found, (networks.Net.forward(model, IMAGES[:5]) + networks.Net.forward(model, IMAGES[:5].flip(3))) / 2)
 
 
-@hazard("a lost split that takes as many maps as it gives", "the splits that ran are counted", guards.no_watch)
+@hazard("a lost split that would not change the number of maps", "the splits that ran are counted", guards.no_watch)
 def _() -> None:
     model = tools.voting(tools.TWO, eval_views="centre+mirror")
     model.layer2 = networks.fer().layer2
@@ -147,7 +147,7 @@ def _() -> None:
         model(IMAGES)
 
 
-@hazard("settings shared by copies", "a copy has its own", guards.shared_settings)
+@hazard("settings shared by copies", "each copy has its own", guards.shared_settings)
 def _() -> None:
     model = tools.voting()
     twin = copy.deepcopy(model)
@@ -155,20 +155,20 @@ def _() -> None:
     tools.agree(model(IMAGES), tools.expected(tools.ONE, 10))
 
 
-@hazard("a vote inside a call that gives every view", "each call is its own", guards.one_call_for_all, guards.no_rows)
+@hazard("a vote inside a call for all views", "calls are independent", guards.one_call_for_all, guards.no_rows)
 def _() -> None:
     shapes: list[tuple[int, ...]] = []
     model = Asking().eval()
     inject_crop_vote(model, after="front")
     model.asked = True
-    model(IMAGES)  # checked, without a call inside
+    model(IMAGES)  # run the check, without an inner call
     model.asked, model.heard = False, shapes
     found = per_view(model, IMAGES)
     assert found.shape == (10, 10, 7)
     assert shapes == [(2, 7)], shapes
 
 
-@hazard("a stage in another mode than its model", "the call of the root decides", guards.own_modes)
+@hazard("a stage in another mode than its model", "the root's call decides", guards.own_modes)
 def _() -> None:
     model = tools.voting(eval_views=[4, 9], train_views=2, eval_output="views")
     for module in (model.layer2, *model.layer2):

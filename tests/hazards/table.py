@@ -1,4 +1,4 @@
-"""The table of hazards, and what their checks share."""
+"""The table of hazards, and helpers for its checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cropvote import (
 )
 from toolchain.table import agree, images
 
-IMAGES = images(10)  # ten images and ten views: the worst numbers for a check of divisibility
+IMAGES = images(10)  # ten images and ten views: the worst case for a check by divisibility
 
 
 class Hazard(NamedTuple):
@@ -39,7 +39,7 @@ def hazard(name: str, guard: str, *without: Callable[[pytest.MonkeyPatch], None]
 
 
 def refused(model: nn.Module, site: str, images: Tensor = IMAGES, **options: object) -> None:
-    """Refused with a size, and at the first call."""
+    """Check that the site is refused, both with a size and at the first call."""
     with pytest.raises(CropVoteError):
         inject_crop_vote(model, after=site, input_size=tuple(images.shape[1:]), **options)
     inject_crop_vote(model, after=site, **options)
@@ -50,7 +50,7 @@ def refused(model: nn.Module, site: str, images: Tensor = IMAGES, **options: obj
 def right(
     model: nn.Module, site: str, images: Tensor = IMAGES, cut: oracle.Cutter = oracle.ten_views, **options
 ) -> None:
-    """The oracle's vote."""
+    """Check the output against the oracle's vote."""
     with torch.no_grad():
         wanted = oracle.vote(oracle.tail_rows(copy.deepcopy(model), site, images, cut), "soft")
     inject_crop_vote(model, after=site, input_size=tuple(images.shape[1:]), **options)

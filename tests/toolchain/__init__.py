@@ -1,4 +1,4 @@
-"""One table of what PyTorch's tools do to a voting model; each entry is a check, and a row of docs/compatibility.md."""
+"""A table of PyTorch's tools on a voting model; each entry is a check, and a row of docs/compatibility.md."""
 
 from toolchain import compilers, numbers, processes, training  # noqa: F401  # they fill the table
 from toolchain.table import LIMITS, RAISES, TOOLS

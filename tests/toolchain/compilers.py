@@ -46,7 +46,7 @@ def _(_path: Path, split: Split) -> None:
 
 @tool("torch.compile with Inductor", "training step and vote, dynamic batch", slow=True)
 def _(_path: Path, split: Split) -> None:
-    # Width 16: PyTorch 2.14 crashes in the backward of a strided 1 x 1 convolution of 8 channels_last channels.
+    # Width 16: PyTorch 2.14 crashes in the backward pass of a strided 1 x 1 convolution of 8 channels_last channels.
     make = functools.partial(networks.fer, 16)
     model, plain = voting(split, make=make), voting(split, make=make)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -54,7 +54,7 @@ def _(_path: Path, split: Split) -> None:
         with torch.no_grad():
             agree(compiled(images(count)), expected(split, count, make), 1e-4)
     batch = images(4)
-    torch._dynamo.mark_dynamic(batch, 0)  # 2.14 cannot train through views whose sides are dynamic; 2.15 can
+    torch._dynamo.mark_dynamic(batch, 0)  # PyTorch 2.14 cannot train through views of dynamic size; 2.15 can
     loss = CropVoteLoss(nn.CrossEntropyLoss())
     for step in (torch.compile(model, fullgraph=True), plain):
         loss(step.train()(batch), TARGETS).backward()

@@ -1,4 +1,4 @@
-"""Copies, files and kinds of number."""
+"""Copies, files and dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes, or threads."""
+"""Several processes or threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _(_path: Path, split: Split) -> None:
         if isinstance(replica, nn.DataParallel):
             agree(replica(images()), expected(split))
             continue
-        for name, child in model.named_children():  # as torch.nn.parallel.replicate wires them
+        for name, child in model.named_children():  # as in torch.nn.parallel.replicate
             setattr(replica, name, child)
         agree(replica(images()), expected(split))
 

@@ -1,7 +1,7 @@
-"""The table itself, and what its checks share.
+"""The table of tools, and helpers for its checks.
 
-A check raises an AssertionError where the tool gives another number than the oracle. ``RAISES`` are the tools that must
-refuse, each with the message; ``LIMITS`` are those that ought to work and do not, each with the reason.
+A check raises an AssertionError if the tool's result differs from the oracle. ``RAISES`` holds the tools that must
+raise, with the message; ``LIMITS`` holds those that should work but do not, with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TARGETS = torch.tensor([0, 4, 6, 1])
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Where a network is split, for the library and for the oracle; views are ten."""
+    """Where a network is split, into ten views, for the library and the oracle."""
 
     name: str
     after: Any
@@ -47,7 +47,7 @@ class Tool(NamedTuple):
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """What the check runs with; one that takes no split has a network of its own."""
+        """Return the splits to run the check with; checks without a split use their own network."""
         return (ONE, TWO) if "split" in inspect.signature(self.check).parameters else ()
 
 
@@ -57,7 +57,7 @@ LIMITS: dict[str, str] = {}
 
 
 def tool(name: str, note: str = "", *, raises: str = "", limit: str = "", slow: bool = False) -> Callable:
-    """Enter a check in the table."""
+    """Add a check to the table."""
 
     def enter(check: Callable[..., None]) -> Callable[..., None]:
         TOOLS.append(Tool(name, note, check, slow))
@@ -79,13 +79,13 @@ def voting(split: Split = ONE, make: Callable[[], nn.Module] = networks.fer, **o
 
 
 def rows(model: nn.Module, split: Split, count: int = 3) -> Tensor:
-    """(N, V, K) as the oracle's hooks and loops find them, on a model that was never injected."""
+    """Return the oracle's rows (N, V, K), from hooks and loops on a plain model."""
     return oracle.nested_rows(model, split.by_hand, images(count))
 
 
 @functools.cache
 def expected(split: Split, count: int = 3, make: Callable[[], nn.Module] = networks.fer) -> Tensor:
-    """The soft vote of those rows."""
+    """Return the soft vote of those rows."""
     with torch.no_grad():
         return oracle.vote(rows(make(), split, count), "soft").float()
 
@@ -102,7 +102,7 @@ def gradients(model: nn.Module, count: int = 4) -> dict[str, Tensor]:
 
 
 def still(model: nn.Module) -> nn.Module:
-    """In training mode but for BatchNorm, whose statistics would depend on how the batch is shared out."""
+    """Set training mode except for BatchNorm, whose statistics would depend on how the batch is divided."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

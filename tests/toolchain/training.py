@@ -1,4 +1,4 @@
-"""Training loops, and what stands in them; timm's methods."""
+"""Training loops and their parts; timm's methods."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _(_path: Path, split: Split) -> None:
 
 
 def _checkpointed(module: nn.Module, reentrant: bool) -> None:
-    """Let each child of a Sequential run in a checkpoint, which is how timm and torchvision users do it."""
+    """Run each child of a Sequential in a checkpoint, as timm and torchvision users do."""
     for child in module:
 
         def forward(x: Tensor, run: Callable = child.forward) -> Tensor:
@@ -125,7 +125,7 @@ def _(_path: Path, split: Split) -> None:
 
 
 class Faces(torch.utils.data.Dataset):
-    """The images and targets as a loader's rows."""
+    """The images and targets as a data set."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -195,7 +195,7 @@ def _(path: Path) -> None:
     assert [count for count, _ in losses] == [40, 40]
     found = trainer.predict(data)
     wanted = oracle.tail_rows(_logits(networks.hf_resnet()), "model.resnet.encoder.stages.1", images(4))
-    model.load_state_dict(networks.hf_resnet().state_dict())  # BatchNorm's statistics moved
+    model.load_state_dict(networks.hf_resnet().state_dict())  # BatchNorm's statistics have changed
     agree(torch.from_numpy(trainer.predict(data).predictions), oracle.vote(wanted, "soft"))
     assert found.predictions.shape == (4, 7)
 

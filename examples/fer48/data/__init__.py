@@ -1,4 +1,4 @@
-"""Faces for training: the toy ones, or a data set as people have it on disk, with a validation split."""
+"""Faces for training, with a validation split: toy faces, or a data set on disk."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def load(
     strict: bool = False,
     cache: Path | None = None,
 ) -> Faces:
-    """The faces of ``data``, with "train", "val" and, where the set has one, "test".
+    """Load the faces of ``data``, with splits "train", "val" and, if the set has one, "test".
 
     Args:
         data: "toy", or the path of a csv or a folder; see check_data.py.
-        limit: at most this many faces of every split, drawn once the validation split is.
-        seed: draws the toy faces; nothing else.
-        validation: what becomes "val" where the set has none of its own: a share of every class of "train", or, from 1
-            on, a number of faces of every class.
-        split_seed: draws that validation split.
-        label_order: the classes of numbered folders: rafdb, affectnet, fer2013, or names with commas.
-        contempt: keep that class, where the set has it.
-        strict: refuse a set with any unreadable image, instead of one with more than 1 % in a split.
-        cache: where decoded faces are kept; by default the user's cache folder.
+        limit: at most this many faces per split, drawn after the validation split.
+        seed: the seed of the toy faces, used for nothing else.
+        validation: how many faces of each class to move from "train" to "val" if the set has no "val": a share, or,
+            from 1 on, a number.
+        split_seed: the seed of that validation split.
+        label_order: the classes of numbered folders: rafdb, affectnet, fer2013, or names separated by commas.
+        contempt: keep that class, if the set has it.
+        strict: reject a set with any unreadable image, instead of one with more than 1 % in a split.
+        cache: where to cache decoded faces; by default the user's cache folder.
 
     Raises:
-        DataError: the data cannot be used.
+        DataError: If the data cannot be used.
     """
     faces, rows = _read(data, seed, contempt, Asked(label_order, strict, cache))
     if "val" not in faces.splits:
@@ -65,10 +65,10 @@ def published(
     strict: bool = False,
     cache: Path | None = None,
 ) -> Faces:
-    """The set with the splits that it comes with, each as a whole; the arguments are those of ``load``.
+    """Return the set with its published splits, complete; see ``load`` for the arguments.
 
     Raises:
-        DataError: the data cannot be used.
+        DataError: If the data cannot be used.
     """
     faces, rows = _read(data, seed, contempt, Asked(label_order, strict, cache))
     splits = {name: split.select(rows[name]) for name, split in faces.splits.items()}
@@ -76,7 +76,7 @@ def published(
 
 
 def _read(data: str, seed: int, contempt: bool, asked: Asked) -> tuple[Faces, dict[str, Tensor]]:
-    """The set as it comes, and the rows of each split to use. Rows, because a chosen face is a copy in memory."""
+    """Return the complete set and the rows of each split to use; selecting faces would copy them into memory."""
     faces = told(_toy(seed), asked) if data == "toy" else find(Path(data).expanduser(), asked)
     rows = {name: torch.arange(len(split)) for name, split in faces.splits.items()}
     if not contempt and DROPPED in faces.classes:
@@ -89,7 +89,7 @@ def _read(data: str, seed: int, contempt: bool, asked: Asked) -> tuple[Faces, di
 
 
 def _without(faces: Faces, dropped: str) -> Faces:
-    """The same faces, with labels that skip a class; what its own faces' labels become does not matter."""
+    """Remove a class and renumber the labels; the labels of its own faces become meaningless."""
     place = faces.classes.index(dropped)
     splits = {
         name: dataclasses.replace(split, labels=split.labels - (split.labels > place).long())
@@ -102,7 +102,7 @@ def _without(faces: Faces, dropped: str) -> Faces:
 def _with_validation(
     faces: Faces, rows: dict[str, Tensor], validation: float, split_seed: int
 ) -> tuple[Faces, dict[str, Tensor]]:
-    """A split "val" beside "train", of the same faces, and the rows that each of the two uses."""
+    """Add a split "val" on the same faces as "train", and return the rows of each."""
     train, test = faces.splits["train"], {key: split for key, split in faces.splits.items() if key == "test"}
     left, taken = draw(train.labels[rows["train"]], faces.classes, validation, split_seed)
     amount = f"{100 * validation:g} %" if validation < 1 else f"{validation:g} a class"
@@ -113,14 +113,14 @@ def _with_validation(
 
 
 def draw(labels: Tensor, classes: tuple[str, ...], validation: float, split_seed: int) -> tuple[Tensor, Tensor]:
-    """Labels (n,) -> the rows that stay in train and those that are taken from it, each in order.
+    """Split labels (n,) into the rows that stay in train and the validation rows, each in order.
 
     Raises:
-        DataError: not a share or a number of faces, or a class that it would leave without a face on either side.
+        DataError: If ``validation`` is not valid, or would leave a class without a face on either side.
     """
     if validation <= 0 or (validation >= 1 and validation != int(validation)):
         raise DataError(
-            f"--validation {validation:g}: it is a share between 0 and 1, or a whole number of faces a class."
+            f"--validation {validation:g}: it must be a share between 0 and 1, or a whole number of faces per class."
         )
     taken = []
     for label, name in enumerate(classes):

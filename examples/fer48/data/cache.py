@@ -1,4 +1,4 @@
-"""Decoded faces on disk: made once, mapped into memory, the same for every process that asks."""
+"""A cache of decoded faces on disk: made once, memory-mapped and shared by all processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-#: Part of every key: raise it when the same pictures would be decoded differently.
+#: Part of every key: increase it when pictures are decoded differently.
 VERSION = 1
-#: Written last; names every file with its size, so that a part of a cache is never taken for one.
+#: Written last, with the name and size of every file, so an incomplete cache is never used.
 SEAL = "complete.json"
 
 
@@ -24,7 +24,7 @@ class DataError(Exception):
 
 
 def cache_folder(folder: Path | None) -> Path:
-    """Where decoded faces are kept: ``folder``, or the user's cache."""
+    """Return ``folder``, or by default the user's cache folder."""
     if folder is not None:
         return folder
     home = os.environ.get("XDG_CACHE_HOME")
@@ -32,7 +32,7 @@ def cache_folder(folder: Path | None) -> Path:
 
 
 def fingerprint(root: Path, files: Iterable[str], *more: object) -> str:
-    """sha256 of every file's place, size, mode and times of change, and of ``more``: arrays or anything with a repr."""
+    """Return the sha256 of every file's path, size, mode and times, and of ``more`` (arrays, or any repr)."""
     digest = hashlib.sha256(f"{VERSION} {root.resolve()}".encode(errors="surrogateescape"))
     for name in files:
         try:
@@ -47,12 +47,12 @@ def fingerprint(root: Path, files: Iterable[str], *more: object) -> str:
 
 
 def kept(cache: Path | None, key: str, build: Callable[[Path], None]) -> dict[str, np.ndarray]:
-    """The arrays kept under ``key``, mapped copy-on-write; where there are none, or damaged ones, they are built.
+    """Return the arrays stored under ``key``, mapped copy-on-write; build them if they are missing or damaged.
 
-    ``build`` writes .npy files into the folder it is given, which gets its name when it is complete.
+    ``build`` writes .npy files into a temporary folder, which is renamed when complete.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: If the folder cannot be written.
     """
     root = cache_folder(cache)
     found, part = opened(root / key), None
@@ -76,7 +76,7 @@ def kept(cache: Path | None, key: str, build: Callable[[Path], None]) -> dict[st
 
 
 def opened(folder: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a complete cache; None for none, or for a damaged one."""
+    """Return the arrays of a complete cache, or None if it is missing or damaged."""
     try:
         sizes = json.loads((folder / SEAL).read_text())
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
@@ -87,9 +87,9 @@ def opened(folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def place(part: Path, folder: Path) -> dict[str, np.ndarray]:
-    """Give a complete cache its name; the arrays of the one that bears it then.
+    """Rename a complete cache to its final name, and return its arrays.
 
-    Another process may have been faster: then its cache, the same, is used. A damaged one is moved out of the way.
+    If another process was faster, its identical cache is used. A damaged one is moved out of the way.
     """
     for _ in range(5):
         try:
@@ -104,4 +104,4 @@ def place(part: Path, folder: Path) -> dict[str, np.ndarray]:
         with suppress(FileNotFoundError):
             folder.rename(damaged / "cache")
         shutil.rmtree(damaged, ignore_errors=True)
-    raise OSError(f"{folder.name} is damaged again and again")
+    raise OSError(f"{folder.name} keeps getting damaged")

@@ -1,4 +1,4 @@
-"""Class folders, ``{train,val,test}/CLASS/*``: which set they are, which class each folder is, and their faces."""
+"""Class folders, ``{train,val,test}/CLASS/*``: recognise the data set and its classes, and read the faces."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .sources import EXPRESSIONS, ORDERS, PUBLISHED, Asked, Faces, Listing, Spli
 from .toy import SIDE
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-#: What the folders of the splits are called.
+#: Possible names of the split folders.
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 NOTES = {
-    "RAF-DB": "the official test faces are the test",
+    "RAF-DB": "the test split is the official one",
     "AffectNet": "the official validation faces are the test; none of them chooses anything",
-    "FER2013": "folders put PublicTest and PrivateTest together, so the test is not PrivateTest",
+    "FER2013": "the folders merge PublicTest and PrivateTest, so the test split is not PrivateTest",
 }
-#: Split -> class folder, by its number or canonical name -> its files, relative to the set's folder.
+#: Files relative to the set's folder, by split and class folder (its number or canonical name).
 Found = dict[str, dict[str, list[str]]]
 
 
 def missing(root: Path) -> Path | None:
-    """What a folder lacks of this layout: None, or its folder ``train``."""
+    """Return what is missing for this layout: the folder ``train``, or None."""
     return root / "train" if split_folder(root, SPLITS["train"]) is None else None
 
 
@@ -35,10 +35,10 @@ def split_folder(root: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def read(root: Path, asked: Asked) -> Faces:
-    """The faces of the class folders.
+    """Read the faces of the class folders.
 
     Raises:
-        DataError: splits with different classes, two folders of one class, labels 0..6 of unknown order, no picture.
+        DataError: If splits have different classes, two folders have one class, or the labels' order is unknown.
     """
     folders = {key: folder for key, names in SPLITS.items() if (folder := split_folder(root, names))}
     found = {key: classes_in(folder) for key, folder in folders.items()}
@@ -66,10 +66,10 @@ def read(root: Path, asked: Asked) -> Faces:
 
 
 def note_of(name: str, classes: tuple[str, ...], splits: dict[str, Split]) -> str:
-    """What a reader of results must know, by the splits that are there."""
+    """Return the note to print with the results, which depends on the splits."""
     if name in NOTES and set(splits) == {"train", "test"}:
         return NOTES[name]
-    parts = ["class folders of no set that is known"] if name == "folders" else ["splits of somebody's own"]
+    parts = ["class folders of an unknown set"] if name == "folders" else ["splits of somebody's own"]
     parts += [f"{splits['val'].name} chooses the epoch"] if "val" in splits else []
     parts += [] if "test" in splits else ["no test faces"]
     if name == "folders" and set(splits) == {"train", "val"} and set(classes) <= EXPRESSIONS:
@@ -78,7 +78,7 @@ def note_of(name: str, classes: tuple[str, ...], splits: dict[str, Split]) -> st
 
 
 def classes_in(folder: Path) -> dict[str, list[str]]:
-    """The class folders of a split, by number or canonical name, and their files."""
+    """Return the files of a split by class folder, its number or canonical name."""
     found: dict[str, list[str]] = {}
     for child in sorted(folder.iterdir()):
         if not child.is_dir() or child.name.startswith("."):
@@ -91,20 +91,20 @@ def classes_in(folder: Path) -> dict[str, list[str]]:
 
 
 def pictures_in(folder: Path) -> list[str]:
-    """The names of the picture files in a folder, sorted."""
+    """Return the sorted names of the pictures in a folder."""
     return sorted(path.name for path in folder.iterdir() if is_picture(path))
 
 
 def is_picture(path: Path) -> bool:
-    """Whether the name is a picture's; those that begin with a dot belong to the system that copied the others."""
+    """Return whether the file is a picture; names that begin with a dot are files of the operating system."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def recognise(root: Path, found: Found, asked: Asked) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Which set it is, its folders in the order of the labels, and the classes that they are.
+    """Return the data set's name, its folders in label order, and their classes.
 
     Raises:
-        DataError: no class folder, an order that must be told, or one told that does not fit.
+        DataError: If there is no class folder, or the label order is needed, or the one given does not fit.
     """
     sizes = {folder: len(files) for folder, files in found["train"].items()}
     if not sizes:
@@ -115,7 +115,7 @@ def recognise(root: Path, found: Found, asked: Asked) -> tuple[str, tuple[str, .
         name, classes = numbered(root, keys, found, told)
         return name, keys, classes
     name = named(root, found)
-    if name == "folders" and set(sizes) <= EXPRESSIONS:  # named folders need no order, but it tells the set
+    if name == "folders" and set(sizes) <= EXPRESSIONS:  # named folders need no order, but it identifies the set
         sets = (one for one in PUBLISHED if told and told in (ORDERS[one], ORDERS[one][: len(sizes)]))
         name = next((one for one in sets if fits(one, found)), name)
     known = ORDERS.get(name, ())
@@ -126,7 +126,7 @@ def recognise(root: Path, found: Found, asked: Asked) -> tuple[str, tuple[str, .
 
 
 def numbered(root: Path, keys: tuple[str, ...], found: Found, told: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The set and the classes of numbered folders: 1..7 is RAF-DB, 0..7 AffectNet, 0..6 what the counts say."""
+    """Return the set and classes of numbered folders: 1..7 is RAF-DB, 0..7 AffectNet; 0..6 depends on the counts."""
     sizes = [len(found["train"][folder]) for folder in keys]
     by_count = [
         (name, ORDERS[order][: len(keys)])
@@ -156,17 +156,17 @@ def numbered(root: Path, keys: tuple[str, ...], found: Found, told: tuple[str, .
 
 
 def fits(name: str, found: Found) -> bool:
-    """AffectNet has no test folder, the others have one."""
+    """Return whether the splits fit: AffectNet has no test folder, the others have one."""
     return ("test" not in found) == (name == "AffectNet")
 
 
 def published(name: str) -> dict[str, int]:
-    """The published numbers of a set's training faces by class."""
+    """Return a set's published number of training faces per class."""
     return dict(zip(ORDERS[name], PUBLISHED[name]["train"], strict=True))
 
 
 def named(root: Path, found: Found) -> str:
-    """The set that folders with names are: told by the numbers of faces, by contempt, or by what a face looks like."""
+    """Return the set of named folders, recognised by the counts, by contempt, or by the look of a face."""
     sizes = {folder: len(files) for folder, files in found["train"].items()}
     if not set(sizes) <= EXPRESSIONS:
         return "folders"
@@ -180,7 +180,7 @@ def named(root: Path, found: Found) -> str:
 
 
 def small_and_grey(path: Path) -> bool:
-    """Whether a picture is grey and 48x48, as FER2013's are."""
+    """Return whether a picture is grey and 48x48, as in FER2013."""
     try:
         with Image.open(path) as picture:
             return picture.size == (SIDE, SIDE) and picture.mode == "L"
@@ -189,10 +189,10 @@ def small_and_grey(path: Path) -> bool:
 
 
 def check_labels_csv(root: Path, key: str, files: tuple[str, ...], labels: np.ndarray) -> None:
-    """RAF-DB's folders come with their labels in a csv as well: the two must agree.
+    """Check RAF-DB's folders against the labels in its csv.
 
     Raises:
-        DataError: an image with another label there.
+        DataError: If an image has another label there.
     """
     path = root / f"{key}_labels.csv"
     if not path.is_file():

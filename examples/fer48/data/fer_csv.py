@@ -1,4 +1,4 @@
-"""FER2013 from its csv, whose rows hold the pixels, and FER+, which labels the same rows anew."""
+"""Read FER2013 from its csv, whose rows hold the pixels, and FER+, which relabels the same rows."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ USAGE = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}
 FER2013_FILES = ("fer2013.csv", "icml_face_data.csv")
 FERPLUS_FILES = ("fer2013new.csv", "ferplus.csv")
 VOTES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt", "unknown", "NF")
-#: Rows that are parsed at once.
+#: Rows parsed at once.
 CHUNK = 2048
 
 
 def is_ferplus(path: Path) -> bool:
-    """Whether a csv has FER+'s columns, not FER2013's."""
+    """Return whether a csv has the columns of FER+ instead of FER2013."""
     columns = header(path)
     return "NF" in columns and "pixels" not in columns
 
 
 def read_fer2013(path: Path, asked: Asked) -> Faces:
-    """FER2013 as it stands in its csv.
+    """Read FER2013 from its csv.
 
     Raises:
-        DataError: not FER2013's columns, a damaged row, or a split without a row.
+        DataError: If the columns are not FER2013's, a row is damaged, or a split is empty.
     """
     faces, labels, usage = rows_of(path, asked)
     splits = {}
@@ -45,10 +45,10 @@ def read_fer2013(path: Path, asked: Asked) -> Faces:
 
 
 def read_ferplus(path: Path, asked: Asked) -> Faces:
-    """FER+: the faces of the fer2013.csv beside ``path``, each with the class that most people chose.
+    """Read FER+: the faces of the fer2013.csv next to ``path``, each with the class that most people chose.
 
     Raises:
-        DataError: no fer2013.csv there, another number or order of rows, or damaged votes.
+        DataError: If fer2013.csv is missing, its rows differ in number or order, or votes are damaged.
     """
     beside = one_of(FER2013_FILES, path.parent)
     if beside is None:
@@ -78,7 +78,7 @@ def read_ferplus(path: Path, asked: Asked) -> Faces:
 
 
 def majority(votes: np.ndarray, blank: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-    """Votes (n, 10) -> labels int64 (n,), -1 for a row that is left out; and how many are, by reason."""
+    """Turn votes (n, 10) into int64 labels (n,), -1 for rows left out, and count those by reason."""
     labels = votes.argmax(1)
     shared = (votes == votes.max(1, keepdims=True)).sum(1) > 1
     unknown = labels >= VOTES.index("unknown")
@@ -89,7 +89,7 @@ def majority(votes: np.ndarray, blank: np.ndarray) -> tuple[np.ndarray, dict[str
 
 
 def split_of(name: str, faces: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Split:
-    """The rows of the csv that make a split; consecutive ones stay mapped."""
+    """Select the rows of a split; consecutive rows stay memory-mapped."""
     images = torch.from_numpy(faces)
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         images = images[int(rows[0]) : int(rows[-1]) + 1]
@@ -99,12 +99,12 @@ def split_of(name: str, faces: np.ndarray, labels: np.ndarray, rows: np.ndarray)
 
 
 def one_of(names: tuple[str, ...], folder: Path) -> Path | None:
-    """The first of these files that the folder has."""
+    """Return the first of these files that the folder has."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def rows_of(path: Path, asked: Asked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every row in order: faces uint8 (n, 1, 48, 48), labels int64 (n,), and usage, the place in USAGE, int64 (n,)."""
+    """Return all rows: faces uint8 (n, 1, 48, 48), labels int64 (n,), and usage, the index in USAGE, int64 (n,)."""
 
     def build(part: Path) -> None:
         for name, array in zip(("faces", "labels", "usage"), parse(path), strict=True):
@@ -115,10 +115,10 @@ def rows_of(path: Path, asked: Asked) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def parse(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What ``rows_of`` returns, from the text.
+    """Parse what ``rows_of`` returns from the text.
 
     Raises:
-        DataError: what is damaged, and in which line of the file.
+        DataError: If the file is damaged; the message says in which row.
     """
     faces, labels, usage, first = [], [], [], 2
     for table in tables(path):
@@ -145,7 +145,7 @@ def parse(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def tables(path: Path, **options: Any) -> Iterator[pd.DataFrame]:
-    """A csv in pieces of ``CHUNK`` rows, every value a string, names and values without spaces before them."""
+    """Yield a csv in chunks of ``CHUNK`` rows, with all values as strings without leading spaces."""
     try:
         with pd.read_csv(path, skipinitialspace=True, dtype=str, chunksize=CHUNK, **options) as reader:
             yield from reader
@@ -154,7 +154,7 @@ def tables(path: Path, **options: Any) -> Iterator[pd.DataFrame]:
 
 
 def header(path: Path) -> set[str]:
-    """The column names of a csv."""
+    """Return the column names of a csv."""
     try:
         return set(pd.read_csv(path, skipinitialspace=True, nrows=0).columns)
     except (OSError, ValueError) as error:
@@ -162,10 +162,10 @@ def header(path: Path) -> set[str]:
 
 
 def face(text: object, path: Path, row: int) -> np.ndarray:
-    """uint8 (48, 48) of a row's pixels."""
+    """Parse a row's pixels, uint8 (48, 48)."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # what numpy gives for text that is no number
+            warnings.simplefilter("error", DeprecationWarning)  # numpy's warning for text that is not a number
             grey = np.fromstring(str(text), dtype=np.int64, sep=" ")
     except (DeprecationWarning, ValueError):
         grey = np.empty(0, np.int64)

@@ -1,4 +1,4 @@
-"""Finds which layout a folder has, and reads RAF-DB, AffectNet and class folders as people really have them."""
+"""Recognise a folder's layout and read it: RAF-DB, AffectNet, class folders, in their common variants."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout in words; what a folder lacks of it, None for nothing; and what reads it."""
+    """A layout: its description, and functions that return what a folder lacks (or None) and read it."""
 
     words: str
     missing: Callable[[Path], Path | None]
@@ -31,10 +31,10 @@ class Layout:
 
 
 def find(path: Path, asked: Asked) -> Faces:
-    """The data set at ``path``, a csv or a folder, with the splits it comes with, each as a whole.
+    """Read the data set at ``path``, a csv or a folder, with its complete published splits.
 
     Raises:
-        DataError: no layout fits, or two do; or what is wrong with the one that does.
+        DataError: If no layout fits, or two do, or the data are damaged.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder.")
@@ -55,7 +55,7 @@ def find(path: Path, asked: Asked) -> Faces:
 
 
 def told(faces: Faces, asked: Asked) -> Faces:
-    """The faces, unless --label-order contradicts them: only numbered folders may need to be told."""
+    """Return the faces unless --label-order contradicts them; only numbered folders may need it."""
     order = order_asked(asked.label_order)
     if order and order != faces.classes and order != (*faces.classes, "contempt"):
         raise DataError(
@@ -68,7 +68,7 @@ def first_missing(*paths: Path) -> Path | None:
     return next((path for path in paths if not path.exists()), None)
 
 
-# RAF-DB, as its authors give it
+# RAF-DB, as distributed by its authors
 
 
 def missing_rafdb(root: Path) -> Path | None:
@@ -84,7 +84,7 @@ def read_rafdb(root: Path, asked: Asked) -> Faces:
         if not name:
             continue
         if part not in rows or label.strip() not in set("1234567"):
-            raise DataError(f"{path}: line {number} is no 'train_00001.jpg 5', a name and a label in 1..7: {line!r}.")
+            raise DataError(f"{path}: line {number} must be like 'train_00001.jpg 5', with a label in 1..7: {line!r}.")
         rows[part].append((f"Image/aligned/{Path(name).stem}_aligned.jpg", int(label) - 1))
     listings = {part: Listing(part, *columns(found)) for part, found in rows.items()}
     note = class_folders.NOTES["RAF-DB"]
@@ -92,7 +92,7 @@ def read_rafdb(root: Path, asked: Asked) -> Faces:
 
 
 def columns(rows: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Pairs of file and label -> the files, and the labels as int64 (n,)."""
+    """Turn pairs of file and label into the files, and the labels as int64 (n,)."""
     return tuple(file for file, _ in rows), np.array([label for _, label in rows], dtype=np.int64)
 
 
@@ -105,7 +105,7 @@ def read_all(
     return Faces(name, layout, classes, {key: split for key, (split, _) in read.items()}, note, skipped)
 
 
-# AffectNet, as its authors give it: csv files, and pictures that the faces are cropped from
+# AffectNet, as distributed by its authors: csv files, and pictures from which faces are cropped
 
 
 def csv_of(root: Path, name: str) -> Path:
@@ -129,7 +129,7 @@ def read_affectnet(root: Path, asked: Asked) -> Faces:
 
 
 def affectnet_rows(path: Path, name: str) -> tuple[Listing, int]:
-    """The rows with one of the eight expressions and a face box; and how many lack the box only."""
+    """Return the rows with one of the eight expressions and a face box, and how many lack only the box."""
     headed = "expression" in header(path)  # some copies of validation.csv have no header
     options = {} if headed else {"names": list(CSV_COLUMNS)}
     wanted = [column for column in CSV_COLUMNS if column != "facial_landmarks"]
@@ -156,7 +156,7 @@ def affectnet_rows(path: Path, name: str) -> tuple[Listing, int]:
     return listing, int(((expression < len(ORDERS["AffectNet"])) & ~boxed).sum())
 
 
-# AffectNet's later release: cropped faces, every annotation in a small file of its own
+# AffectNet's later release: cropped faces, with each annotation in a small file
 
 
 def missing_release(root: Path) -> Path | None:
@@ -171,7 +171,7 @@ def read_release(root: Path, asked: Asked) -> Faces:
 
 
 def release_rows(root: Path, part: str, asked: Asked) -> Listing:
-    """A split; its annotations are cached, as they are three small files for every picture."""
+    """Return a split; its annotations are cached, because every picture has three small files."""
     files = class_folders.pictures_in(root / part / "images")
     stems = [Path(file).stem for file in files]
     notes = root / part / "annotations"
@@ -192,7 +192,7 @@ def release_rows(root: Path, part: str, asked: Asked) -> Listing:
 
 
 def annotation(path: Path) -> float:
-    """The number in a .npy file, stored as one or as text; NaN where there is none. Nothing is unpickled."""
+    """Return the number in a .npy file, stored as a number or text, or NaN if there is none. Nothing is unpickled."""
     try:
         return float(str(np.load(path, allow_pickle=False).reshape(()).item()))
     except (OSError, ValueError, EOFError):

@@ -1,4 +1,4 @@
-"""From a picture in a file to a face of 48x48, in the same way for training and for use."""
+"""Decode a picture file to a 48x48 face, in the same way for training and prediction."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from .toy import SIDE
 
-#: Pictures that are decoded before the next ones are begun: what bounds the memory.
+#: Pictures decoded at once; this limits the memory.
 CHUNK = 512
-#: Pillow's own limit, which by itself only warns below twice as many pixels.
+#: Pillow's own limit; Pillow only warns up to twice as many pixels.
 MAX_PIXELS = 89_478_485
-#: What Pillow may take a file for: formats of pictures, none that runs another program.
+#: Formats that Pillow may open; none of them runs another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
@@ -27,10 +27,10 @@ class ReadError(Exception):
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """The picture as a viewer would show it: turned as its EXIF data say, RGB, transparency on white.
+    """Read a picture as a viewer would show it: rotated by its EXIF data, RGB, transparency on white.
 
     Raises:
-        ReadError: no such file, no picture, a damaged one, or one of absurd size.
+        ReadError: If the file is missing, damaged, not a picture or far too large.
     """
     try:
         with Image.open(path, formats=FORMATS) as picture:
@@ -42,12 +42,12 @@ def read_picture(path: str | Path) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise ReadError("no such file") from error
-    except Exception as error:  # a damaged file makes Pillow's many readers raise almost anything
+    except Exception as error:  # on a damaged file, Pillow can raise almost anything
         raise ReadError(f"{type(error).__name__}: {error}".replace(f" {str(path)!r}", "")) from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode to RGB; 16 bits are scaled to 8, which Pillow would cut off."""
+    """Convert any mode to RGB; 16 bits are scaled to 8, where Pillow would clip."""
     if picture.mode == "F":
         raise ReadError("a picture of floating-point numbers has no known range")
     if picture.mode.startswith("I"):
@@ -63,12 +63,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def shrink(
     picture: Image.Image | np.ndarray, box: Sequence[int] | np.ndarray | None = None, side: int = SIDE
 ) -> Image.Image:
-    """The face in the box (left, top, right, bottom in pixels, cut off at the edges), or the whole, as a square.
+    """Resize the box (left, top, right, bottom in pixels, clipped to the picture), or all of the picture, to a square.
 
-    Pillow's BILINEAR, which averages over all pixels that shrink into one; a picture of that size stays as it is.
+    Pillow's BILINEAR averages over all source pixels of an output pixel; a picture of that size is unchanged.
 
     Raises:
-        ReadError: the box covers nothing of the picture.
+        ReadError: If the box lies outside the picture.
     """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     if box is not None:
@@ -81,15 +81,15 @@ def shrink(
 
 
 def read_face(path: Path, box: np.ndarray | None, grey: bool) -> np.ndarray:
-    """uint8 (c, 48, 48) of a picture's face; c is 1 with ``grey``, else 3: RGB."""
+    """Return a picture's face, uint8 (c, 48, 48), with c = 1 if ``grey``, else 3 (RGB)."""
     face = shrink(read_picture(path), box)
     return np.asarray(face.convert("L"))[None] if grey else np.asarray(face).transpose(2, 0, 1)
 
 
 def decode(root: Path, files: Sequence[str], boxes: np.ndarray | None, grey: bool, folder: Path) -> None:
-    """Write faces.npy, uint8 (n, c, 48, 48); rows.npy, which files they are; lost.npy and reasons.npy: the others.
+    """Write faces.npy, uint8 (n, c, 48, 48); rows.npy, their indices; lost.npy and reasons.npy for unreadable files.
 
-    Faces are written one after another, so memory holds few, and a full disk is an OSError and no crash.
+    Faces are written one by one, so few are in memory, and a full disk is an OSError instead of a crash.
     """
     lost: dict[int, str] = {}
 
@@ -122,5 +122,5 @@ def decode(root: Path, files: Sequence[str], boxes: np.ndarray | None, grey: boo
 
 
 def write_header(out: IO[bytes], shape: tuple[int, ...]) -> None:
-    """A .npy header for uint8; numpy leaves room in it for the first number to grow."""
+    """Write a .npy header for uint8; numpy leaves room in it for a larger first dimension."""
     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})

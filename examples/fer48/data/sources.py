@@ -1,4 +1,4 @@
-"""What FER data sets have in common: classes, their orders and published counts; faces and their splits."""
+"""What FER data sets share: classes, label orders, published counts, faces and splits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ORDERS = {
     "FER2013": ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"),
     "FER+": ("neutral", "happy", "surprise", "sad", "angry", "disgust", "fear", "contempt"),
 }
-#: What --label-order calls three of them.
+#: The names of three of them in --label-order.
 ORDER_NAMES = {"rafdb": "RAF-DB", "affectnet": "AffectNet", "fer2013": "FER2013"}
-#: Other words for the same expressions.
+#: Synonyms of the expressions.
 SYNONYMS = {
     "natural": "neutral",
     "happiness": "happy",
@@ -40,7 +40,7 @@ EXPRESSIONS = frozenset(ORDERS["AffectNet"])
 
 _AFFECTNET_TRAIN = (74874, 134415, 25459, 14090, 6378, 3803, 24882, 3750)
 _FER2013_TRAIN = (3995, 436, 4097, 7215, 4830, 3171, 4965)
-#: Faces a class, in the set's order, by the name that the set gives the split.
+#: Faces per class, in the set's order, by the set's own split names.
 PUBLISHED: dict[str, dict[str, tuple[int, ...]]] = {
     "RAF-DB": {"train": (1290, 281, 717, 4772, 1982, 705, 2524), "test": (329, 74, 160, 1185, 478, 162, 680)},
     "AffectNet": {
@@ -53,7 +53,7 @@ PUBLISHED: dict[str, dict[str, tuple[int, ...]]] = {
         "Training": _FER2013_TRAIN,
         "PublicTest": (467, 56, 496, 895, 653, 415, 607),
         "PrivateTest": (491, 55, 528, 879, 594, 416, 626),
-        "train": _FER2013_TRAIN,  # folders put PublicTest and PrivateTest together
+        "train": _FER2013_TRAIN,  # the folders merge PublicTest and PrivateTest
         "test": (958, 111, 1024, 1774, 1247, 831, 1233),
     },
 }
@@ -61,14 +61,14 @@ PUBLISHED: dict[str, dict[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Split:
-    """Faces and what is known of them, one row each.
+    """Faces and their labels, one row each.
 
     Fields:
-        name: what the set itself calls the split, or for a drawn one what it was drawn from.
-        images: uint8 (n, c, 48, 48); c is 1 where the set is grey, else 3: RGB.
+        name: the set's own name for the split, or for a random split, what it was drawn from.
+        images: uint8 (n, c, 48, 48), with c = 1 if the set is grey, else 3 (RGB).
         labels: int64 (n,).
-        names: the file of every face, relative to the set's folder, or "row 17" of its csv.
-        mood: float32 (n, 2), valence and arousal in -1..1, where the set has them.
+        names: each face's file, relative to the set's folder, or "row 17" of its csv.
+        mood: float32 (n, 2), valence and arousal in -1..1, if the set has them.
     """
 
     name: str
@@ -81,25 +81,25 @@ class Split:
         return len(self.labels)
 
     def select(self, rows: Tensor) -> Split:
-        """The faces of these rows, int64 (m,), in their order."""
+        """Return the faces of these rows, int64 (m,), in that order."""
         if torch.equal(rows, torch.arange(len(self))):
-            return self  # a copy would bring the mapped faces into memory
+            return self  # a copy would load the mapped faces into memory
         names = tuple(self.names[row] for row in rows.tolist())
         mood = None if self.mood is None else self.mood[rows]
         return Split(self.name, self.images[rows], self.labels[rows], names, mood)
 
     def limit(self, count: int | None) -> Split:
-        """At most ``count`` faces, drawn with one fixed seed, in the order they had."""
+        """Return at most ``count`` faces, drawn with a fixed seed, in their original order."""
         return self.select(some(torch.arange(len(self)), count))
 
     def join(self, other: Split) -> Split:
-        """These faces, then those of ``other``; valence and arousal where both have them."""
+        """Append the faces of ``other``; valence and arousal are kept if both have them."""
         mood = None if self.mood is None or other.mood is None else torch.cat([self.mood, other.mood])
         images, labels = torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels])
         return Split(f"{self.name} + {other.name}", images, labels, self.names + other.names, mood)
 
     def fingerprint(self) -> str:
-        """The same for the same faces with the same names, labels and moods, in the same order, and for no others."""
+        """Return a hash of the faces, names, labels and moods, in order."""
         digest = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
         for tensor in (self.images, self.labels, self.mood):
             if tensor is not None:
@@ -118,11 +118,11 @@ class Faces:
 
     Fields:
         name: "toy", "FER2013", "FER+", "RAF-DB", "AffectNet", or "folders".
-        layout: which layout was found, in words.
+        layout: a description of the layout found.
         classes: names in the order of the labels.
-        splits: "train", "val", and "test" where the set has one.
-        note: what a reader of results must know, one clause.
-        skipped: images left out because they could not be read, as "path: reason".
+        splits: "train", "val", and "test" if the set has one.
+        note: what to know when reading the results, in one clause.
+        skipped: unreadable images that were left out, as "path: reason".
     """
 
     name: str
@@ -133,13 +133,13 @@ class Faces:
     skipped: tuple[str, ...] = ()
 
     def fingerprints(self) -> dict[str, str]:
-        """That of every split."""
+        """Return the fingerprint of each split."""
         return {name: split.fingerprint() for name, split in self.splits.items()}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user says about the data: the order of numbered classes, refuse any unreadable image, where to cache."""
+    """The user's options for reading: the label order, whether to reject unreadable images, where to cache."""
 
     label_order: str = ""
     strict: bool = False
@@ -148,15 +148,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Listing:
-    """A split before its pictures are read.
+    """A split whose pictures have not been read yet.
 
     Fields:
-        name: what the set calls it.
+        name: the set's own name for it.
         files: n paths relative to the set's folder.
         labels: int64 (n,).
-        boxes: int64 (n, 4), left, top, right, bottom in pixels, where faces must be cropped.
-        mood: float32 (n, 2), where the set has it.
-        lost: images that are already known to be of no use, as "path: reason".
+        boxes: int64 (n, 4), left, top, right, bottom in pixels, if faces must be cropped.
+        mood: float32 (n, 2), if the set has it.
+        lost: images already known to be unusable, as "path: reason".
     """
 
     name: str
@@ -168,10 +168,10 @@ class Listing:
 
 
 def read_split(root: Path, listing: Listing, asked: Asked, grey: bool = False) -> tuple[Split, tuple[str, ...]]:
-    """The faces of a listing, from the cache or decoded into it, and the images left out.
+    """Return the faces of a listing, from the cache or decoded into it, and the images left out.
 
     Raises:
-        DataError: no face, too many unreadable images, or a cache that cannot be written.
+        DataError: If there are no faces, too many unreadable images, or the cache cannot be written.
     """
     if not listing.files:
         raise DataError(f"{root}: the split {listing.name} is empty.")
@@ -190,7 +190,7 @@ def read_split(root: Path, listing: Listing, asked: Asked, grey: bool = False) -
 
 
 def some(rows: Tensor, count: int | None) -> Tensor:
-    """At most ``count`` of the rows, drawn with one fixed seed, in the order they had. (n,) -> (m,)."""
+    """Return at most ``count`` of the rows, drawn with a fixed seed, in their original order, (n,) -> (m,)."""
     if count is None or count >= len(rows):
         return rows
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
@@ -198,22 +198,22 @@ def some(rows: Tensor, count: int | None) -> Tensor:
 
 
 def canonical(name: str) -> str:
-    """The usual name of an expression; any other name as it is, without spaces around it."""
+    """Return the usual name of an expression; other names are only stripped of spaces."""
     plain = name.strip().casefold()
     plain = SYNONYMS.get(plain, plain)
     return plain if plain in EXPRESSIONS else name.strip()
 
 
 def order_asked(label_order: str) -> tuple[str, ...]:
-    """The classes of --label-order: a set's, or those named; none for none.
+    """Return the classes of --label-order: those of a set, or those listed; empty if it was not given.
 
     Raises:
-        DataError: a name stands twice, or one name alone that is no set's.
+        DataError: If a name occurs twice, or a single name is not a set's.
     """
     if label_order.strip().lower() in ORDER_NAMES:
         return ORDERS[ORDER_NAMES[label_order.strip().lower()]]
     names = tuple(canonical(name) for name in label_order.split(",") if name.strip())
     if len(set(names)) != len(names) or len(names) == 1:
         sets = ", ".join(ORDER_NAMES)
-        raise DataError(f"--label-order {label_order}: it is {sets}, or the class names, each once, with commas.")
+        raise DataError(f"--label-order {label_order}: it must be {sets}, or the class names, each once, with commas.")
     return names

@@ -1,9 +1,9 @@
 """Toy faces: 48x48 grey faces drawn from parameters, seven expressions. Synthetic: no person, no licence.
 
-An expression moves brows, eyes, nose and mouth away from a resting face. Resting faces differ, an expression may be
+An expression moves brows, eyes, nose and mouth away from a neutral face. Neutral faces differ, expressions may be
 faint, and the picture is shifted, tilted, badly lit, partly covered and noisy, so the classes overlap.
 
-    python examples/fer48/data/toy.py faces/      fourteen of them, as pictures to try predict.py on
+    python examples/fer48/data/toy.py faces/      write fourteen pictures to try predict.py on
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 SIDE = 48
 #: In the order of FER2013.
 CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
-#: What a full expression adds to the resting face; lengths in units of half the picture.
+#: What a full expression adds to the neutral face; lengths in units of half the picture.
 #: brow_raise, brow_slope (inner end down), eye_open, mouth_curve (corners up), mouth_open, mouth_width, wrinkle, cheek
 EXPRESSIONS = np.array(
     [
@@ -30,12 +30,12 @@ EXPRESSIONS = np.array(
         [0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.0, 0.0],
     ]
 )
-#: How much resting faces differ in the same parameters.
+#: How much neutral faces vary in the same parameters.
 SPREAD = np.array([0.025, 0.12, 0.12, 0.03, 0.015, 0.07, 0.15, 0.15])
 
 
 def toy_faces(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` faces, uint8 (count, 48, 48), and their labels; the same for the same seed."""
+    """Return ``count`` faces, uint8 (count, 48, 48), and their labels, determined by the seed."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % len(CLASSES))
     faces = [_draw(labels[i : i + 256], rng) for i in range(0, count, 256)]
@@ -91,7 +91,7 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _face_coordinates(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Every pixel's place on the face, which is shifted, tilted and scaled in the picture."""
+    """Return every pixel's position on the face, which is shifted, tilted and scaled in the picture."""
     line = (np.arange(SIDE) + 0.5) / (SIDE / 2) - 1
     y, x = np.meshgrid(line, line, indexing="ij")
     tilt, size = np.radians(rng.normal(0, 10, (n, 1, 1))), rng.uniform(0.8, 1.15, (n, 1, 1))
@@ -100,7 +100,7 @@ def _face_coordinates(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.
 
 
 def _photograph(picture: np.ndarray, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Light from a side, a covered patch in every other picture, contrast, noise."""
+    """Add light from a side, a covered patch in every other picture, contrast and noise."""
     n = len(picture)
     picture = picture * (1 + rng.normal(0, 0.25, (n, 1, 1)) * u)
     row, column = np.arange(SIDE)[:, None], np.arange(SIDE)
@@ -114,7 +114,7 @@ def _photograph(picture: np.ndarray, u: np.ndarray, rng: np.random.Generator) ->
 
 
 def _inside(distance: np.ndarray, blur: float) -> np.ndarray:
-    """1 where ``distance`` is positive, 0 where negative, with a soft edge."""
+    """Return 1 where ``distance`` is positive, 0 where negative, with a soft edge."""
     return 1 / (1 + np.exp(np.clip(-distance / (0.5 * blur), -40, 40)))
 
 
@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw two toy faces of every expression, new to every network.")
-    parser.add_argument("folder", metavar="FOLDER", help="where to put them; made if it is not there")
+    parser = argparse.ArgumentParser(description="Draw two toy faces of each expression, new to any trained network.")
+    parser.add_argument("folder", metavar="FOLDER", help="where to write them; created if missing")
     return parser.parse_args(argv)
 
 
