@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import statistics
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from cropvote import profile
+from pages import folded, wrapped
 from worth import stored  # also adds examples/fer48 to sys.path
 
 import cifar  # isort: skip
@@ -197,10 +197,11 @@ def section(figures: Path) -> list[str]:
         "## Equal work", "",
         "![Left: accuracy over training work, a line for each way to train. Right: accuracy over the work of a "
         "prediction.](figures/worth.svg)", "",
-        *table(FACES, "PrivateTest, %").splitlines(), "", *wrapped(advice()), "", *wrapped(conditions()), "",
+        *table(FACES, "PrivateTest, %").splitlines(), "", *wrapped(advice()), "",
+        *folded("How it was measured", wrapped(conditions())),
         "### Not faces", "",
         *table(PICTURES, "test, %").splitlines(), "", *wrapped(not_faces()), "",
-        "### What did not help", "", *did_not_help(), "",
+        *folded("What did not help: the vote as a teacher, and a longer recipe", did_not_help()),
     ]  # fmt: skip
 
 
@@ -268,12 +269,6 @@ def did_not_help() -> list[str]:
         recipe under "Equal epochs". Self-distillation and recipes of 250 epochs and more were not run
         (`python benchmarks/worth.py next --task longest --width 64 --budgets 320 --device cuda`)."""
     return [*wrapped(first, "  "), *wrapped(second, "  ")]
-
-
-def wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        " ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent
-    )
 
 
 def draw(path: Path) -> None:

@@ -11,6 +11,8 @@ import timm
 import torch
 import torchvision
 
+from pages import folded
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -48,8 +50,7 @@ def page(stored: dict[str, Any], toolchain: str) -> str:
             "",
             *summary(results),
             "",
-            *table(results),
-            "",
+            *folded(f"All {sum(len(result['models']) for result in results)} models", table(results)),
             *TOOLS_HEADER,
             toolchain,
             "",
