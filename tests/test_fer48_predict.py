@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +173,28 @@ def test_onnx(compared, tmp_path, capsys):
     other, _ = load_model(compared / "layer3-1")
     with pytest.raises(export.ExportError, match="differ from PyTorch's"):
         export.check(other, session)
+
+
+@pytest.mark.slow
+def test_the_file_predicts_where_neither_pytorch_nor_cropvote_is(tmp_path):
+    """predict_onnx.py with the shipped network and a photograph, compared with predict.py."""
+    pytest.importorskip("onnxruntime")
+    call(export, "--out", tmp_path / "model.onnx")
+    Image.fromarray(astronaut()[44:126, 178:260]).save(tmp_path / "face.png")
+    script = Path(export.__file__).with_name("predict_onnx.py")
+    without = "import sys, runpy; sys.modules.update(dict.fromkeys(('torch', 'cropvote', 'timm')))"
+    run = [
+        sys.executable,
+        "-c",
+        f"{without}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
+    ]
+    found = subprocess.run(
+        [*run, script, tmp_path / "model.onnx", tmp_path / "face.png"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    call(predict, tmp_path / "face.png", "--csv", tmp_path / "out.csv", "--device", "cpu")
+    (row,) = table(tmp_path / "out.csv")
+    assert found.stdout.strip().endswith(f"face.png: {row['class']} {float(row['probability']):.0%}")
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a model")
+    assert subprocess.run([*run, script, broken, tmp_path / "face.png"], capture_output=True).returncode != 0

@@ -20,9 +20,12 @@ import cropvote
 from batches import to_input
 from data.toy import toy_faces
 from keeping import KeptError, load_model
+from predict import WEIGHTS
 
 #: Batch sizes to check, and the largest allowed difference from PyTorch, relative to the largest output.
 BATCHES, TOLERANCE = (1, 2, 19), 1e-3
+#: What of the model's card goes into the file's metadata; predict_onnx.py reads it.
+TOLD = ("target", "outputs", "preprocessing", "after", "vote", "temperature", "data", "summary")
 
 
 class ExportError(Exception):
@@ -33,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     try:
         model, card = load_model(options.model)
-        out = Path(options.out or Path(card["folder"]) / "model.onnx")
+        folder = Path() if options.model == str(WEIGHTS) else Path(card["folder"])
+        out = Path(options.out or folder / "model.onnx")
         worst = export(model, card, out)
     except (KeptError, ExportError, cropvote.CropVoteError, OSError) as error:
         sys.exit(f"export.py: {error}")
@@ -55,8 +59,11 @@ def export(model: nn.Module, card: dict[str, Any], out: Path) -> float:
         output_names=["vote"], external_data=False, verbose=False,
     )  # fmt: skip
     written = onnx.load(str(out))
-    for key in ("target", "outputs", "preprocessing", "after", "vote", "data", "summary"):
-        written.metadata_props.add(key=key, value=json.dumps(card[key], ensure_ascii=False))
+    told = {key: card[key] for key in TOLD if key in card}
+    if card["after"] != "none":
+        told["injection"] = cropvote.to_config(model)  # the sites and views, as inject_crop_vote takes them
+    for key, value in told.items():
+        written.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
     onnx.checker.check_model(written)
     onnx.save(written, str(out))
     return check(model, onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"]))
@@ -87,7 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--model", default=str(WEIGHTS), metavar="RUN", help="a finished run; default: the shipped one")
     parser.add_argument("--out", metavar="FILE", help="default: model.onnx in that folder")
     return parser.parse_args(argv)
 

@@ -103,6 +103,17 @@ def _(path: Path, split: Split) -> None:
             agree(torch.from_numpy(found), expected(where, count, make), 1e-4)
 
 
+@tool("OpenVINO", "from a `torch.export` program, dynamic batch, float32, with 1, 2 and 7 images", slow=True)
+def _(_path: Path, split: Split) -> None:
+    import openvino
+
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(voting(split), (images(2),), dynamic_shapes=(batch,))
+    compiled = openvino.compile_model(openvino.convert_model(program), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for count in (1, 2, 7):
+        agree(torch.from_numpy(compiled(images(count).numpy())[0]), expected(split, count), 1e-4)
+
+
 @tool("torch.jit.trace", "any batch size; settings are frozen")
 def _(_path: Path, split: Split) -> None:
     with warnings.catch_warnings():
