@@ -183,18 +183,16 @@ def test_the_file_predicts_where_neither_pytorch_nor_cropvote_is(tmp_path):
     Image.fromarray(astronaut()[44:126, 178:260]).save(tmp_path / "face.png")
     script = Path(export.__file__).with_name("predict_onnx.py")
     without = "import sys, runpy; sys.modules.update(dict.fromkeys(('torch', 'cropvote', 'timm')))"
-    run = [
-        sys.executable,
-        "-c",
-        f"{without}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
-    ]
-    found = subprocess.run(
-        [*run, script, tmp_path / "model.onnx", tmp_path / "face.png"], capture_output=True, text=True
-    )
+    start = f"{without}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", start, script, *arguments], capture_output=True, text=True)
+
+    found = run(tmp_path / "model.onnx", tmp_path / "face.png")
     assert found.returncode == 0, found.stderr
     call(predict, tmp_path / "face.png", "--csv", tmp_path / "out.csv", "--device", "cpu")
     (row,) = table(tmp_path / "out.csv")
     assert found.stdout.strip().endswith(f"face.png: {row['class']} {float(row['probability']):.0%}")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"not a model")
-    assert subprocess.run([*run, script, broken, tmp_path / "face.png"], capture_output=True).returncode != 0
+    assert "cannot be read as ONNX" in run(broken, tmp_path / "face.png").stderr

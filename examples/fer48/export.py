@@ -1,8 +1,10 @@
 """Export a finished network with its vote to ONNX, for any batch size, and check the file against PyTorch.
 
+    python examples/fer48/export.py
     python examples/fer48/export.py --model runs/FER2013-layer1-0
 
-Classes and preprocessing are stored in the file's metadata, as JSON.
+Without --model, it exports the shipped network. Classes, preprocessing, sites, views and vote are stored in the file's
+metadata as JSON; predict_onnx.py predicts from the file, without PyTorch or cropvote.
 """
 
 from __future__ import annotations
