@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .views import Views, five_crop, hflip, ten_crop
     from .voting import CropVoteLoss, repeat_targets, vote
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CropVote",
