@@ -123,7 +123,8 @@ def p_values(study: Study, arm: str, way: str, budget: float | None = None, than
     for seed in study.seeds(arm, budget):
         ours, theirs = (right(lines[a, seed], w, study.pictures) for a, w in ((arm, way), than))
         won, lost = int((ours & ~theirs).sum()), int((~ours & theirs).sum())
-        found.append(f"{binomtest(won, won + lost).pvalue:.1g}" if won + lost else "1")
+        p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+        found.append(f"{p:.1g}" if p >= 0.001 else "<0.001")
     return ", ".join(found)
 
 
