@@ -60,9 +60,9 @@ FACES = Study(
     [
         ("none", "plain", "plain"),
         ("none", "mirrored input", "**plain, averaged with the mirrored input**"),
-        ("layer1=ten:2", "centre", "two of ten views a step after `layer1`; asked for the centre"),
-        ("layer1=ten:2", "centre + mirror", "the same, asked for centre + mirror"),
-        ("layer1=ten:2", "ten views", "the same, asked for ten views"),
+        ("layer1=ten:2", "centre", "two of ten views a step after `layer1`; predicts with the centre"),
+        ("layer1=ten:2", "centre + mirror", "the same; predicts with centre + mirror"),
+        ("layer1=ten:2", "ten views", "the same; predicts with ten views"),
         ("layer1=ten", "ten views", "ten views a step after `layer1`"),
         ("late layer1=ten:2", "ten views", "plain, then two views a step for the last quarter"),
         ("late input=hflip,layer3=five", "ten views", "plain, then mirrored input and crops after `layer3`"),
@@ -74,8 +74,8 @@ PICTURES = Study(
     [
         ("none", "plain", "plain"),
         ("none", "mirrored input", "**plain, averaged with the mirrored input**"),
-        ("layer1=ten:2", "centre", "two of ten views a step after `layer1`; asked for the centre"),
-        ("layer1=ten:2", "ten views", "the same, asked for ten views"),
+        ("layer1=ten:2", "centre", "two of ten views a step after `layer1`; predicts with the centre"),
+        ("layer1=ten:2", "ten views", "the same; predicts with ten views"),
         ("layer1=ten", "ten views", "ten views a step after `layer1`"),
         (OUTSIDE, "ten views", "mirrored input and crops after `layer2`, ten views a step"),
         (f"late {OUTSIDE}", "ten views", "plain, then the same for the last quarter"),
@@ -86,16 +86,16 @@ TUNED = Study(
     [
         ("none", "plain", "plain"),
         ("none", "mirrored input", "**plain, averaged with the mirrored input**"),
-        (f"{OUTSIDE}:2", "centre + mirror", "mirrored input, aligned crops, two views a step; two asked"),
-        (f"{OUTSIDE}:2", "ten views", "the same; asked for ten"),
-        ("input=hflip,layer2=five:2", "ten views", "the same with crops that are not aligned; asked for ten"),
-        (f"late {OUTSIDE}", "ten views", "plain, and aligned crops in the last quarter; asked for ten"),
+        (f"{OUTSIDE}:2", "centre + mirror", "mirrored input, aligned crops, two views a step; predicts with two"),
+        (f"{OUTSIDE}:2", "ten views", "the same; predicts with ten"),
+        ("input=hflip,layer2=five:2", "ten views", "the same with crops that are not aligned; predicts with ten"),
+        (f"late {OUTSIDE}", "ten views", "plain, and aligned crops in the last quarter; predicts with ten"),
         ("layer1=ten", "ten views", "ten views after `layer1`, the mirror inside"),
     ],
 )  # fmt: skip
 LINES = {
     MIRRORED: ("plain, averaged with the mirrored input", "#444444"),
-    ("layer1=ten:2", "ten views"): ("two of ten views a step, asked for ten", "#2f6db0"),
+    ("layer1=ten:2", "ten views"): ("two of ten views a step, predicts with ten", "#2f6db0"),
     ("layer1=ten", "ten views"): ("ten views a step", "#c0392b"),
     ("late layer1=ten:2", "ten views"): ("plain, two views a step in the last quarter", "#2e8b57"),
     ("late input=hflip,layer3=five", "ten views"): ("plain, then mirrored input and late crops", "#e08a1e"),
@@ -211,8 +211,8 @@ def advice() -> str:
     first = lambda arm, way, budget: f"{100 * accuracies(FACES, arm, way, budget)[0]:.1f}"  # noqa: E731
     centre = ahead(FACES, "layer1=ten:2", "centre", than=("none", "plain")).removeprefix("−")
     return f"""
-        **What to do: train the plain network and average it with its mirrored input. At equal training work no way
-        through views is ahead of that, and ten views a step are far behind.** Two views a step come close at
+        **What to do: train the plain network and average it with its mirrored input. At equal training work, no
+        training through views is ahead of that, and ten views a step are far behind.** Two views a step come close at
         {FACES.budget:g} epochs of work, as do views in the last quarter of a plain training. With twice that work (one
         seed, 0) the plain network and its mirrored input go from {first(*MIRRORED, 60)} to {first(*MIRRORED, 120)} on
         PrivateTest, two views a step from {first(*two, 60)} to {first(*two, 120)} (p = {p_values(FACES, *two, 120)}

@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+import app
 import check_data
 import compare
 import demo
 import export
 import predict
+import predict_onnx
 import robustness
 import train as training
 from batches import to_input
@@ -308,7 +310,7 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
 
 
 def test_every_script_has_help_with_an_example(capsys):
-    for script in (compare, robustness, predict, export, check_data, training):
+    for script in (app, compare, robustness, predict, predict_onnx, export, check_data, training):
         with pytest.raises(SystemExit) as caught:
             call(script, "--help")
         assert caught.value.code == 0
@@ -320,7 +322,7 @@ def test_every_script_has_help_with_an_example(capsys):
 def test_the_readmes_commands_are_commands():
     """Every command in the README is accepted by its script and uses only existing options."""
     scripts = {"train": training, "compare": compare, "robustness": robustness, "predict": predict, "export": export}
-    scripts |= {"check_data": check_data, "demo": demo, "toy": toy}
+    scripts |= {"check_data": check_data, "demo": demo, "toy": toy, "app": app}
     text = (EXAMPLE / "README.md").read_text()
     lines = [line.partition("#")[0].split() for line in text.splitlines() if "examples/fer48/" in line]
     commands = [line for line in lines if line[:1] in (["python"], ["torchrun"])]
