@@ -53,10 +53,7 @@ class Network:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("model", metavar="FILE.onnx")
-    parser.add_argument("pictures", nargs="+", metavar="IMAGE")
-    options = parser.parse_args(argv)
+    options = parse(argv)
     try:
         network = Network(options.model)
         for path in options.pictures:
@@ -68,6 +65,16 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{path}: " + ", ".join(f"{name} {value:+.2f}" for name, value in zip(names, row, strict=True)))
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"predict_onnx.py: {error}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="FILE.onnx")
+    parser.add_argument("pictures", nargs="+", metavar="IMAGE")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
