@@ -114,9 +114,9 @@ def choose_confidence(
     Args:
         per_view_logits: (N, V, K), as :func:`per_view` gives them.
         targets: the classes, (N,).
-        first: the indices of the views of the first vote, as :func:`vote_until_sure` gets them; by default, for ten
-            views, the fifth and the tenth, centre and mirror in the order of :func:`ten_crop`. (For other views,
-            ``settings(model)`` says what they are: crops first and mirrored later, centre and mirror are 8 and 9.)
+        first: the indices of the views of the first vote. By default, for ten views, 4 and 9: the centre and its mirror
+            image in the order of :func:`ten_crop`. With five crops at the first site and a mirror at the second, they
+            are 8 and 9.
         max_loss: how much accuracy may be lost, as a share of the samples.
         how: the rule.
 

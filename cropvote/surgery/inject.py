@@ -73,7 +73,8 @@ def inject_crop_vote(
         input_size: the images' size: a side, (H, W), or (C, H, W).
         train_output: ``"views"`` or ``"vote"`` in training mode.
         eval_output: the same in eval mode.
-        train_views: this many views, drawn again for every batch in training mode, see :class:`Settings`.
+        train_views: this many views, drawn again for every batch in training mode, see :class:`Settings`. For the same
+            training work, two were far better than all ten (docs/results.md); all of them is the paper's way.
         eval_views: the views of eval mode, which alone are computed, see :class:`Settings`.
         enabled: False runs the plain network, until ``settings(model).enabled = True``.
         align: round the margin of the views at each site to the total stride of the network behind it (see
