@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -229,9 +230,11 @@ def rank_sites(
     outputs: list[list[Tensor]] = []
     targets: list[Tensor] = []
     networks: list[tuple[str, dict[str, Views], nn.Module, float]] = []
+    if metric is not None and not callable(metric):
+        raise InputTypeError("CV863", f"metric must be a function (outputs, targets) -> float, got {metric!r}.")
     for images, wanted in _batches(data, progress):
         if not networks:
-            networks = _networks(model, tuple(images.shape[1:]), candidates, device)
+            networks = _networks(model, tuple(images.shape[1:]), candidates, device, progress)
             outputs = [[] for _ in networks]
         place = next(networks[0][2].parameters(), images).device
         for rows, (_, _, network, _) in zip(outputs, networks, strict=True):
@@ -269,14 +272,7 @@ def mcnemar(won: int, lost: int) -> float:
 
 
 def _batches(data: Iterable[Any], progress: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            pass
-        else:
-            data = tqdm(data, desc="rank_sites", unit="batch")
-    for batch in data:
+    for batch in _shown(data, progress, "rank_sites", "batch"):
         if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(x, Tensor) for x in batch[:2]):
             raise InputTypeError("CV862", f"data must give batches (images, targets), got {type(batch).__name__}.")
         if len(batch[0]) != len(batch[1]):
@@ -284,11 +280,22 @@ def _batches(data: Iterable[Any], progress: bool) -> Iterator[tuple[Tensor, Tens
         yield batch[0], batch[1]
 
 
+def _shown(items: Iterable[Any], progress: bool, title: str, unit: str) -> Iterable[Any]:
+    """Return the items with a progress bar around them, if it is wanted and tqdm is installed."""
+    if progress:
+        with suppress(ImportError):
+            from tqdm.auto import tqdm
+
+            return tqdm(items, desc=title, unit=f" {unit}")
+    return items
+
+
 def _networks(
     model: nn.Module,
     size: tuple[int, ...],
     candidates: Sequence[After] | None,
     device: str | torch.device | None,
+    progress: bool,
 ) -> list[tuple[str, dict[str, Views], nn.Module, float]]:
     """Return the name, the sites, the network and the work of the plain network and of each candidate."""
     plain = copy.deepcopy(model).eval()
@@ -297,7 +304,9 @@ def _networks(
     tried: list[After] = _default_candidates(plain, size) if candidates is None else list(candidates)
     tensors = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
     networks: list[tuple[str, dict[str, Views], nn.Module, float]] = [(PLAIN, {}, plain, 1.0)]
-    for after in tried:
+    for after in _shown(tried, progress, "checking", "candidate"):
+        if isinstance(after, Mapping) and set(after) == {"after"}:  # as Ranking.best has it
+            after = after["after"]
         chosen = sites_after(plain, after)
         network = inject_crop_vote(copy.deepcopy(plain, dict(tensors)), after=chosen, input_size=size)
         table = list(profile(plain, size, sites=[chosen], views=None))

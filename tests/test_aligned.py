@@ -110,3 +110,13 @@ def test_aligned_views_of_several_sites():
 def test_stored_views_keep_their_stride():
     views = Views([(0, 0), (1, 1)], scale=(0.5, 1), stride=3)
     assert Views.from_dict(views.to_dict()) == views
+
+
+def test_a_map_too_small_for_aligned_crops_is_refused():
+    """With a stride of 4 behind a map of 4×4, a crop of 3×3 would be off the grid."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=4, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    with pytest.raises(ViewsError, match="CV214"):
+        inject_crop_vote(net, after="0", views="five", input_size=4, align=True)
+    inject_crop_vote(net, after="0", views="five", input_size=16, align=True)

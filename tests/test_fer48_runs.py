@@ -20,16 +20,17 @@ from sklearn.metrics import accuracy_score, recall_score
 import cropvote
 import train as training
 from batches import to_input
-from config import Config
+from config import Config, recipe
 from cropvote import vote
 from data import load
 from data.toy import CLASSES
 from keeping import KeptError, load_model, save_model, start_from, write_whole
-from learner import read
+from learner import Learner, read
 from machines import machine
 from model import fer_resnet18
 from results import costs
 from runs import EXAMPLE, FER2013, HERE, SMALL, refused, run
+from scripts import call
 
 
 @pytest.fixture(scope="module")
@@ -400,3 +401,16 @@ def test_real_fer2013(tmp_path):
     )
     result = run(*options, "--out", tmp_path / "run")
     assert result["split"] == "PublicTest"
+
+
+def test_training_through_a_few_views(tmp_path, capsys):
+    """Two of the ten views of each face in a training step, all ten in the vote."""
+    learner = Learner(recipe("toy", train_views=2, width=4, epochs=1), CLASSES, 1, HERE)
+    faces = torch.randn(3, 3, 48, 48)
+    assert learner.model.train()(faces).shape == (6, 7)
+    assert learner.model.eval()(faces).shape == (3, 7)
+    learner.model.train()
+    assert learner.learn(faces, torch.arange(3)).isfinite()
+    with pytest.raises(SystemExit):
+        call(training, *SMALL, "--after", "none", "--train-views", 2, "--out", tmp_path / "no")
+    assert "plain one" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch import nn
 from ..cuts import ViewsOrName, as_views
 from ..errors import InputTypeError, OptionError, Reason, SiteError, ViewsError
 from ..images import INPUT, Example, example_of
-from ..layouts import Layout
+from ..layouts import Layout, sides
 from ..views import Views, hflip, ten_crop
 from .fakes import on_fake_copy
 from .reasons import why_not_cut, why_not_votable
@@ -124,6 +124,8 @@ def check_sites(
         trace = record_trace(fake, example)
         chosen = {name: views.aligned(tail_stride(trace, name)) for name, views in sites.items()} if align else sites
         splits = checked_splits(trace, chosen, stated, explain=True)
+        if align:
+            _refuse_unaligned(trace, splits)
         modes = [model.training]
         with suppress(Exception):  # whatever it is, the other mode is not checked, and will be when it is used
             known = {split.site: (split.layout, trace.shape(split.site)) for split in splits}
@@ -135,6 +137,20 @@ def check_sites(
 
     modes, splits = on_fake_copy(model, check)
     return frozenset(modes), splits
+
+
+def _refuse_unaligned(trace: Trace, splits: list[Split]) -> None:
+    """Raise ViewsError if a map is too small for crops on the grid of the network behind it."""
+    for site, views, layout in splits:
+        size = sides(trace.shape(site), layout)
+        margins = [side - crop for side, crop in zip(size, views.crop_size(*size), strict=True)]
+        if any(margin % views.stride for margin in margins):
+            raise ViewsError(
+                "CV214",
+                f"align=True: the map at {site!r} is {size[0]}×{size[1]}, and the network behind it has a total stride "
+                f"of {views.stride}, so no smaller crop lies on its grid: choose a later site or larger images, or "
+                f"leave align out.",
+            )
 
 
 def checked_splits(

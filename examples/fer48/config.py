@@ -41,6 +41,9 @@ class Config(Strengths):
     target: str = option("expression", "what to predict", choices=("expression", VALENCE_AROUSAL))
 
     after: str = option("layer1", "where to split; with two sites: mirror, then crop", choices=PLACES, metavar="SITE")
+    train_views: int | None = option(
+        None, "train through this many views per step, drawn anew each time; default: all ten", least=1, most=10
+    )
     vote: str = option("soft", "the vote that chooses the epoch", choices=("soft", "probs", "hard"))
     width: int = option(64, "channels of the first stage; 64 in the paper", least=1)
     init: str = option("", "weights to start from: a run's folder or its model.safetensors", metavar="RUN")
@@ -87,6 +90,8 @@ class Config(Strengths):
         """Reject numbers out of range and options that contradict each other."""
         for one in dataclasses.fields(self):
             check(one, getattr(self, one.name))
+        if self.train_views is not None and self.after == "none":
+            raise ValueError("--train-views is for a voting network, and --after none is the plain one.")
         if self.target == VALENCE_AROUSAL and self.label_smoothing:
             raise ValueError("--label-smoothing is for --target expression.")
         if self.target == VALENCE_AROUSAL and (self.mixup or self.cutmix):

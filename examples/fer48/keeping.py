@@ -60,11 +60,11 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def build(classes: int, width: int, after: str, how: Any) -> FerResNet18:
+def build(classes: int, width: int, after: str, how: Any, train_views: int | None = None) -> FerResNet18:
     """Build the network, voting after the site ``after`` unless it is "none", and check it for 48x48 faces."""
     model = fer_resnet18(num_classes=classes, width=width)
     if after != "none":
-        inject_crop_vote(model, after=sites_of(after), vote=how, input_size=48)
+        inject_crop_vote(model, after=sites_of(after), vote=how, input_size=48, train_views=train_views)
     return model
 
 

@@ -27,7 +27,8 @@ class Learner:
     def __init__(self, config: Config, outputs: tuple[str, ...], steps: int, here: Machine) -> None:
         mood = config.target == VALENCE_AROUSAL
         self.config, self.here = config, here
-        model = build(len(outputs), config.width, config.after, "mean" if mood else config.vote)
+        rule = "mean" if mood else config.vote
+        model = build(len(outputs), config.width, config.after, rule, config.train_views)
         if config.init:
             start_from(model, config.init, outputs)
         self.model = model.to(here.device).to(memory_format=self._layout())
