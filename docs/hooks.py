@@ -1,4 +1,4 @@
-"""What the site's pages are made of: README's first screen as the home page, and links between the API's names."""
+"""The site's home page, which is README, and the links between the API's names."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from typing import Any
 import griffe
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-#: Where the first screen ends.
-END = "## Where to go on"
 #: README's links, as they are from the site.
 LINKS = {"](docs/": "](", "](examples/fer48/README.md)": "](guides/fer48.md)"}
 
 
-def first_screen() -> str:
-    text, found, _ = README.read_text().partition(END)
-    if not found:
-        raise ValueError(f"README.md has no heading {END!r}, where the home page ends.")
+def home_page() -> str:
+    text = README.read_text()
     for here, there in LINKS.items():
         text = text.replace(here, there)
     return text
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    return first_screen() + markdown if page.file.src_uri == "index.md" else markdown
+    return home_page() if page.file.src_uri == "index.md" else markdown
 
 
 def on_page_content(html: str, *, page: Any, **_: Any) -> str:
