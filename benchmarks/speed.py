@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "fer48"))
 
 from model import fer_resnet18  # noqa: E402
-from pages import folded  # noqa: E402
+from pages import folded, wrapped  # noqa: E402
 from timing import machine, seconds  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
@@ -143,18 +143,19 @@ def page(stored: dict[str, Any], more: list[str]) -> str:
     """Return docs/speed.md; ``more`` is the section from benchmarks/throughput.py."""
     lines = [
         "# Speed and memory", "",
-        "**What to do: expect a vote to take as long as its multiply-adds say, and choose the site by them ([cost",
-        "table](guides/choosing-a-site.md)). Ask for centre and mirror where 1.3 times the plain network's time is",
-        "all you have; train through two or three views, not ten.**", "",
+        *wrapped("""
+            **What to do: a vote takes about as long as its multiply-add count suggests, so choose the site by the
+            [cost table](guides/choosing-a-site.md). If you can afford only 1.3 times the plain network's time, use
+            `eval_views="centre+mirror"`. Train with two or three views, not ten.**"""),
+        "",
     ]  # fmt: skip
-    how = [
-        "Made by `python benchmarks/speed.py`: the paper's network (11.2 M parameters, images 48×48, seven classes),",
-        "with the same weights in every row, on random images. The networks take turns. Milliseconds per batch are",
-        "medians; a ratio is the median over rounds of a network's time over the plain one's in the same round, with",
-        "its quartiles. `GMACs / plain` are the multiply-adds over the plain network's. A time may be lower than its",
-        "work, since a larger batch of smaller maps often runs more efficiently.",
-    ]  # fmt: skip
-    lines += folded("How it was measured", how)
+    how = """
+        Made by `python benchmarks/speed.py`: the paper's network (11.2 M parameters, images 48×48, seven classes),
+        with the same weights in every row, on random images. The networks take turns. Milliseconds per batch are
+        medians. In each round we divide a network's time by the plain network's; the table gives the median ratio
+        and its quartiles. `GMACs / plain` are the multiply-adds relative to the plain network's. A time may be
+        lower than its work, since a larger batch of smaller maps often runs more efficiently."""
+    lines += folded("How it was measured", wrapped(how))
     for result in stored.values():
         lines += [f"## {result['machine']}", "", f"{result['versions']}; batch {result['batch']}, {result['rounds']} "
                   "rounds.", ""]  # fmt: skip

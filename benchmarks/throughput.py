@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT / "examples" / "fer48"))
 
 from config import PLANS, sites_of  # noqa: E402
 from model import fer_resnet18  # noqa: E402
-from pages import folded  # noqa: E402
+from pages import folded, wrapped  # noqa: E402
 from timing import commit, machine, peak, seconds  # noqa: E402
 
 NETWORKS = ("none", "layer1", PLANS[0], "layer3", "layer2", "input")
@@ -229,21 +229,23 @@ def section() -> list[str]:
     costs = {name: table["baseline" if name == "none" else name] for name in NETWORKS}
     lines = [
         "## Images a second", "",
-        "**On a GPU, measure with large batches.** With a small batch a fast GPU waits for the CPU, most of all on",
-        "the plain network, and the vote looks cheaper than it is. Made by `python benchmarks/throughput.py`.", "",
+        *wrapped("""
+            **On a GPU, measure with large batches.** With a small batch a fast GPU waits for the CPU, on the plain
+            network in particular, which makes the vote look cheaper than it is. Made by `python
+            benchmarks/throughput.py`."""),
+        "",
     ]  # fmt: skip
-    how = [
-        "*fast*: bfloat16 autocast, channels_last, `torch.compile` and, on a GPU, a fused optimizer. *float32",
-        "eager*: PyTorch's defaults, that is TensorFloat-32 convolutions on a GPU. A training step is forward,",
-        "backward, AdamW. Two limits, in images a second, stand beside the rates. Of the *work*: three times the",
-        "multiply-adds at the rate of a large matrix product of that precision; of the *bytes*: what training keeps,",
-        "written and read once, at the rate of a copy. Limits and rates are measured minutes apart: on a shared",
-        "machine, a rate may be above its limit.", "",
-    ]  # fmt: skip
+    how = """
+        *fast*: bfloat16 autocast, channels_last, `torch.compile` and, on a GPU, a fused optimizer. *float32 eager*:
+        PyTorch's defaults, which means TF32 convolutions on a GPU. A training step is forward, backward, AdamW.
+        Each rate is shown with two upper limits, in images per second. *Work* is three times the multiply-adds at
+        the speed of a large matrix product of that precision; *bytes* is the data that training keeps, written and
+        read once, at copy speed. Limits and rates are measured minutes apart: on a shared machine, a rate may be
+        above its limit."""
     for name, found in stored.items():
         rates, cells = found["floors"], found["split"]
         mine = [
-            *how,
+            *wrapped(how), "",
             f"{found['versions']}, commit {found['commit']}; a matrix product: {rates['fast'] / 1e9:,.0f} (bfloat16) "
             f"and {rates['float32 eager'] / 1e9:,.0f} (float32) 10⁹ multiply-adds a second; a copy: "
             f"{rates['copy'] / 1e9:,.0f} GB a second, read and written.", "",
@@ -268,7 +270,7 @@ def section() -> list[str]:
                 f"{ratio} | {cost.gmacs / costs['none'].gmacs:.2f} | "
                 f"{_rate(work)} | {_rate(moved)} | {_rate(row['inference'])} | {peak_of} |"
             )
-        mine += ["", "The split after `layer1` alone: the time of a plain copy of the ten views over its own:", "",
+        mine += ["", "The split alone, after `layer1`: time to copy the ten views, divided by the time of the split:", "",
                   "| | forward | backward |", "|---|---:|---:|"]  # fmt: skip
         mine += [f"| {mode} | {one['forward']:.0%} | {one['backward']:.0%} |" for mode, one in cells.items()]
         lines += folded(f"{name}: all rates", [*mine, "", *_kernels(found.get("kernels"))])
