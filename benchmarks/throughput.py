@@ -270,7 +270,7 @@ def section() -> list[str]:
                 f"{ratio} | {cost.gmacs / costs['none'].gmacs:.2f} | "
                 f"{_rate(work)} | {_rate(moved)} | {_rate(row['inference'])} | {peak_of} |"
             )
-        mine += ["", "The split alone, after `layer1`: time to copy the ten views, divided by the time of the split:", "",
+        mine += ["", "The split alone, after `layer1`: time to copy the ten views over the time of the split:", "",
                   "| | forward | backward |", "|---|---:|---:|"]  # fmt: skip
         mine += [f"| {mode} | {one['forward']:.0%} | {one['backward']:.0%} |" for mode, one in cells.items()]
         lines += folded(f"{name}: all rates", [*mine, "", *_kernels(found.get("kernels"))])
