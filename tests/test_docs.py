@@ -19,6 +19,7 @@ import at_test_time
 import cropvote
 import faces
 import fer2013_page
+import peers
 import rejecting
 import until_sure
 import worth_page
@@ -75,6 +76,7 @@ def test_the_tables_of_stopping_votes_match_the_stored_figures(name):
 def test_the_table_of_views_at_test_time_matches_the_stored_figures():
     assert at_test_time.table() in (DOCS / "guides" / "test-time-only.md").read_text()
     assert at_test_time.deeper() in (DOCS / "guides" / "test-time-only.md").read_text()
+    assert peers.table(json.loads(peers.STORED.read_text())) in (DOCS / "comparison.md").read_text()
     stored = json.loads(rejecting.STORED.read_text())
     assert rejecting.table(stored) in (DOCS / "guides" / "reading-the-votes.md").read_text()
     assert worth_page.tuned() in (DOCS / "guides" / "fine-tuning.md").read_text()
