@@ -253,10 +253,10 @@ def not_faces() -> str:
         `layer2`, two of five a step, reach {means[0]:.1f}, crops that are not {means[1]:.1f} (10 epochs of work, seeds
         {", ".join(map(str, both))}). **Another architecture:** timm's
         `mobilenetv3_small_100`, FER2013 at 96×96, 6 plain epochs of work on a CPU, one seed, PrivateTest: plain
-        {mobile[0]:.1f}, with its mirrored input {mobile[1]:.1f}; two of ten views a step after `blocks.0`, predicting with
-        ten, {mobile[2]:.1f}; plain, then mirrored input and crops of 2/3 for the last quarter, {mobile[3]:.1f}. So short a
-        training says little of a long one. Pretrained networks are the subject of [fine-tuning](guides/fine-tuning.md) and
-        [test time only](guides/test-time-only.md)."""
+        {mobile[0]:.1f}, with its mirrored input {mobile[1]:.1f}; two of ten views a step after `blocks.0`, predicting
+        with ten, {mobile[2]:.1f}; plain, then mirrored input and crops of 2/3 for the last quarter,
+        {mobile[3]:.1f}. So short a training says little of a long one. Pretrained networks are the subject of
+        [fine-tuning](guides/fine-tuning.md) and [test time only](guides/test-time-only.md)."""
 
 
 def did_not_help() -> list[str]:
