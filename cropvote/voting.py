@@ -294,8 +294,8 @@ def _refuse_eval_mode(gradient: Tensor) -> None:
         "CV315",
         "the model is in eval mode, so it would learn from its votes, with its norms frozen and its dropout off: call "
         "model.train() before training (from_pretrained and Lightning leave a loaded model in eval mode). To keep the "
-        "norms frozen on purpose, call .eval() on them after model.train(); for gradients of the images in eval mode, use "
-        "the criterion without CropVoteLoss.",
+        "norms frozen on purpose, call .eval() on them after model.train(); for gradients of the images in eval mode, "
+        "use the criterion without CropVoteLoss.",
     )
 
 
