@@ -303,21 +303,22 @@ def _networks(
         plain = plain.to(device)
     tried: list[After] = _default_candidates(plain, size) if candidates is None else list(candidates)
     tensors = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
-    networks: list[tuple[str, dict[str, Views], nn.Module, float]] = [(PLAIN, {}, plain, 1.0)]
+    networks: dict[str, tuple[dict[str, Views], nn.Module]] = {}
     for after in _shown(tried, progress, "checking", "candidate"):
         if isinstance(after, Mapping) and set(after) == {"after"}:  # as Ranking.best has it
             after = after["after"]
         chosen = sites_after(plain, after)
         network = inject_crop_vote(copy.deepcopy(plain, dict(tensors)), after=chosen, input_size=size)
-        table = list(profile(plain, size, sites=[chosen], views=None))
-        name, known = format_sites(chosen), {name for name, _, _, _ in networks}
-        copies = itertools.count(2)
-        unique = name
-        while unique in known:  # other views may read the same: as many, of the same size
-            unique = f"{name} ({next(copies)})"
-        networks.append((unique, chosen, network, table[-1].ratio))
         settings(network).eval_output = "vote"
-    return networks
+        name, copies = format_sites(chosen), itertools.count(2)
+        unique = name
+        while unique in networks or unique == PLAIN:  # other views may read the same: as many, of the same size
+            unique = f"{name} ({next(copies)})"
+        networks[unique] = chosen, network
+    costs = list(profile(plain, size, sites=[chosen for chosen, _ in networks.values()])) if networks else []
+    work = [row.ratio for row in costs[len(costs) - len(networks) :]]  # the plans stand last, in this order
+    rows = [(name, *network, ratio) for (name, network), ratio in zip(networks.items(), work, strict=True)]
+    return [(PLAIN, {}, plain, 1.0), *rows]
 
 
 def _default_candidates(model: nn.Module, size: tuple[int, ...]) -> list[After]:

@@ -189,3 +189,11 @@ def test_pictures_have_the_size_given_for_the_model(folder, size):
     for model in ([timm_model] if size[0] == 3 else []) + [torchvision.models.resnet18(num_classes=2)]:
         images, _ = next(iter(read_folder(model, folder / "data", size, 4, None)))
         assert images.shape == (4, *size)
+
+
+def test_the_best_ones_arguments_are_a_candidate_and_a_metric_is_a_function():
+    """``Ranking.best`` holds {"after": ...}, as inject_crop_vote takes it."""
+    one, same = rank_sites(networks.fer(), DATA[:1], [{"after": PLAN}, PLAN], progress=False).rows[1:]
+    assert one.sites == same.sites
+    with pytest.raises(InputTypeError, match="CV863"):
+        rank_sites(networks.fer(), DATA[:1], [PLAN], metric="f1", progress=False)
