@@ -4,7 +4,7 @@
 
 The shipped network with ten views after layer1 on PrivateTest, and a published ResNet-20 with its mirrored input and
 five aligned crops after layer2 on CIFAR-10's test pictures. Of the predictions of the vote, the most certain ones are
-kept; "one view" is the softmax of the centre view alone, certain of its own predictions. On ties, such as those of
+kept; "one view" uses the predictions and softmax of the centre view alone. On ties, such as those of
 agreement, the kept predictions' accuracy is the expectation over their order. The results go into
 benchmarks/results/rejecting.json, and from there into docs/guides/reading-the-votes.md.
 """

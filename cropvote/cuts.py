@@ -20,7 +20,7 @@ After = str | Mapping[str, ViewsOrName]
 
 
 def as_views(value: object) -> Views:
-    """Return the views meant: these, those of a name, or ten crops for None.
+    """Return views as they are, views by name, or ten crops for None.
 
     Raises:
         InputTypeError: it is neither views nor a name.

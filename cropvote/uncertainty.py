@@ -17,7 +17,7 @@ def agreement(logits: Tensor, *, multilabel: bool = False) -> Tensor:
         logits: every view's logits, as :func:`per_view` gives them. A view whose highest logits are equal counts for
             the first of them; one that holds NaN, for the first NaN.
         multilabel: whether the labels are independent; then the result is for each label: the share of the views on
-            the side, above or below a logit of 0, where most of them are.
+            the side, above or below a logit of 0, where most of them are; NaN if a view gives NaN.
 
     Shape:
         n v k -> n; n v k -> n k if ``multilabel``
@@ -41,7 +41,7 @@ def agreement(logits: Tensor, *, multilabel: bool = False) -> Tensor:
     logits = _checked(logits, multilabel)
     if multilabel:
         share = (logits > 0).to(logits.dtype).mean(dim=1)
-        return torch.maximum(share, 1 - share)
+        return torch.maximum(share, 1 - share).masked_fill(logits.isnan().any(dim=1), torch.nan)
     chosen = logits.argmax(dim=2, keepdim=True)
     return torch.zeros_like(logits).scatter(2, chosen, 1.0).mean(dim=1).amax(dim=1)
 

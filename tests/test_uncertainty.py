@@ -113,3 +113,6 @@ def test_of_independent_labels_each_is_a_pair_of_classes():
         wanted = torch.stack([function(pairs[:, :, label]) for label in range(5)], dim=1)
         assert torch.allclose(found, wanted, atol=1e-12)
     assert agreement(logits[:, :, :1], multilabel=True).shape == (4, 1)
+    logits[1, 3, 2] = torch.nan
+    for function in FUNCTIONS:
+        assert function(logits, multilabel=True).isnan().nonzero().tolist() == [[1, 2]]
