@@ -192,13 +192,13 @@ def cifar10(data: str, width: int, limit: int | None) -> Task:
     )  # fmt: skip
 
 
-def finetune(data: str, width: int, limit: int | None) -> Task:
+def finetune(data: str, width: int, limit: int | None, blocks: int = 3) -> Task:
     """Return fine-tuning of a published ResNet-20, trained on the original images, on JPEGs, which are new to it."""
     task = cifar10(data, width, limit or 10000)
-    weights = Path(data).with_name("resnet20.safetensors")
+    weights = Path(data).with_name(f"resnet{6 * blocks + 2}.safetensors")
 
     def make() -> nn.Module:
-        model = cifar.CifarResNet()
+        model = cifar.CifarResNet(blocks)
         model.load_state_dict(load_file(weights))
         return model
 
@@ -211,11 +211,18 @@ def finetune(data: str, width: int, limit: int | None) -> Task:
         [always("layer1=ten", 2)],
         [always("input=hflip,layer2=five", 2, 64)],  # not aligned with the stride after the site
     ]
-    told = {"blocks": 3, "limit": limit or 10000}
+    told = {"blocks": blocks, "limit": limit or 10000}
     return dataclasses.replace(task, name="finetune", make=make, families=families, rate=0.02, told=told)
 
 
-TASKS = {"fer2013": fer2013, "longest": longest, "mobilenet": mobilenet, "cifar10": cifar10, "finetune": finetune}
+TASKS = {
+    "fer2013": fer2013,
+    "longest": longest,
+    "mobilenet": mobilenet,
+    "cifar10": cifar10,
+    "finetune": finetune,
+    "finetune56": lambda data, width, limit: finetune(data, width, limit, blocks=9),
+}
 
 
 def rows_of(stages: dict[str, Callable[[Tensor], Tensor]], x: Tensor, sites: dict[str, Views]) -> Tensor:
