@@ -118,8 +118,13 @@ def _subclass(base: type, forward: Forward) -> type:
             _mark(twin, copy.deepcopy(_marks(self), memo))
         return twin
 
+    def extra_repr(self: nn.Module) -> str:  # the second line of repr(model)
+        lines = [str(vars(self)[ROOT])] if ROOT in vars(self) else []
+        return "\n".join([*lines, *filter(None, [plain.extra_repr(self)])])
+
     body: dict[str, Any] = {
         "forward": swapped,
+        "extra_repr": extra_repr,
         "__prepare_scriptable__": prepare_scriptable,
         "__reduce_ex__": reduce_ex,
         "__module__": base.__module__,

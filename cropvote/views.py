@@ -151,8 +151,8 @@ class Views(Sequence[View]):
                 self._geometries[height, width] = found
         return found
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_geometries": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.to_dict(),)
 
     def distinct(self, height: int, width: int) -> int:
         """Return how many different views a map of ``height`` × ``width`` gives: on small maps some coincide.
@@ -276,13 +276,36 @@ class Views(Sequence[View]):
         return self.entries, self._scale, self.stride
 
     def __repr__(self) -> str:
-        for make in (ten_crop, five_crop, hflip, d4):
-            if self.aligned(1) == make():
-                return f"{make.__name__}()" + (f".aligned({self.stride})" if self.stride > 1 else "")
-        height, width = self._scale
-        scale = f"{height}" if height == width else f"({height}, {width})"
-        stride = f", stride {self.stride}" if self.stride > 1 else ""
-        return f"<Views: {len(self)} of {scale} of the side, {sum(v.mirror for v in self)} mirrored{stride}>"
+        height, width = map(_number, self._scale)
+        scale = "" if self._scale == (FIVE_SIXTHS,) * 2 else height if height == width else f"({height}, {width})"
+        named = {"hflip()": hflip(), "d4()": d4(), f"ten_crop({scale})": ten_crop(self._scale)}
+        for call, views in {**named, f"five_crop({scale})": five_crop(self._scale)}.items():
+            if self == views.aligned(self.stride):
+                return call + (f".aligned({self.stride})" if self.stride > 1 else "")
+        half = len(self) // 2
+        mirror = self.entries == (*self.entries[:half], *(v._replace(mirror=True) for v in self.entries[:half]))
+        positions = ", ".join(map(_position, self.entries[:half] if mirror else self.entries))
+        options = {"scale": scale, "mirror": mirror and "True", "stride": self.stride > 1 and self.stride}
+        return f"Views([{positions}]{''.join(f', {name}={value}' for name, value in options.items() if value)})"
+
+
+def _restore(data: dict[str, Any]) -> Views:
+    """Return pickled views. ``torch.load(weights_only=True)`` may call this."""
+    return Views.from_dict(data)
+
+
+torch.serialization.add_safe_globals([_restore])
+
+
+def _position(view: View) -> str:
+    """Return a view as Python reads it."""
+    top, left = map(_number, view[:2])
+    return f"View({top}, {left}, {view.mirror}, {view.turns})" if view.mirror or view.turns else f"({top}, {left})"
+
+
+def _number(value: Fraction) -> str:
+    """Return a fraction as Python reads it; Views turns the float 2/3 into Fraction(2, 3) again."""
+    return str(value) if value.denominator <= 1000 else repr(value)
 
 
 def _fraction(value: Number, what: str) -> Fraction:

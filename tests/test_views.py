@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -13,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import oracle
 from cropvote import CropVoteError, Views, five_crop, hflip, repeat_targets, split_views, ten_crop, vote
-from cropvote.views import d4, grid
+from cropvote.views import View, d4, grid
 from strategies import Spec, maps, quick, scale_pairs, scales, sides, specs, thorough
 
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -352,3 +355,22 @@ def test_a_map_that_is_not_4_d_is_refused(shape: tuple[int, ...]) -> None:
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(CropVoteError):
         split_views(torch.zeros(2, 3, 8, 8), ten_crop(), layout="CHWN")  # type: ignore[arg-type]
+
+
+WRITTEN = [
+    ten_crop(), ten_crop(2 / 3), ten_crop((1, 0.7)), ten_crop(1), five_crop().aligned(4), hflip(), d4(),
+    grid(2, 3, mirror=True), grid(1, 3, scale=Fraction(1, 1234)), ten_crop().take([4, 9]), hflip().take([1]),
+    Views([View(Fraction(1, 2), Fraction(0), True, 1), (0, 1 / 3)], scale=0.5, stride=4),
+    Views([(0, 0)], scale=1, stride=3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("views", WRITTEN, ids=repr)
+def test_repr_and_files_give_the_same_views(views):
+    names = {one.__name__: one for one in (Views, View, Fraction, ten_crop, five_crop, hflip, d4)}
+    assert eval(repr(views), names) == views  # noqa: S307
+    stream = io.BytesIO()
+    torch.save(views, stream)
+    stream.seek(0)
+    assert torch.load(stream, weights_only=True) == views
+    assert pickle.loads(pickle.dumps(views)) == copy.deepcopy(views) == views

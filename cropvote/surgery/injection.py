@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._torch import is_in_backward, is_jit_tracing
 from ..call import Call, call_by, check_splits_ran, current, cut_views, running, vote_output
-from ..cuts import Cuts
+from ..cuts import Cuts, parts_of
 from ..errors import CropVoteError, RowsError, SiteError, SurgeryError, ViewsError
 from ..images import INPUT, first_tensor, map_first_tensor
 from ..layouts import Layout, Tokens, token_count
@@ -119,6 +119,13 @@ class Injection:
                 f"and the two are in different modes: use copy.deepcopy.",
             )
         return root.training
+
+    def __repr__(self) -> str:
+        """Return the sites and the settings that differ from the defaults, as ``repr(model)`` shows them."""
+        defaults = vars(Settings(views=self.settings.views))
+        changed = {k: v for k, v in vars(self.settings).items() if not k.startswith("_") and v != defaults[k]}
+        options = {"after": dict(zip(self.sites, parts_of(self.settings.views), strict=True)), **changed}
+        return f"cropvote: {', '.join(f'{name}={value!r}' for name, value in options.items())}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model, which a copy finds for itself, and without what only this process needs."""

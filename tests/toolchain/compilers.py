@@ -1,10 +1,8 @@
-"""Compilers and exporters."""
+"""Compilers and tracers."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import warnings
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import torch
 from torch import nn
 
 import networks
-import oracle
 from cropvote import CropVoteLoss, inject_crop_vote, remove_crop_vote, settings
 from toolchain.table import SIDE, TARGETS, Split, agree, expected, images, tool, voting
 
@@ -82,36 +79,6 @@ def _(path: Path, split: Split) -> None:
     model = torch._inductor.aoti_load_package(package)
     for count in (2, 7):
         agree(model(images(count)), expected(split, count), 1e-4)
-
-
-@tool("ONNX", "`torch.onnx.export(dynamo=True)`, dynamic batch, run in ONNX Runtime with 1, 2 and 7 images")
-def _(path: Path, split: Split) -> None:
-    import onnxruntime
-
-    batch = {0: torch.export.Dim("batch", min=1, max=64)}
-    first = Split("a Sequential's first module", "0", (("0", oracle.ten_views),))
-    for make, where in ((networks.fer, split), (networks.plain, first)):
-        file = path / "model.onnx"
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # the exporter's own deprecations
-            torch.onnx.export(
-                voting(where, make), (images(2),), file, dynamo=True, dynamic_shapes=(batch,), input_names=["images"]
-            )
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        for count in (1, 2, 7):
-            found = session.run(None, {"images": images(count).numpy()})[0]
-            agree(torch.from_numpy(found), expected(where, count, make), 1e-4)
-
-
-@tool("OpenVINO", "from a `torch.export` program, dynamic batch, float32, with 1, 2 and 7 images", slow=True)
-def _(_path: Path, split: Split) -> None:
-    import openvino
-
-    batch = {0: torch.export.Dim("batch", min=1, max=64)}
-    program = torch.export.export(voting(split), (images(2),), dynamic_shapes=(batch,))
-    compiled = openvino.compile_model(openvino.convert_model(program), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    for count in (1, 2, 7):
-        agree(torch.from_numpy(compiled(images(count).numpy())[0]), expected(split, count), 1e-4)
 
 
 @tool("torch.jit.trace", "any batch size; settings are frozen")
