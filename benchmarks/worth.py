@@ -4,6 +4,7 @@
     python benchmarks/worth.py next --data fer2013.npz --width 16 --budgets 6.5 13 26
     python benchmarks/worth.py next --task cifar10 --data cifar10_jpeg.npz --device cuda
     python benchmarks/worth.py next --task finetune --data cifar10_jpeg.npz --budgets 6 12
+    python benchmarks/worth.py next --task longest --width 64 --budgets 320 --data fer2013.npz --device cuda
     python benchmarks/worth.py list                                                  list the done and missing runs
 
 Work is counted in epochs of the plain network: for every network, a budget of 40 is the multiply-adds of 40 plain
@@ -157,6 +158,9 @@ def run_next(options: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * options.minutes
     torch.backends.cudnn.benchmark = True
     task = TASKS[options.task](options.data, options.width, options.limit)
+    task.teachers = options.teachers
+    families = [[arm for arm in arms if task.teachers or not arm.last.distil] for arms in task.families]
+    task.families = [arms for arms in families if arms]
     chosen = [task.families[i] for i in options.families] if options.families else task.families
     if options.arms:
         chosen = [arms for arms in ([a for a in family if a.name in options.arms] for family in chosen) if arms]
@@ -185,6 +189,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--families", type=int, nargs="+", help="indices of the task's families of runs, from 0")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="run only the arms with these names")
+    parser.add_argument(
+        "--teachers",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="weights from --runs whose mean is half of the target, for runs that distil",
+    )
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after this time; an unfinished run is lost")
     parser.add_argument("--results", default=str(STORED), metavar="FILE")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "worth"), metavar="FOLDER")

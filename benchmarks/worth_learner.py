@@ -8,15 +8,19 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cropvote import CropVoteLoss, Views, hflip, vote
-from worth_tasks import Network, Task, rows_of
+from worth_tasks import Network, Task, rows_of  # before batches: it adds examples/fer48 to the path
+
+from batches import Strengths, erase  # isort: skip
 
 #: Subsets of the views, as indices into ten_crop() or five_crop().
 FEW = {"centre": [4], "centre + mirror": [4, 9], "five crops": [0, 1, 2, 3, 4]}
@@ -47,6 +51,7 @@ class Learner:
         self.shares = torch.zeros(steps, device=device)  # mixup: the image's own share, by step
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.averaged = [t.detach().clone() for t in self._floats()] if task.average else []
+        self.teachers = [teacher_of(task, path).to(device).to(memory_format=layout) for path in task.teachers]
         self.total = torch.zeros((), device=device)
         self.steps: dict[Network, list[Callable[[], Any]]] = {}
         self.pool: Any = None
@@ -63,7 +68,8 @@ class Learner:
         drawn = itertools.combinations(range(len(views)), count)
         return [{**dict(first), site: views.take(some)} for some in drawn]
 
-    def step(self, sites: dict[str, Views], batch: int, teach: float = 0.0) -> None:
+    def step(self, sites: dict[str, Views], network: Network) -> None:
+        batch = network.batch
         self.rate.copy_(self.rates.index_select(0, self.at).squeeze())  # nothing here may synchronise with the device
         rows = self.order.index_select(0, self.at * batch + torch.arange(batch, device=self.device))
         self.at += 1
@@ -75,11 +81,16 @@ class Learner:
             share = self.shares.index_select(0, self.at - 1)
             x, shares = x.lerp(x.roll(1, 0), 1 - share), self.sure.index_select(0, labels)
             labels = shares.lerp(shares.roll(1, 0), 1 - share)
+        if network.distil:
+            told = self.told(x, network.sites)
+            own = labels if labels.is_floating_point() else self.sure.index_select(0, labels)
+            labels = own.lerp(told, network.distil)
+        erased = Strengths(erase=network.erase)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda, cache_enabled=False):
-            found = rows_of(self.stages, x, sites)
+            found = rows_of(self.stages, x, sites, lambda views: erase(views, erased, 0.0) if erased.erase else views)
             loss = self.loss(found, labels)
-        if teach:
-            loss = loss + teach * divergence(found.unflatten(0, (batch, -1)).float())
+        if network.teach:
+            loss = loss + network.teach * divergence(found.unflatten(0, (batch, -1)).float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -87,26 +98,34 @@ class Learner:
         if self.averaged:
             torch._foreach_lerp_(self.averaged, self._floats(), 1 - self.task.average)
 
+    @torch.no_grad()
+    def told(self, x: Tensor, sites: dict[str, Views]) -> Tensor:
+        """Return the teachers' probabilities, (n, k): of the mean logits of their centre views and mirror images."""
+        two = {site: views.take(FEW["centre + mirror"]) if len(views) == 10 else views for site, views in sites.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda, cache_enabled=False):
+            logits = torch.stack([rows_of(self.task.stages(teacher), x, two) for teacher in self.teachers])
+        return logits.float().mean(0).unflatten(0, (len(x), -1)).mean(1).softmax(1)
+
     def prepare(self, network: Network) -> list[Callable[[], Any]]:
         """Return a network's training steps, one for each draw of its views."""
         if network in self.steps:
             return self.steps[network]
         choices = self.choices(network)
         if not self.cuda:
-            self.steps[network] = [lambda s=s: self.step(s, network.batch, network.teach) for s in choices]
+            self.steps[network] = [lambda s=s: self.step(s, network) for s in choices]
             return self.steps[network]
         kept = self.state()
         stream, graphs = torch.cuda.Stream(), []
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(4):
-                self.step(choices[0], network.batch, network.teach)
+                self.step(choices[0], network)
             for sites in choices:
                 graph = torch.cuda.CUDAGraph()
                 self.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.synchronize()
                 graph.capture_begin(pool=self.pool)
-                self.step(sites, network.batch, network.teach)
+                self.step(sites, network)
                 graph.capture_end()
                 self.pool = self.pool or graph.pool()
                 graphs.append(graph)
@@ -179,6 +198,13 @@ class Learner:
         if self.averaged:
             torch._foreach_copy_(self.averaged, self._floats())
         self.restore([*(t.clone() for t in self.model.state_dict().values()), *(t.clone() for t in self.averaged)])
+
+
+def teacher_of(task: Task, path: Path) -> nn.Module:
+    """Return a network of the task with the weights that worth.py stored."""
+    model = task.make()
+    model.load_state_dict({name: tensor.to(model.state_dict()[name].dtype) for name, tensor in load_file(path).items()})
+    return model.eval().requires_grad_(False)
 
 
 def divergence(views: Tensor) -> Tensor:

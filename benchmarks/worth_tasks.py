@@ -37,13 +37,17 @@ NAMED: dict[str, Callable[[], Views]] = {
 class Network:
     """Where a network splits in training ("none" or "layer1=hflip,layer3=five", for example), and into how many views.
 
-    ``teach`` weights an extra loss: the divergence of each view from the mean of its sample's views.
+    ``teach`` weights an extra loss: the divergence of each view from the mean of its sample's views. ``erase`` is the
+    probability that a view loses a rectangle. ``distil`` is the share of the targets that comes from the task's
+    teachers.
     """
 
     after: str = "none"
     train_views: int | None = None
     batch: int = 128
     teach: float = 0.0
+    erase: float = 0.0
+    distil: float = 0.0
 
     @property
     def sites(self) -> dict[str, Views]:
@@ -54,7 +58,8 @@ class Network:
     @property
     def name(self) -> str:
         name = self.after if self.train_views is None else f"{self.after}:{self.train_views}"
-        return f"{name} teach {self.teach:g}" if self.teach else name
+        options = {"teach": self.teach, "erase": self.erase, "distil": self.distil}
+        return " ".join([name, *(f"{option} {value:g}" for option, value in options.items() if value)])
 
 
 PLAIN = Network()
@@ -72,8 +77,8 @@ class Arm:
         return self.first.name if self.first == self.last else f"late {self.last.name}"
 
 
-def always(after: str, train_views: int | None = None, batch: int = 128, teach: float = 0.0) -> Arm:
-    network = Network(after, train_views, batch, teach)
+def always(after: str, train_views: int | None = None, batch: int = 128, **more: float) -> Arm:
+    network = Network(after, train_views, batch, **more)
     return Arm(network, network)
 
 
@@ -95,6 +100,7 @@ class Task:
     smoothing: float
     mixup: float = 0.0  # both parameters of mixup's Beta distribution
     average: float = 0.0  # decay of the averaged weights, which are then scored
+    teachers: list[Path] = field(default_factory=list)  # the weights of networks of this task, without views
     told: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,7 +140,12 @@ def longest(data: str, width: int, limit: int | None) -> Task:
     """Return FER2013 with a recipe like those above 73 %: SGD, stronger augmentation, mixup, averaged weights."""
     task = fer2013(data, width, limit)
     how = dataclasses.replace(recipe("fer2013", data=data), shift=0.1, erase=0.5, erased=0.2)
-    families = [[always("layer1=ten", 2)], [always("none")]]
+    families = [
+        [always("layer1=ten", 2)],
+        [always("none")],
+        [always("layer1=ten", 2, erase=0.5)],
+        [always("layer1=ten", 2, distil=0.5)],
+    ]
     return dataclasses.replace(
         task, name="longest", alter=lambda x: augment(x, how), families=families,
         sgd=True, rate=0.1, decay=5e-4, mixup=0.2, average=0.999,
@@ -225,14 +236,19 @@ TASKS = {
 }
 
 
-def rows_of(stages: dict[str, Callable[[Tensor], Tensor]], x: Tensor, sites: dict[str, Views]) -> Tensor:
-    """Return the network's predictions for every view, (n, ...) -> (n v, k)."""
+def rows_of(
+    stages: dict[str, Callable[[Tensor], Tensor]],
+    x: Tensor,
+    sites: dict[str, Views],
+    alter: Callable[[Tensor], Tensor] = lambda views: views,
+) -> Tensor:
+    """Return the network's predictions for every view, (n, ...) -> (n v, k); ``alter`` changes the views."""
     if "input" in sites:
-        x = split_views(x, sites["input"])
+        x = alter(split_views(x, sites["input"]))
     for name, stage in stages.items():
         x = stage(x)
         if name in sites:
-            x = split_views(x, sites[name])
+            x = alter(split_views(x, sites[name]))
     return x
 
 

@@ -40,7 +40,9 @@ def test_the_earliest_site_within_the_budget(budget):
     *_, wanted = (row for row in fitting if (row.ratio, row.shape) == (first.ratio, first.shape))  # bn1, relu
     found = suggest_site(model, 48, **budget)
     assert (found.site, found.cost) == (wanted.site, wanted)
-    assert found.reason.startswith("the earliest site that costs at most")
+    assert found.reason.startswith(f"{found.site!r} is the earliest site that costs at most")
+    coincide = f"only {found.cost.distinct} of the 10 views differ"
+    assert (coincide in found.reason) == (found.cost.distinct < 10)
 
 
 def test_no_site_is_suggested_if_the_views_agree_after_it():
@@ -49,6 +51,10 @@ def test_no_site_is_suggested_if_the_views_agree_after_it():
     with pytest.raises(SiteError, match=r"CV151.*blocks\.1"):
         suggest_site(vit, 96, max_macs_ratio=2.4)
     assert suggest_site(vit, 96, max_macs_ratio=3.5).site == "blocks.1"
+
+
+def test_views_that_coincide_are_named():
+    assert "only 8 of the 10 views differ" in suggest_site(networks.tokens(), 48, max_macs_ratio=99).reason
 
 
 def test_a_map_and_its_tokens_count_as_one_place():

@@ -81,7 +81,9 @@ def suggest_site(
         raise SiteError("CV151", _none_fits(type(model).__name__, asked, budget, costlier, len(views)))
     site, cost = found
     before = f"; {costlier[-1].site!r}, before it, has {_format_cost(costlier[-1])}" if costlier else ""
-    reason = f"the earliest site that costs at most {asked}: it has {_format_cost(cost)}{before}"
+    reason = f"{site!r} is the earliest site that costs at most {asked}: it has {_format_cost(cost)}{before}"
+    if cost.distinct < len(views):
+        reason += f"; on so small a map only {cost.distinct} of the {len(views)} views differ"
     if len(cost.shape) == 2 and any(view.mirror for view in views.entries):
         reason += (
             "; where attention does not see the order of tokens, their mirror images say the same: see five_crop()"

@@ -102,8 +102,8 @@ def relight(x: Tensor, how: Strengths) -> Tensor:
     return (grey + (x - grey) * factor(x, how.saturation)).clamp(0, 1)
 
 
-def erase(x: Tensor, how: Strengths) -> Tensor:
-    """Fill a rectangle inside the face with middle grey, with probability ``erase``; (n, c, H, W) -> the same."""
+def erase(x: Tensor, how: Strengths, fill: float = 0.5) -> Tensor:
+    """Fill a rectangle inside the face, middle grey, with probability ``erase``; (n, c, H, W) -> the same."""
     n, height, width = len(x), *x.shape[-2:]
     area, tall = uniform(x, min(0.02, how.erased), how.erased), torch.exp(uniform(x, -1, 1) * math.log(3) / 2)
     high, wide = ((area.sqrt() * tall).clamp(max=1) * height, (area.sqrt() / tall).clamp(max=1) * width)
@@ -112,7 +112,7 @@ def erase(x: Tensor, how: Strengths) -> Tensor:
     inside_rows = (row >= top.view(n, 1)) & (row < (top + high).view(n, 1))
     inside_columns = (column >= left.view(n, 1)) & (column < (left + wide).view(n, 1))
     hit = (uniform(x, 0, 1) < how.erase).view(n, 1, 1, 1)
-    return x.masked_fill(inside_rows.view(n, 1, height, 1) & inside_columns.view(n, 1, 1, width) & hit, 0.5)
+    return x.masked_fill(inside_rows.view(n, 1, height, 1) & inside_columns.view(n, 1, 1, width) & hit, fill)
 
 
 def factor(x: Tensor, strength: float) -> Tensor:
