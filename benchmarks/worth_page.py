@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Study:
     size: int
     make: Callable[[], nn.Module]
     rows: list[tuple[str, str, str]]  # the arm, the way to predict, the label
+    blocks: int | None = None  # of a CIFAR ResNet's stage
 
     def lines(self, budget: float | None = None) -> dict[tuple[str, int], Line]:
         """Return the runs of a budget by arm and seed; repeats of a seed are left to :func:`noise`."""
@@ -49,7 +51,7 @@ class Study:
 
     def all(self) -> list[Line]:
         mine = [line for line in stored() if line["task"] == self.task and "again" not in line]
-        return [line for line in mine if line.get("width", WIDTH) == WIDTH]
+        return [line for line in mine if line.get("width", WIDTH) == WIDTH and line.get("blocks") == self.blocks]
 
     def seeds(self, arm: str, budget: float | None = None) -> list[int]:
         return sorted(seed for name, seed in self.lines(budget) if name == arm)
@@ -68,7 +70,7 @@ FACES = Study(
         ("late input=hflip,layer3=five", "ten views", "plain, then mirrored input and crops after `layer3`"),
     ],
 )  # fmt: skip
-OUTSIDE = "input=hflip,layer2=five 7/8"
+OUTSIDE, UNALIGNED = "input=hflip,layer2=five 7/8", "input=hflip,layer2=five:2"
 PICTURES = Study(
     "cifar10", 30, 10000, 32, cifar.CifarResNet,
     [
@@ -80,6 +82,7 @@ PICTURES = Study(
         (OUTSIDE, "ten views", "mirrored input and crops after `layer2`, ten views a step"),
         (f"late {OUTSIDE}", "ten views", "plain, then the same for the last quarter"),
     ],
+    blocks=3,
 )  # fmt: skip
 TUNED = Study(
     "finetune", 6, 10000, 32, cifar.CifarResNet,
@@ -88,11 +91,15 @@ TUNED = Study(
         ("none", "mirrored input", "**plain, averaged with the mirrored input**"),
         (f"{OUTSIDE}:2", "centre + mirror", "mirrored input, aligned crops, two views a step; predicts with two"),
         (f"{OUTSIDE}:2", "ten views", "the same; predicts with ten"),
-        ("input=hflip,layer2=five:2", "ten views", "the same with crops that are not aligned; predicts with ten"),
+        (UNALIGNED, "ten views", "the same with crops that are not aligned; predicts with ten"),
         (f"late {OUTSIDE}", "ten views", "plain, and aligned crops in the last quarter; predicts with ten"),
         ("layer1=ten", "ten views", "ten views after `layer1`, the mirror inside"),
     ],
+    blocks=3,
 )  # fmt: skip
+DEEPER = dataclasses.replace(
+    TUNED, make=lambda: cifar.CifarResNet(9), rows=[row for row in TUNED.rows if row[0] != UNALIGNED], blocks=9
+)
 LINES = {
     MIRRORED: ("plain, averaged with the mirrored input", "#444444"),
     ("layer1=ten:2", "ten views"): ("two of ten views a step, predicts with ten", "#2f6db0"),
@@ -161,15 +168,17 @@ def short_table() -> str:
     return table(FACES, "PrivateTest, %", rows=6, tests=False)
 
 
-def tuned() -> str:
-    """Return the table of docs/guides/fine-tuning.md, with its caption."""
-    one = TUNED.lines()["none", 0]
+def tuned(study: Study = TUNED) -> str:
+    """Return a table of docs/guides/fine-tuning.md, with its caption."""
+    one = study.lines()["none", 0]
+    task = "finetune" if study.blocks == 3 else "finetune56"
     return (
-        f"{table(TUNED, 'test, %')}\n\n"
-        f"ResNet-20, trained by others on CIFAR-10's original pictures, fine-tuned on 10,000 JPEGs of them for the "
-        f"multiply-adds of {TUNED.budget:g} plain epochs, and scored on the 10,000 test pictures; mean ± sd of seeds "
-        f"{', '.join(map(str, TUNED.seeds('none')))}; p of McNemar's exact test; torch {one['versions']['torch']}, "
-        f"CPU. Made by `python benchmarks/worth.py next --task finetune --budgets {TUNED.budget:g}`."
+        f"{table(study, 'test, %')}\n\n"
+        f"ResNet-{6 * (study.blocks or 0) + 2}, trained by others on CIFAR-10's original pictures, fine-tuned on "
+        f"10,000 JPEGs of them for the multiply-adds of {study.budget:g} plain epochs, and scored on the 10,000 test "
+        f"pictures; mean ± sd of seeds {', '.join(map(str, study.seeds('none')))}; p of McNemar's exact test; torch "
+        f"{one['versions']['torch']}, CPU. Made by `python benchmarks/worth.py next --task {task} --budgets "
+        f"{study.budget:g}`."
     )
 
 
