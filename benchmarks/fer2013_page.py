@@ -29,12 +29,13 @@ TITLES = {
 #: What a reader should know beside a list's figures.
 SAID = {
     "full": [
-        "**What to do: if you train all networks for the same epochs anyway, vote, and ask for centre and mirror",
-        "(1.28 of the plain network's work) or for all ten.** Ten views after `layer1` are significantly ahead of",
-        "the plain network (p below 0.0001) and of its mirrored input (p 0.022 and 0.0029) in both seeds. But a",
-        "voting network trains for more multiply-adds than the plain one in the same epochs: [equal",
-        "work](#equal-work) is above. Centre and mirror come within 0.35 points of ten views; going on to ten views",
-        "only where they are unsure adds nothing. Our aims, 0.2 points and 73.3 % on PrivateTest, were not reached.",
+        "**What to do: if you train all networks for the same number of epochs anyway, vote, and predict with centre",
+        "and mirror (1.28 of the plain network's work) or with all ten views.** Ten views after `layer1` are",
+        "significantly ahead of the plain network (p below 0.0001) and of the plain network with its mirrored input",
+        "(p 0.022 and 0.0029) in both seeds. But a voting network needs more multiply-adds than the plain one for the",
+        "same number of epochs: see [equal work](#equal-work) above. Centre and mirror come within 0.35 points of ten",
+        "views; going on to ten views only where they are unsure adds nothing. Our aims, to come within 0.2 points of",
+        "ten views and to reach 73.3 % on PrivateTest, were not met.",
         "A third seed, the paper's own recipe and the other sites were not run.",
         "",
     ],
@@ -55,13 +56,13 @@ def write() -> None:
         *folded(
             "How it was measured",
             [
-                "Made by `benchmarks/fer2013.py`. Networks learn from Training; PublicTest chooses epoch,",
-                "confidence, views; PrivateTest is only scored. Figures are in %, mean ± standard deviation over the",
+                "Made by `benchmarks/fer2013.py`. Networks train on Training; epoch, confidence and views are chosen",
+                "on PublicTest; PrivateTest is only scored. Figures are in %, mean ± standard deviation over the",
                 "seeds; the same seed gives every network the same initial weights and order of faces. *Without",
                 "copies*: without the test faces that are, pixel for pixel, among the training or validation faces.",
                 "*won : lost*: the faces that only this network, or only the other one of the same seed, gets right;",
                 "p: McNemar's exact test, seed by seed. Several runs shared the GPU, so rates and minutes do not",
-                "measure speed: [speed](speed.md) does. (A check of a model once seeded the GPU with 0. These runs",
+                "measure speed: [speed](speed.md) does. (An earlier check of models seeded the GPU with 0. These runs",
                 "were not affected: the examples seed all devices after the model is made, and no check runs later.)",
             ],
         ),
@@ -81,7 +82,7 @@ def write() -> None:
                 figure.savefig(FIGURES / f"fer2013_{stem}.svg", metadata={"Date": None})
                 drawn += [f"![{text}](figures/fer2013_{stem}.svg)", ""]
         if drawn:
-            lines += folded("Pictures: accuracy over multiply-adds and number of views, calibration", drawn)
+            lines += folded("Pictures: accuracy against multiply-adds and number of views; calibration", drawn)
         if name == "full":
             lines += tuning(stored.get(TUNING, []))
     PAGE.write_text("\n".join(lines))
@@ -93,9 +94,9 @@ def tuning(found: list[Found]) -> list[str]:
         return []
     one = found[0]
     return folded("How the recipe was chosen", [
-        f"The plain network, {one['learnt_epochs']} epochs, one seed, by PublicTest alone, beside the paper's "
+        f"The plain network, {one['learnt_epochs']} epochs, one seed, by PublicTest alone, on top of the paper's "
         f"augmentations and mirroring (`python benchmarks/fer2013.py tune`; {one['versions']['device']}). The best one "
-        "is the recipe, for every network.", "",
+        "became the recipe for every network.", "",
         "| recipe | options | PublicTest, best epoch | mean of the last five |", "|---|---|---:|---:|",
         *(line(row["variant"], f"`{row['options']}`" if row["options"] else "–",
                *(f"{100 * row['epochs'][key]:.1f}" for key in ("best", "last_five"))) for row in found),
@@ -152,8 +153,8 @@ def rows_of(runs: list[Found]) -> dict[tuple[str, str], list[Found]]:
 
 def accuracy(grouped: list[Group]) -> list[str]:
     lines = [
-        "| network | asked | vote | GMACs a face | PrivateTest | without copies | won : lost (p) against plain "
-        "| against plain, mirror image averaged |",
+        "| network | predicts with | vote | GMACs a face | PrivateTest | without copies | won : lost (p) against plain "
+        "| won : lost (p) against plain + mirror |",
         "|---|---|---|---:|---:|---:|---|---|",
     ]
     for site, runs in grouped:
@@ -194,7 +195,7 @@ def short_table(runs: list[Found]) -> str:
         f"every network; {one['faces']:,} faces of PrivateTest, scored once; mean ± sd of seeds {seeds}. Won : lost, "
         "for each seed: the faces that only this network, or only the plain one, gets right (p of McNemar's exact "
         f"test). Made by `python benchmarks/fer2013.py` with torch {one['versions']['torch']} on one "
-        f"{one['versions']['device'].removeprefix('cuda: ')}; all of it: [results](results.md).",
+        f"{one['versions']['device'].removeprefix('cuda: ')}; full tables: [results](results.md).",
     ]
     return "\n".join(lines)
 
@@ -202,7 +203,7 @@ def short_table(runs: list[Found]) -> str:
 def training(grouped: list[Group]) -> list[str]:
     """Return the table of training time and of the expected calibration error, of one view and of the vote."""
     lines = [
-        "| network | training, faces / s | minutes | memory of a training face, MiB | calibration error, one view "
+        "| network | training, faces / s | minutes | training memory per face, MiB | calibration error of one view "
         "| of the soft vote |",
         "|---|---:|---:|---:|---:|---:|",
     ]
@@ -223,8 +224,8 @@ def views(grouped: list[Group]) -> list[str]:
     voting = [(site, runs) for site, runs in grouped if site != "none"]
     sizes = range(1, 11)
     lines = [
-        "Views added one by one, each time the one that helps most on PublicTest; accuracy on PrivateTest by their",
-        "number (views 0–4 are crops, 4 the centre; 5–9 the same of the mirrored map):",
+        "Views are added one by one, each time the one that helps most on PublicTest. The table shows accuracy on",
+        "PrivateTest by number of views (0–4 are crops, 4 the centre; 5–9 the same crops of the mirrored map):",
         "",
         f"| network | {' | '.join(map(str, sizes))} | order, by seed |",
         f"|---|{'---:|' * len(sizes)}---|",
@@ -309,5 +310,5 @@ def draw_reliability(axes: Axes, grouped: list[Group]) -> None:
 PICTURES: list[tuple[str, Callable[[Axes, list[Group]], None], str]] = [
     ("cost", draw_cost, "Accuracy against multiply-adds of every network, by the number of views."),
     ("views", draw_views, "Accuracy by the number of views."),
-    ("reliability", draw_reliability, "Reliability diagram: how often a class of that probability is right."),
+    ("reliability", draw_reliability, "Reliability diagram: how often a prediction with a given probability is right."),
 ]

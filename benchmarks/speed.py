@@ -153,8 +153,8 @@ def page(stored: dict[str, Any], more: list[str]) -> str:
         Made by `python benchmarks/speed.py`: the paper's network (11.2 M parameters, images 48×48, seven classes),
         with the same weights in every row, on random images. The networks take turns. Milliseconds per batch are
         medians. In each round we divide a network's time by the plain network's; the table gives the median ratio
-        and its quartiles. `GMACs / plain` are the multiply-adds relative to the plain network's. A time may be
-        lower than its work, since a larger batch of smaller maps often runs more efficiently."""
+        and its quartiles. `GMACs / plain` are the multiply-adds relative to the plain network's. A network's
+        time ratio may be below its GMACs ratio, since a larger batch of smaller maps often runs more efficiently."""
     lines += folded("How it was measured", wrapped(how))
     for result in stored.values():
         lines += [f"## {result['machine']}", "", f"{result['versions']}; batch {result['batch']}, {result['rounds']} "

@@ -230,18 +230,18 @@ def section() -> list[str]:
     lines = [
         "## Images a second", "",
         *wrapped("""
-            **On a GPU, measure with large batches.** With a small batch a fast GPU waits for the CPU, on the plain
-            network in particular, which makes the vote look cheaper than it is. Made by `python
+            **On a GPU, measure with large batches.** With a small batch a fast GPU waits for the CPU,
+            particularly when it runs the plain network, which makes the vote look cheaper than it is. Made by `python
             benchmarks/throughput.py`."""),
         "",
     ]  # fmt: skip
     how = """
         *fast*: bfloat16 autocast, channels_last, `torch.compile` and, on a GPU, a fused optimizer. *float32 eager*:
-        PyTorch's defaults, which means TF32 convolutions on a GPU. A training step is forward, backward, AdamW.
-        Each rate is shown with two upper limits, in images per second. *Work* is three times the multiply-adds at
-        the speed of a large matrix product of that precision; *bytes* is the data that training keeps, written and
-        read once, at copy speed. Limits and rates are measured minutes apart: on a shared machine, a rate may be
-        above its limit."""
+        PyTorch's defaults, which means TF32 convolutions on a GPU. A training step is forward, backward, AdamW. Each
+        rate is shown with two upper limits, in images per second. *Work* is three times the multiply-adds at the speed
+        of a large matrix product of that precision; *bytes* is the data that training keeps for the backward pass,
+        written and read once at copy speed. Limits and rates are measured minutes apart: on a shared machine, a rate
+        may be above its limit."""
     for name, found in stored.items():
         rates, cells = found["floors"], found["split"]
         mine = [
@@ -270,7 +270,7 @@ def section() -> list[str]:
                 f"{ratio} | {cost.gmacs / costs['none'].gmacs:.2f} | "
                 f"{_rate(work)} | {_rate(moved)} | {_rate(row['inference'])} | {peak_of} |"
             )
-        mine += ["", "The split alone, after `layer1`: time to copy the ten views over the time of the split:", "",
+        mine += ["", "The split alone, after `layer1`: time to copy the ten views as a share of the split's time:", "",
                   "| | forward | backward |", "|---|---:|---:|"]  # fmt: skip
         mine += [f"| {mode} | {one['forward']:.0%} | {one['backward']:.0%} |" for mode, one in cells.items()]
         lines += folded(f"{name}: all rates", [*mine, "", *_kernels(found.get("kernels"))])

@@ -114,7 +114,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     one = runs[0]
     config, chosen = one["config"], ", ".join(f"{run['confidence']:.2f}" for run in runs)
     data, seeds = Path(config["data"]).stem, ", ".join(str(run["config"]["seed"]) for run in runs)
-    timing = f"Time: beside all views, batch {BATCH}, median of {ROUNDS} rounds in turns."
+    timing = f"Time: relative to all views, batch {BATCH}, median of {ROUNDS} interleaved rounds."
     lines += [
         "",
         f"{data}, {one['scored']}: {one['faces']:,} faces; ten views after `{config['after']}`, width "

@@ -131,7 +131,7 @@ def card(
 ) -> str:  # fmt: skip
     """Return the model card in Markdown."""
     lines = [
-        "# A face-expression network, trained on FER2013 by this project", "",
+        "# A facial-expression network, trained on FER2013 by this project", "",
         f"`fer_resnet18` of width {line['width']} ({parameters:,} parameters, float16), "
         "voting over ten views after `layer1`. Seven classes: " + ", ".join(names) + ".", "",
         "**Data.** FER2013's Training faces, 28,709 grey pictures of 48×48 that a search engine found in 2013, labelled "
@@ -140,7 +140,7 @@ def card(
         f"**Training.** `python benchmarks/worth.py`, run `{line['run']}`: the work of {line['budget']:g} plain epochs, "
         f"the last quarter through two of ten views a step; AdamW; {line['device']}, torch {line['versions']['torch']}, "
         f"commit {line['commit']}. Chosen by PublicTest ({100 * line['accuracy']['val']['ten views']:.1f} %) among the "
-        "voting runs of that table.", "",
+        "voting runs of that script.", "",
         "**Accuracy** on the 3,589 faces of PrivateTest, in % with Wilson's 95 % interval:", "",
         "| views | all faces | without copies | recall: " + " | ".join(names) + " |",
         "|---|---|---|" + "---:|" * len(names),
@@ -152,8 +152,8 @@ def card(
         f"**Calibration.** The vote's expected calibration error is {errors[0]:.1f} points (ten bins); with its logits "
         f"divided by the temperature {heat:g} (chosen on PublicTest; in model.json) it is {errors[1]:.1f}.", "",
         "**Not for** deciding about people. A label is what annotators thought a face shows, not what the person felt; "
-        "the set leans to some ages, skins and cultures, and so does the network; coloured, large or turned faces were "
-        "not in it.", "",
+        "the set leans towards some ages, skin tones and cultures, and so does the network; coloured, large or turned "
+        "faces were not in it.", "",
         f"Scored with torch {torch.__version__}, Python {platform.python_version()}, on a CPU, by "
         "`python benchmarks/weights.py`.",
     ]  # fmt: skip

@@ -205,11 +205,11 @@ def section(figures: Path) -> list[str]:
     draw(figures / "worth.svg")
     return [
         "## Equal work", "",
-        "![Left: accuracy over training work, a line for each way to train. Right: accuracy over the work of a "
+        "![Left: accuracy against training work, one line per way to train. Right: accuracy against the work of a "
         "prediction.](figures/worth.svg)", "",
         *table(FACES, "PrivateTest, %").splitlines(), "", *wrapped(advice()), "",
         *folded("How it was measured", wrapped(conditions())),
-        "### Not faces", "",
+        "### Beyond faces", "",
         *table(PICTURES, "test, %").splitlines(), "", *wrapped(not_faces()), "",
         *folded("What did not help: the vote as a teacher, and a longer recipe", did_not_help()),
     ]  # fmt: skip
@@ -220,27 +220,27 @@ def advice() -> str:
     first = lambda arm, way, budget: f"{100 * accuracies(FACES, arm, way, budget)[0]:.1f}"  # noqa: E731
     centre = ahead(FACES, "layer1=ten:2", "centre", than=("none", "plain")).removeprefix("−")
     return f"""
-        **What to do: train the plain network and average it with its mirrored input. At equal training work, no
-        training through views is ahead of that, and ten views a step are far behind.** Two views a step come close at
-        {FACES.budget:g} epochs of work, as do views in the last quarter of a plain training. With twice that work (one
-        seed, 0) the plain network and its mirrored input go from {first(*MIRRORED, 60)} to {first(*MIRRORED, 120)} on
-        PrivateTest, two views a step from {first(*two, 60)} to {first(*two, 120)} (p = {p_values(FACES, *two, 120)}
-        between the two): if the lines cross, they cross there. Where a prediction must cost less than the plain
-        network's, the centre view alone is {centre} points behind it at 0.78 of its work; centre and mirror, at 1.28,
-        stand between plain and plain with its mirrored input, at 2."""
+        **What to do: train the plain network and average it with its mirrored input. At equal training work, no way of
+        training through views beats that, and ten views a step are far behind.** Two views a step come close at
+        {FACES.budget:g} epochs of work, and so does plain training with views in the last quarter. With twice that work
+        (one seed, 0) the plain network averaged with its mirrored input goes from {first(*MIRRORED, 60)} to
+        {first(*MIRRORED, 120)} on PrivateTest, two views a step from {first(*two, 60)} to {first(*two, 120)} (p =
+        {p_values(FACES, *two, 120)} between the two): if the lines cross, they cross there. If a prediction must cost
+        less than the plain network's, the centre view alone is {centre} points behind it at 0.78 of its work; centre
+        and mirror, at 1.28, lie between plain and plain averaged with its mirrored input, at 2."""
 
 
 def conditions() -> str:
     smaller = sorted({line["budget"] for line in FACES.all()} - {FACES.budget})
     return f"""
-        {facts()}. Every network learns for the multiply-adds of {FACES.budget:g} plain epochs (in the picture also of
-        {", ".join(f"{budget:g}" for budget in smaller)}): the views of a step decide how many epochs that is. *Work of
-        a prediction*: its multiply-adds over the plain network's. The last weights are scored; nothing was chosen by
-        PrivateTest. AdamW, a constant rate that falls to 0 over the last quarter of the work; batches of 128 faces, 64
-        or 32 with ten views. Mean ± standard deviation of the seeds; p: McNemar's exact test against the plain network
-        with its mirrored input, of the same seed. A GPU's sums are not repeatable: the same seed twice differs by up
-        to {noise():.1f} points. Not run: three views a step, two sites all the time, more seeds at 120 epochs, other
-        widths. Made by `python benchmarks/worth.py next`."""
+        {facts()}. Every network is trained for the multiply-adds of {FACES.budget:g} plain epochs (in the picture also
+        {", ".join(f"{budget:g}" for budget in smaller)}); the number of views per step decides how many epochs that is.
+        *Work of a prediction*: its multiply-adds relative to the plain network's. The last weights are scored; nothing
+        was chosen by PrivateTest. AdamW, a constant rate that falls to 0 over the last quarter of the work; batches of
+        128 faces, 64 or 32 with ten views. Mean ± standard deviation of the seeds; p: McNemar's exact test against the
+        plain network with its mirrored input, of the same seed. Sums on a GPU are not reproducible: two runs with the
+        same seed differ by up to {noise():.1f} points. Not run: three views a step, two sites throughout training, more
+        seeds at 120 epochs, other widths. Made by `python benchmarks/worth.py next`."""
 
 
 def not_faces() -> str:
@@ -259,12 +259,12 @@ def not_faces() -> str:
         pictures, {PICTURES.pictures:,} scored, seeds {", ".join(map(str, PICTURES.seeds("none")))} (ten views a step:
         {len(PICTURES.seeds("layer1=ten"))}); {one["device"]}. **The advice is the same.** With a third of the work, two
         views a step are {behind} points behind plain with its mirrored input. Crops aligned with the stride behind
-        `layer2`, two of five a step, reach {means[0]:.1f}, crops that are not {means[1]:.1f} (10 epochs of work, seeds
+        `layer2`, two of five a step, reach {means[0]:.1f} %, unaligned crops {means[1]:.1f} % (10 epochs of work, seeds
         {", ".join(map(str, both))}). **Another architecture:** timm's
         `mobilenetv3_small_100`, FER2013 at 96×96, 6 plain epochs of work on a CPU, one seed, PrivateTest: plain
         {mobile[0]:.1f}, with its mirrored input {mobile[1]:.1f}; two of ten views a step after `blocks.0`, predicting
         with ten, {mobile[2]:.1f}; plain, then mirrored input and crops of 2/3 for the last quarter,
-        {mobile[3]:.1f}. So short a training says little of a long one. Pretrained networks are the subject of
+        {mobile[3]:.1f}. Such a short training run says little about a long one. Pretrained networks are the subject of
         [fine-tuning](guides/fine-tuning.md) and [test time only](guides/test-time-only.md)."""
 
 
@@ -277,8 +277,8 @@ def did_not_help() -> list[str]:
     scores = {split: 100 * long["accuracy"][split]["ten views"] for split in ("val", "test")}
     first = f"""
         - **The vote as a teacher.** Each view also learns from the mean of its sample's views (KL divergence, weight 1;
-        two views a step after `layer1`): {", ".join(gains)} against the same without it, mean ± sd of three seeds. It
-        did not become an option."""
+        two views a step after `layer1`): {", ".join(gains)} against the same training without it, mean ± sd of three
+        seeds. We did not make it an option."""
     second = f"""
         - **A longer recipe.** SGD at 0.1, weight decay 5e-4, stronger shifts and erasing, mixup 0.2, averaged weights
         (0.999), two views a step, at the paper's width for the work of {long["budget"]:g} plain epochs, one seed:

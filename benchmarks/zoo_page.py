@@ -22,11 +22,11 @@ KINDS = {
     r"depends on the images by a path around": "inside a branch",
     r"is called \d+ times": "called more than once",
     r"is never called": "never called",
-    r"returns (tuple|list|dict|\w+); a site": "returns no single tensor",
+    r"returns (tuple|list|dict|\w+); a site": "does not return a single tensor",
     r"does not say of which grid": "tokens without a stated grid",
     r"cannot take the views": "the network behind it cannot take a map of the views' size",
-    r"a site returns a map|one map per sample": "no map",
-    r"no module named": "no module of that name",
+    r"a site returns a map|one map per sample": "not a map",
+    r"no module named": "no module with that name",
     r"the whole side|leaves nothing": "map too small",
     r"so which of them are height and width": "layout unclear",
 }
@@ -46,7 +46,7 @@ def page(stored: dict[str, Any], toolchain: str) -> str:
     return "\n".join(
         [
             *HEADER,
-            f"Versions: {seen}; of the plans over two sites: {of_plans}.",
+            f"Versions: {seen}. For plans over two sites: {of_plans}.",
             "",
             *summary(results),
             "",
@@ -62,18 +62,18 @@ HEADER = [
     "# Compatibility",
     "",
     "Made by `python benchmarks/zoo.py`. `inject_crop_vote` was tried at every entry of `feature_info` of one or two",
-    "models of every timm module, and at modules of every torchvision classifier and of six of transformers,",
+    "models of every timm module, and at modules of every torchvision classifier and of six Hugging Face models,",
     "with ten views and random weights. A site that does not work is refused with an error that says why and names the",
     "valid ones. A family's first model was also run on images: its votes were compared with the tests' oracle, and a",
-    "random sample of its modules was judged by noise (in place of a module's output, does it hide the image? do views",
-    "of noise pass?), neither of which shares code with the library.",
+    "random sample of its modules was tested with noise: does noise in place of their output hide the image, and",
+    "do views of noise pass through the rest? Neither test shares code with the library.",
     "",
 ]
 TOOLS_HEADER = [
     "## PyTorch's tools",
     "",
-    "Made from the table in `tests/toolchain/`; each row is a test that compares with an independent oracle, with a",
-    "split at one site and at two (`layer1` mirrored, `layer2` cropped) where the column says so.",
+    "Made from the table in `tests/toolchain/`; each row is a test that compares results with an independent oracle,",
+    "with a split at one site and, if the column says so, at two (`layer1` mirrored, `layer2` cropped).",
     "",
 ]
 
@@ -110,11 +110,11 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
         f"| families with two working sites, tried with a plan over them (mirrored, later cropped) | {len(plans)} |",
         f"| of these, working | {len(ran)} |",
         f"| largest relative error of their votes against the oracle | {max(ran, default=0):.0e} |",
-        f"| sites among them behind which all views say the same (the last attention of a class token) | {alike} |",
-        f"| modules judged by noise as well | {points['modules']} |",
-        f"| true sites among them, by noise | {points['true sites']} |",
+        f"| sites after which all views say the same (after the last attention of a class-token model) | {alike} |",
+        f"| modules also tested with noise | {points['modules']} |",
+        f"| valid sites among them, according to noise | {points['true sites']} |",
         f"| of these, accepted | {points['true sites'] - missed} ({rate(points['true sites'], missed)}) |",
-        f"| accepted, but no true site by noise | {invented} |",
+        f"| accepted, but not a valid site according to noise | {invented} |",
     ]
 
 

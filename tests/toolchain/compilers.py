@@ -14,7 +14,7 @@ from cropvote import CropVoteLoss, inject_crop_vote, remove_crop_vote, settings
 from toolchain.table import SIDE, TARGETS, Split, agree, expected, images, tool, voting
 
 
-@tool("torch.compile", "`fullgraph=True, dynamic=True`, compiled after the injection; settings changed later are seen")
+@tool("torch.compile", "`fullgraph=True, dynamic=True`, compiled after the injection; later changes of settings work")
 def _(_path: Path, split: Split) -> None:
     model = voting(split)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -28,7 +28,7 @@ def _(_path: Path, split: Split) -> None:
 
 @tool(
     "torch.compile before the injection",
-    "the compiled model sees the injection into the model inside, and its removal; injecting into the wrapper raises",
+    "the compiled model follows injection into and removal from the model inside; injecting into the wrapper raises",
 )
 def _(_path: Path, split: Split) -> None:
     model = networks.fer()
@@ -59,7 +59,7 @@ def _(_path: Path, split: Split) -> None:
         agree(one.grad, other.grad, 1e-3)
 
 
-@tool("torch.export", "strict and not, dynamic batch; settings are frozen as they were at the export")
+@tool("torch.export", "strict and non-strict, dynamic batch; settings are frozen at the export")
 def _(_path: Path, split: Split) -> None:
     for strict in (True, False):
         model = voting(split)

@@ -23,7 +23,7 @@ from toolchain.table import (
 )
 
 
-@tool("DataParallel", "replicas vote, each on its share")
+@tool("DataParallel", "each replica votes on its share of the batch")
 def _(_path: Path, split: Split) -> None:
     model = voting(split)
     for replica in (model._replicate_for_data_parallel(), nn.DataParallel(model)):
@@ -35,12 +35,12 @@ def _(_path: Path, split: Split) -> None:
         agree(replica(images()), expected(split))
 
 
-@tool("DistributedDataParallel", "two processes: the gradients of one process with the whole batch")
+@tool("DistributedDataParallel", "two processes give the gradients of one process with the whole batch")
 def _(path: Path, split: Split) -> None:
     agree_all(_two_processes(_ddp, path, split), oracle_gradients(split))
 
 
-@tool("FSDP2 fully_shard", "two processes, sharded after the injection: the gradients of one process")
+@tool("FSDP2 fully_shard", "two processes, sharded after the injection, give the gradients of one process")
 def _(path: Path, split: Split) -> None:
     agree_all(_two_processes(_fsdp, path, split), oracle_gradients(split))
 

@@ -57,7 +57,7 @@ def _(_path: Path) -> None:
     assert len(plain) > 5
 
 
-@tool("torch.utils.checkpoint", "of the front, the site and the tail, reentrant and not")
+@tool("torch.utils.checkpoint", "of the front, the site and the tail, reentrant and non-reentrant")
 def _(_path: Path, split: Split) -> None:
     for reentrant in (False, True):
         for name in ("layer1", "layer2", "layer3"):
@@ -76,7 +76,7 @@ def _checkpointed(module: nn.Module, reentrant: bool) -> None:
         child.forward = forward
 
 
-@tool("timm's set_grad_checkpointing", "on before or after the injection")
+@tool("timm's set_grad_checkpointing", "switched on before or after the injection")
 def _(_path: Path, split: Split) -> None:
     wanted = gradients(still(voting(split, make=networks.timm_resnet)))
     for early in (True, False):
@@ -262,7 +262,7 @@ def _(_path: Path, split: Split) -> None:
     agree(model.forward_head(features), oracle.sample_major(list(wanted.unbind(1))))
 
 
-@tool("timm's forward_intermediates", "the maps behind the site hold a row per view, those in front a row per image")
+@tool("timm's forward_intermediates", "maps behind the site hold a row per view, maps before it a row per image")
 def _(_path: Path, split: Split) -> None:
     _, maps = voting(split, make=networks.timm_resnet).forward_intermediates(images())
     counts = {"one site": [3, 3, 30, 30, 30], "two sites": [3, 6, 30, 30, 30]}
