@@ -233,6 +233,9 @@ def rank_sites(
     if metric is not None and not callable(metric):
         raise InputTypeError("CV863", f"metric must be a function (outputs, targets) -> float, got {metric!r}.")
     for images, wanted in _batches(data, progress):
+        are_classes = wanted.dim() == 1 and not wanted.is_floating_point()
+        if metric is None and not are_classes:
+            raise OptionError("CV861", f"targets of shape {tuple(wanted.shape)}, {wanted.dtype} need a metric=.")
         if not networks:
             networks = _networks(model, tuple(images.shape[1:]), candidates, device, progress)
             outputs = [[] for _ in networks]
@@ -244,9 +247,6 @@ def rank_sites(
         raise OptionError("CV860", "data gave no batch.")
     truth = torch.cat(targets)
     votes = [torch.cat(rows) for rows in outputs]
-    are_classes = truth.dim() == 1 and not truth.is_floating_point()
-    if metric is None and not are_classes:
-        raise OptionError("CV861", f"targets of shape {tuple(truth.shape)}, {truth.dtype} need a metric=.")
     right = [vote.argmax(1) == truth if are_classes else torch.zeros(len(truth), dtype=torch.bool) for vote in votes]
     table: list[RankedSites] = []
     for (name, chosen, _, work), vote, hits in zip(networks, votes, right, strict=True):
@@ -308,7 +308,15 @@ def _networks(
         if isinstance(after, Mapping) and set(after) == {"after"}:  # as Ranking.best has it
             after = after["after"]
         chosen = sites_after(plain, after)
-        network = inject_crop_vote(copy.deepcopy(plain, dict(tensors)), after=chosen, input_size=size)
+        try:
+            network = copy.deepcopy(plain, dict(tensors))
+            inject_crop_vote(network, after=chosen, input_size=size, align=candidates is None)
+        except (SiteError, ViewsError):
+            if candidates is None:
+                continue
+            raise
+        if candidates is None:
+            chosen = dict(zip(chosen, parts_of(settings(network).views), strict=True))
         settings(network).eval_output = "vote"
         name, copies = format_sites(chosen), itertools.count(2)
         unique = name
@@ -322,22 +330,15 @@ def _networks(
 
 
 def _default_candidates(model: nn.Module, size: tuple[int, ...]) -> list[After]:
-    """Return the mirrored input, and aligned crops at the last site of each size of map, with it and without."""
-    tried: list[After] = [{INPUT: hflip()}]
-    costs = {row.site: row for row in profile(model, size, views=hflip())}
-    last: dict[tuple[int, ...], str] = {}
+    """Return the mirrored input, and crops, to be aligned, at the last site of each map size, with it and without."""
+    known: dict[tuple[int, ...], list[str]] = {}
     for site in sites(model, size, views=hflip()):
-        if site.name != INPUT and costs[site.name].tail_share >= LEAST_TAIL:
-            last[sides(site.shape, site.layout)] = site.name
+        if site.name != INPUT:
+            known.setdefault(sides(site.shape, site.layout), []).append(site.name)
+    last: dict[tuple[int, ...], str] = {}
+    while waiting := {extent: names.pop() for extent, names in known.items() if extent not in last and names}:
+        costs = profile(model, size, sites=list(waiting.values()), views=hflip())
+        last.update({extent: name for extent, name in waiting.items() if costs[name].tail_share >= LEAST_TAIL})
+    last = {extent: last[extent] for extent in known if extent in last}  # in the order of the network
     plans = [plan for name in last.values() for plan in ({name: five_crop()}, {INPUT: hflip(), name: five_crop()})]
-    tried.extend(_aligned(model, plan, size) for plan in plans)
-    return [plan for plan in tried if plan]
-
-
-def _aligned(model: nn.Module, plan: Mapping[str, Views], size: tuple[int, ...]) -> dict[str, Views]:
-    """Return a plan with aligned views; empty if the network does not take them."""
-    try:
-        trial = inject_crop_vote(copy.deepcopy(model), after=plan, input_size=size, align=True)
-    except (SiteError, ViewsError):
-        return {}
-    return dict(zip(plan, parts_of(settings(trial).views), strict=True))
+    return [{INPUT: hflip()}, *plans]

@@ -122,7 +122,7 @@ SITES = {
 TWO = {"layer1": hflip(), "layer3": five_crop()}
 
 
-@pytest.mark.parametrize("backend", ["compile", "export"])
+@pytest.mark.parametrize("backend", [pytest.param("compile", marks=pytest.mark.slow), "export"])
 @pytest.mark.parametrize("site", ["layer2", pytest.param("two sites", marks=pytest.mark.slow)])
 def test_some_views_compiled_and_exported(backend, site):
     model = voting(TWO if site == "two sites" else site, eval_views=[4, 9])
@@ -249,7 +249,9 @@ def test_a_checkpoint_draws_the_same_again(reentrant, part):
     assert torch.allclose(gradients(True), gradients(False), atol=1e-7)
 
 
-@pytest.mark.parametrize("strict", [pytest.param(None, marks=pytest.mark.slow), False, True])
+@pytest.mark.parametrize(
+    "strict", [pytest.param(None, marks=pytest.mark.slow), False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_a_few_views_compiled_and_exported(strict):
     model, every = networks.still(voting(train_views=3)), expected_rows().float()
     if strict is None:

@@ -109,7 +109,7 @@ def test_help_fits_a_screen(capsys):
         ("torchvision", "sites torchvision:resnet18 --size 48", "needs torchvision: pip install"),
         (
             "matplotlib",
-            "profile torchvision:squeezenet1_1 --size 48 --plot cost.png",
+            "profile torchvision:squeezenet1_1 --size 48 --sites features.3 --plot cost.png",
             'pip install "cropvote[plots]"',
         ),
     ],
@@ -125,6 +125,7 @@ def test_a_missing_extra_is_named(missing, line, message, tmp_path):
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_python(capsys):
     """The command line builds models without weights, yet the memory (also of CPU attention) is that of Python."""
     main(["profile", "timm:vit_tiny_patch16_224", "--sites", "blocks.9", "--json"])

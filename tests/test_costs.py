@@ -211,6 +211,7 @@ def test_every_valid_site_has_a_row_and_the_model_is_unchanged():
     assert networks.same(networks.snapshot(model), before)
 
 
+@pytest.mark.slow
 def test_without_weights_and_with_the_models_own_size():
     try:
         with torch.device("meta"):
@@ -257,6 +258,7 @@ def test_invalid_profile_arguments(arguments, message):
         profile("resnet18", 48)
 
 
+@pytest.mark.slow
 def test_milliseconds():
     model = networks.fer()
     before = networks.snapshot(model)

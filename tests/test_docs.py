@@ -127,6 +127,7 @@ def test_every_code_is_explained():
 
 
 @pytest.mark.parametrize("script", EXAMPLES)
+@pytest.mark.slow
 def test_the_short_examples_run(script):
     path = ROOT / "examples" / script
     assert len(path.read_text().splitlines()) < 40

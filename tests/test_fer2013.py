@@ -164,6 +164,7 @@ def test_the_calibration_error_matches_its_formula(runs, stored):
     assert set(stored[0]["calibration"]) == {"one view"}
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_network_and_its_pictures(stored, tmp_path):
     page.write()
     text = (tmp_path / "results.md").read_text()

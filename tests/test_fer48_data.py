@@ -203,6 +203,7 @@ def run_check(tmp_path: Path, *arguments: object) -> None:
     check_data.main([str(argument) for argument in (*arguments, *options)])
 
 
+@pytest.mark.slow
 def test_check_data_passes_published_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sources.PUBLISHED["RAF-DB"], "train", (3,) * 7)
     monkeypatch.setitem(sources.PUBLISHED["RAF-DB"], "test", (2,) * 7)

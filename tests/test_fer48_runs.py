@@ -97,6 +97,7 @@ def test_the_test_split_is_scored_only_when_asked(finished, tmp_path, capsys):
     assert json.loads((out / "retrained" / "result.json").read_text())["split"] == "test"
 
 
+@pytest.mark.slow
 def test_a_plain_network(tmp_path):
     result = run(*SMALL, "--after", "none", "--out", tmp_path / "run")
     assert list(result["votes"]) == ["soft"]
@@ -122,6 +123,7 @@ def test_a_plan_over_two_sites(tmp_path):
     assert title in (tmp_path / "run" / "MODEL_CARD.md").read_text()
 
 
+@pytest.mark.slow
 def test_retraining_uses_both_splits_for_the_best_number_of_epochs(tmp_path):
     out = tmp_path / "run"
     training.main([str(a) for a in (*SMALL, "--retrain", "--final-test", "--out", out)])
@@ -133,6 +135,7 @@ def test_retraining_uses_both_splits_for_the_best_number_of_epochs(tmp_path):
     assert second["epochs"] is None
 
 
+@pytest.mark.slow
 def test_training_on_all_faces_without_scoring(tmp_path, capsys):
     result = run(*SMALL, "--learn", "train+val", "--out", tmp_path / "run")
     assert (result["split"], result["votes"], result["epochs"]) == (None, {}, None)
@@ -215,6 +218,7 @@ def test_a_state_that_is_a_program_is_not_run(tmp_path, capsys):
     assert "cannot be read" in refused(capsys, *SMALL, "--out", out, "--resume")
 
 
+@pytest.mark.slow
 def test_a_nan_loss_ends_the_run_and_keeps_the_last_good_state(finished, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     learn, calls = training.Learner.learn, []
@@ -265,6 +269,7 @@ def test_weights_of_another_set_are_matched_by_class_name(tmp_path):
         start_from(fer_resnet18(num_classes=7, width=8), str(tmp_path / "model.safetensors"), rafdb)
 
 
+@pytest.mark.slow
 def test_fast_and_averaged_weights(tmp_path):
     """bfloat16, channels_last and averaging change little; the averaged weights are saved."""
     averaged = run(*SMALL, "--ema", 0.5, "--precision", "bfloat16", "--out", tmp_path / "run")

@@ -253,6 +253,7 @@ def options(data: Path, recipe: str) -> tuple[object, ...]:
     return ("--recipe", recipe, "--data", data, "--cache", data.parent / "cache", *small)
 
 
+@pytest.mark.slow
 def test_valence_and_arousal(affectnet, tmp_path, capsys):
     out, target = tmp_path / "run", ("--target", "valence-arousal", "--after", "layer3")
     call(training, *options(affectnet, "affectnet"), *target, "--final-test", "--out", out)
@@ -273,6 +274,7 @@ def test_valence_and_arousal(affectnet, tmp_path, capsys):
     assert "counts right classes" in refused(robustness, out, "--device", "cpu", "--out", tmp_path / "robustness")
 
 
+@pytest.mark.slow
 def test_from_affectnet_to_rafdb(affectnet, tmp_path, capsys):
     """As in the paper, with one command each: AffectNet's weights are matched to RAF-DB's classes by name."""
     call(training, *options(affectnet, "affectnet"), "--after", "layer3", "--out", tmp_path / "affectnet")

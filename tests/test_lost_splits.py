@@ -100,6 +100,7 @@ def test_a_separately_compiled_stage_is_not_reported():
         assert torch.allclose(model(IMAGES), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_replaced_stage_is_detected_in_a_compiled_model():
     """The splits that ran cannot be counted there, but the remaining ones can."""
     model = voting(eval_views="centre+mirror")

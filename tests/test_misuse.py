@@ -61,6 +61,7 @@ def test_a_model_in_ddp_is_refused_and_a_voting_model_goes_into_ddp():
         remove_crop_vote(voting)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_refused_and_a_voting_model_compiles():
     model = networks.fer()
     compiled = torch.compile(model, backend="eager")

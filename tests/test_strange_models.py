@@ -130,7 +130,9 @@ def test_a_tensor_that_a_check_left_is_remembered_and_never_returned():
     assert type(unchecked(IMAGES)) is torch.Tensor
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "inception_v3"])
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "vit_tiny_patch16_224", pytest.param("inception_v3", marks=pytest.mark.slow)]
+)
 def test_a_check_needs_no_garbage_collection(name, monkeypatch):
     """A garbage collection is slow; reference counting frees the fake tensors."""
     collected: list[object] = []

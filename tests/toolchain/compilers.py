@@ -29,6 +29,7 @@ def _(_path: Path, split: Split) -> None:
 @tool(
     "torch.compile before the injection",
     "the compiled model follows injection into and removal from the model inside; injecting into the wrapper raises",
+    slow=True,
 )
 def _(_path: Path, split: Split) -> None:
     model = networks.fer()
