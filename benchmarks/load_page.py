@@ -1,0 +1,3 @@
+from typing import Any
+def page(stored: dict[str, Any]) -> str:
+    return ""
