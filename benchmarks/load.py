@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import http.client
 import io
+import itertools
 import json
 import os
 import random
@@ -35,6 +36,8 @@ import psutil
 import torch
 from PIL import Image
 from skimage.data import astronaut
+
+from cropvote import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "fer48"
@@ -138,8 +141,6 @@ class Plain:
         self.card = load_model(predict.WEIGHTS)[1]
         self.models = {views: load_model(predict.WEIGHTS)[0] for views in VIEWS}
         for views, named in VIEWS.items():
-            from cropvote import settings
-
             settings(self.models[views]).eval_views = named
             settings(self.models[views]).eval_output = "views"
 
@@ -270,7 +271,7 @@ def killed() -> dict[str, Any]:
         killer.join()
         again = server.actors("ServeReplica")
     right = sorted(moment for moment, _, good in events if good)
-    gap, end = max((b - a, b) for a, b in zip(right, right[1:], strict=False))
+    gap, end = max((b - a, b) for a, b in itertools.pairwise(right))
     failed = [moment - moments[0] for moment, status, _ in events if status != 200]
     return {
         "clients": 4,
@@ -341,7 +342,8 @@ def attack(server: Server, judge: Judge, count: int, clients: int = 4, seed: int
             status, answer = post(connection, body, kind, "/predict?detect=1" if turn % 25 == 0 else "/predict")
             statuses[status] += 1
             sentence = answer.get("error", "")
-            if not (status == 200 and "faces" in answer or 400 <= status < 500 and sentence and "\n" not in sentence):
+            refused = 400 <= status < 500 and sentence and "\n" not in sentence
+            if not (refused or (status == 200 and "faces" in answer)):
                 bad.append(f"{status} {kind} {body[:20].hex()} {answer}")
             if turn % 20 == 19:
                 status, answer = post(connection, picture, "image/png")

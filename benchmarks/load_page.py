@@ -1,3 +1,5 @@
 from typing import Any
+
+
 def page(stored: dict[str, Any]) -> str:
     return ""
