@@ -37,13 +37,12 @@ import torch
 from PIL import Image
 from skimage.data import astronaut
 
-from cropvote import settings
-
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "fer48"
 sys.path.insert(0, str(EXAMPLE))
 
 import predict  # noqa: E402
+from adapting import read_views  # noqa: E402
 from batches import to_input  # noqa: E402
 from keeping import load_model  # noqa: E402
 from load_page import page  # noqa: E402
@@ -54,7 +53,7 @@ STORED = ROOT / "benchmarks" / "results" / "load.json"
 PAGE = ROOT / "docs" / "serving.md"
 CLIENTS = (1, 2, 4, 8, 16, 32)
 SERVICES = {"adaptive": (), "always ten views": ("--busy", "100000"), "two replicas": ("--replicas", "2")}
-VIEWS = {10: None, 2: "centre+mirror"}
+VIEWS = (10, 2)
 #: The box of the astronaut's face, NASA's photograph, in the public domain.
 FACE = (slice(44, 126), slice(178, 260))
 
@@ -64,7 +63,18 @@ class Server:
     """A running service."""
 
     port: int
+    metrics_port: int
     process: psutil.Process
+
+    def get(self, path: str, port: int | None = None) -> tuple[int, str]:
+        """Return the status of a page, 0 without a connection, and its text."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=10)) as connection:
+            try:
+                connection.request("GET", path)
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode()
+            except (OSError, http.client.HTTPException):
+                return 0, ""
 
     def post(self, body: bytes, kind: str = "image/png", path: str = "/predict") -> tuple[int, dict[str, Any]]:
         """Post a body on a connection of its own; return the status, 0 if the connection broke, and the answer."""
@@ -111,20 +121,19 @@ def free_port() -> int:
 @contextlib.contextmanager
 def served(*options: str) -> Iterator[Server]:
     """Run the service in a process of its own, and end it with everything it started."""
-    port = free_port()
-    command = [sys.executable, str(EXAMPLE / "serve.py"), "--port", str(port), "--metrics-port", str(free_port())]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
-        try:
-            for line in process.stdout or ():
-                if "is ready" in line:
-                    break
-            else:
+    port, metrics = free_port(), free_port()
+    command = [sys.executable, str(EXAMPLE / "serve.py"), "--port", str(port), "--metrics-port", str(metrics)]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)  # noqa: S603
+    server = Server(port, metrics, psutil.Process(process.pid))
+    try:
+        while server.get("/")[0] != 200:
+            if process.poll() is not None:
                 raise SystemExit("the service did not start")
-            threading.Thread(target=lambda: list(process.stdout or ()), daemon=True).start()
-            yield Server(port, psutil.Process(process.pid))
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            time.sleep(0.2)
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
 
 
 def face_png() -> bytes:
@@ -138,17 +147,12 @@ class Plain:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self.card = load_model(predict.WEIGHTS)[1]
-        self.models = {views: load_model(predict.WEIGHTS)[0] for views in VIEWS}
-        for views, named in VIEWS.items():
-            settings(self.models[views]).eval_views = named
-            settings(self.models[views]).eval_output = "views"
+        self.model, self.card = load_model(predict.WEIGHTS)
 
     def answer(self, pictures: list[bytes], views: int) -> list[dict[str, Any]]:
         """Decode pictures and predict them as one batch."""
         faces = [read_faces(io.BytesIO(picture), None, source="")[0].pixels for picture in pictures]
-        with torch.inference_mode():
-            logits = self.models[views](to_input(torch.from_numpy(np.stack(faces)))).unflatten(0, (len(faces), -1))
+        logits = read_views(self.model, to_input(torch.from_numpy(np.stack(faces))), few=views == 2)
         return read_rows(logits, self.card)
 
     def rate(self, picture: bytes, views: int, batch: int, seconds: float) -> float:

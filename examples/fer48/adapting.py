@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
+from cropvote import settings
+
 
 @dataclass
 class Pressure:
@@ -28,3 +33,12 @@ class Pressure:
         elif waiting <= self.low:
             self.few = False
         return self.few
+
+
+def read_views(model: nn.Module, x: Tensor, few: bool) -> Tensor:
+    """Return the logits of the centre and its mirror image, or of all views, (n, 3, H, W) -> (n, v, k)."""
+    options = settings(model)
+    options.eval_output = "views"
+    options.eval_views = "centre+mirror" if few else None
+    with torch.inference_mode():
+        return model(x).unflatten(0, (len(x), -1))

@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault(
@@ -48,9 +47,8 @@ from starlette.responses import JSONResponse
 
 import cropvote
 import predict
-from adapting import Pressure
+from adapting import Pressure, read_views
 from batches import to_input
-from cropvote import settings
 from detecting import DetectError, Detector
 from keeping import WEIGHTS, KeptError, load_model
 from predict import Face
@@ -116,14 +114,15 @@ class Service:
         for number, picture in enumerate(pictures):
             found += await loop.run_in_executor(self.worker, self.read, picture, number, detect)
         problems = [face for face in found if face.problem]
-        faces = [face for face in found if face.pixels is not None]
+        faces = [(face, face.pixels) for face in found if face.pixels is not None]
         if not faces and all(face.problem != predict.NO_FACE for face in problems):
             raise RefusedError(400, f"The picture cannot be read: {problems[0].problem.rstrip('.')}.")
-        rows = await asyncio.gather(*(self.classify(face.pixels) for face in faces if face.pixels is not None))
+        rows = await asyncio.gather(*(self.classify(pixels) for _, pixels in faces))
         return {
             "model": self.version,
             "faces": [
-                {"picture": int(face.source), "box": face.box, **row} for face, row in zip(faces, rows, strict=True)
+                {"picture": int(face.source), "box": face.box, **row}
+                for (face, _), row in zip(faces, rows, strict=True)
             ],
             "problems": [{"picture": int(face.source), "problem": face.problem} for face in problems],
         }
@@ -167,15 +166,6 @@ class Service:
             }
             for row in predict.read_rows(logits, self.card)
         ]
-
-
-def read_views(model: torch.nn.Module, x: Tensor, few: bool) -> Tensor:
-    """Return the logits of few views or all, (n, 3, H, W) -> (n, v, k)."""
-    options = settings(model)
-    options.eval_output = "views"
-    options.eval_views = "centre+mirror" if few else None
-    with torch.inference_mode():
-        return model(x).unflatten(0, (len(x), -1))
 
 
 def load_voting_model(run: str) -> tuple[torch.nn.Module, dict[str, Any]]:
