@@ -106,7 +106,8 @@ def soak_words(soak: dict[str, Any]) -> str:
     )
     return (
         f"**{soak['minutes']:g} minutes** with {soak['clients']} clients: {right:,} right answers to a known face, "
-        f"{others} wrong or failed, and {answered:,} of {odd:,} hostile requests answered with 200 or 4xx. Resident memory: {sizes}."
+        f"{others} wrong or failed, and {answered:,} of {odd:,} hostile requests answered with 200 or 4xx. "
+        f"Resident memory: {sizes}."
     )
 
 
@@ -128,12 +129,13 @@ def hostile_words(hostile: dict[str, Any]) -> str:
     known = hostile["known"]
     wrong = sum(n for name, n in known.items() if name != "right")
     grown = hostile["memory_after"]["replica"] - hostile["memory_before"]["replica"]
+    process = "the same" if hostile["same_replica"] else "another"
     return (
         f"**{hostile['inputs']:,} hostile requests** (random bytes; cut, bit-flipped and joined JPEG, PNG, WebP, GIF, "
-        f"BMP and TIFF; false sizes; broken forms; wrong content types): {kinds}. {len(hostile['bad'])} were anything else "
-        f"than a valid answer or a sentence. Between them a known face was answered {known['right']:,} times rightly, "
-        f"{wrong} times not. The replica was {'the same' if hostile['same_replica'] else 'another'} process at the "
-        f"end, and {grown:.0f} MiB larger."
+        f"BMP and TIFF; false sizes; broken forms; wrong content types): {kinds}. {len(hostile['bad'])} answers were "
+        f"anything but a valid answer or a refusal in a sentence. Between them a known face was answered "
+        f"{known['right']:,} times rightly, {wrong} times not. The replica was {process} process at the end, and "
+        f"{grown:.0f} MiB larger."
     )
 
 
