@@ -61,15 +61,17 @@ STORE = 100 * 2**20
 
 
 class Service:
-    """A replica: the network, and one thread that decodes, detects and predicts, so that a replica takes one core."""
+    """A replica: the network, a thread that runs it, and one that decodes and detects in the meantime."""
 
     def __init__(self, run: str, limits: Limits, pressure: Pressure, batch: int, wait: float) -> None:
         torch.set_num_threads(1)
         self.model, self.card = load_voting_model(run)
         self.version = version(self.card)
         self.limits, self.pressure, self.detector = limits, pressure, make_detector()
-        self.worker = ThreadPoolExecutor(1)
+        self.reader, self.runner = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.waiting = 0  # requests
+        self.idle = asyncio.Event()
+        self.idle.set()
         self.classify.set_max_batch_size(batch)  # type: ignore[attr-defined]
         self.classify.set_batch_wait_timeout_s(wait)  # type: ignore[attr-defined]
         self.faces = Counter("cropvote_faces", "Faces predicted.", ("views",))
@@ -112,12 +114,12 @@ class Service:
             raise RefusedError(400, "This service doesn't detect faces, as OpenCV is not installed.")
         loop, found = asyncio.get_running_loop(), []
         for number, picture in enumerate(pictures):
-            found += await loop.run_in_executor(self.worker, self.read, picture, number, detect)
+            found += await loop.run_in_executor(self.reader, self.read, picture, number, detect)
         problems = [face for face in found if face.problem]
         faces = [(face, face.pixels) for face in found if face.pixels is not None]
         if not faces and all(face.problem != predict.NO_FACE for face in problems):
             raise RefusedError(400, f"The picture cannot be read: {problems[0].problem.rstrip('.')}.")
-        rows = await asyncio.gather(*(self.classify(pixels) for _, pixels in faces))
+        rows = await asyncio.gather(*(self.join(pixels) for _, pixels in faces))
         return {
             "model": self.version,
             "faces": [
@@ -142,11 +144,23 @@ class Service:
         finally:
             self.waiting -= 1
 
+    async def join(self, face: np.ndarray) -> dict[str, Any]:
+        """Return a face's prediction, by the next batch.
+
+        Ray forms batches while another one runs, and they would hold a face or two; what waits here goes in together.
+        """
+        await self.idle.wait()
+        return await self.classify(face)
+
     @serve.batch
     async def classify(self, faces: list[np.ndarray]) -> list[dict[str, Any]]:
         """Return each face's prediction; Ray Serve calls it with the faces of several requests."""
+        self.idle.clear()
         few, start = self.pressure.update(self.waiting), time.perf_counter()
-        rows = await asyncio.get_running_loop().run_in_executor(self.worker, self.vote, faces, few)
+        try:
+            rows = await asyncio.get_running_loop().run_in_executor(self.runner, self.vote, faces, few)
+        finally:
+            self.idle.set()
         self.faces.inc(len(rows), {"views": str(rows[0]["views"])})
         self.queue.set(self.waiting)
         self.sizes.observe(len(rows))
