@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ BATCH = 256
 MANY = 5
 #: The problem of a picture that can be read but shows no face.
 NO_FACE = "no face found"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,8 @@ def read_faces(
     return faces or [Face(source, None, problem=NO_FACE)]
 
 
-def batched(faces: Iterator[Face], size: int) -> Iterator[list[Face]]:
-    while some := list(islice(faces, size)):
+def batched(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while some := list(islice(items, size)):
         yield some
 
 

@@ -6,7 +6,8 @@
 
 The work is cut into parts: --size pictures of a folder, or a row group of a parquet file. Each part becomes one parquet
 file, written whole or not at all. An interrupted run that is started again does the missing parts only, and the result
-is the same as without the interruption. A picture that cannot be read has a row, too: the column "problem" says why.
+is the same as without the interruption, so row groups of some thousand rows lose little. A picture that cannot be read
+has a row, too: the column "problem" says why.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ try:
     import pyarrow.dataset as ds
     import pyarrow.parquet as pq
     import ray
+    from ray.exceptions import RayError
 except ImportError:
     sys.exit('predict_many.py: it needs Ray Data: pip install "cropvote[serve]".')
 
@@ -46,6 +48,8 @@ from machines import machine
 
 #: The batch size; the same in every run, as the last digits depend on it.
 BATCH = 64
+#: Rows that are written at once.
+ROWS = 4096
 #: What a run was started with; the underscore hides it from readers of the folder.
 RUN = "_run.json"
 #: Bytes of Ray's shared memory: it holds the names of pictures, not the pictures.
@@ -65,19 +69,24 @@ class Predictor:
         self.detector = Detector() if options.detect else None
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
+        columns = schema(self.card)
+
+        def write(file: IO[bytes]) -> None:
+            with pq.ParquetWriter(file, columns) as writer:
+                for some in predict.batched(self.rows(part), ROWS):
+                    writer.write_table(pa.Table.from_pylist(some, columns))
+
+        write_whole(file_of(Path(self.options.out), part["number"]), write)
+        return {"number": part["number"]}
+
+    def rows(self, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield a row for each face of a part, and for each picture without one."""
         pictures = pictures_of(Path(self.options.source), part, self.options.column)
         faces = (face for name, picture in pictures for face in predict.read_faces(picture, self.detector, source=name))
-        rows: list[dict[str, Any]] = []
         with machine("cpu") as here:
             for some in predict.batched(faces, BATCH):
-                answers = predict.predict(self.model, self.card, some, here)
-                rows += [
-                    {"picture": shown(face.source), "box": face.box, **answer, "problem": face.problem}
-                    for face, answer in zip(some, answers, strict=True)
-                ]
-        table = pa.Table.from_pylist(rows, schema(self.card))
-        write_whole(file_of(Path(self.options.out), part["number"]), lambda file: pq.write_table(table, file))
-        return {"number": part["number"]}
+                for face, answer in zip(some, predict.predict(self.model, self.card, some, here), strict=True):
+                    yield {"picture": shown(face.source), "box": face.box, **answer, "problem": face.problem}
 
 
 def schema(card: dict[str, Any]) -> pa.Schema:
@@ -98,11 +107,11 @@ def file_of(out: Path, number: int) -> Path:
     return out / f"part-{number:06d}.parquet"
 
 
-def parts_in(source: Path, size: int) -> list[dict[str, Any]]:
+def parts_in(source: Path, size: int, column: str) -> list[dict[str, Any]]:
     """Return the parts: names of pictures below the folder, or a parquet file's name and the number of a row group.
 
     Raises:
-        ManyError: If there are both pictures and parquet files, or the file is not parquet.
+        ManyError: If there are both pictures and parquet files, or a file is not parquet or lacks the column.
         DetectError: If there are neither.
     """
     folder = source if source.is_dir() else source.parent
@@ -112,9 +121,11 @@ def parts_in(source: Path, size: int) -> list[dict[str, Any]]:
     found: list[tuple[list[bytes], int]] = []
     for table in tables:
         try:
-            groups = pq.ParquetFile(table).num_row_groups
+            groups, columns = pq.ParquetFile(table).num_row_groups, pq.read_schema(table).names
         except pa.ArrowInvalid as error:
             raise ManyError(f"{table}: not parquet ({error}).") from error
+        if column not in columns:
+            raise ManyError(f"{table} has no column {column!r}; --column is one of {', '.join(columns)}.")
         found += [([os.fsencode(table.relative_to(folder))], group) for group in range(groups)]
     if not tables:
         names = [os.fsencode(path.relative_to(folder)) for path in predict.pictures_in([str(source)])]
@@ -134,9 +145,7 @@ def pictures_of(source: Path, part: dict[str, Any], column: str) -> Iterator[tup
     row = sum(table.metadata.row_group(group).num_rows for group in range(part["group"]))
     for batch in table.iter_batches(BATCH, row_groups=[part["group"]], columns=[column]):
         for value in batch.column(0).to_pylist():
-            image = (
-                value["bytes"] if isinstance(value, dict) else value
-            )  # as Hugging Face's datasets store it, or plain
+            image = value["bytes"] if isinstance(value, dict) else value  # Hugging Face's datasets store a struct
             yield f"{name}#{row}", io.BytesIO(image or b"")
             row += 1
 
@@ -148,6 +157,10 @@ def prepare(options: argparse.Namespace, parts: list[dict[str, Any]]) -> list[di
         ManyError: If the folder holds predictions of other pictures, of another network or with other options.
     """
     source, out = Path(options.source), Path(options.out)
+    if not parts:
+        raise ManyError(f"{source} has no rows.")
+    if options.detect:
+        Detector()  # its error is clearer here than from a worker
     if out.resolve().is_relative_to(source.resolve()):
         raise ManyError(f"{out} lies inside {source}: its files would be taken for pictures next time.")
     out.mkdir(parents=True, exist_ok=True)
@@ -196,14 +209,14 @@ def run(options: argparse.Namespace, missing: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     try:
-        parts = parts_in(Path(options.source), options.size)
+        parts = parts_in(Path(options.source), options.size, options.column)
         missing = prepare(options, parts)
         print(f"{len(parts)} parts, {len(missing)} to do", file=sys.stderr)
         if missing:
             run(options, missing)
         table = ds.dataset(options.out, format="parquet")
         rows, failed = table.count_rows(), table.count_rows(filter=ds.field("problem") != "")
-    except (KeptError, ManyError, DetectError, cropvote.CropVoteError, OSError) as error:
+    except (KeptError, ManyError, DetectError, cropvote.CropVoteError, RayError, OSError) as error:
         sys.exit(f"predict_many.py: {error}")
     print(f"{options.out}: {rows - failed} faces; {failed} rows without a prediction, each named with its problem")
 
