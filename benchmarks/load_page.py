@@ -61,7 +61,9 @@ def overhead(rates: dict[str, Any]) -> str:
         f"One client after another gets {one:.1f} faces a second, a plain loop over single faces does "
         f"{loop['10 views, batch 1']:.1f}; 16 clients get {rate[10]:.1f}, a loop over batches of 16 does "
         f"{loop['10 views, batch 16']:.1f}. With two views 32 clients get {rate[2]:.1f}, the loop "
-        f"{loop['2 views, batch 16']:.1f}. The clients ran on the same two cores."
+        f"{loop['2 views, batch 16']:.1f}. The clients and other work ran on the same two cores, on which two replicas "
+        f"were no faster than one ({median(rates['services']['two replicas']['16'], 'faces_per_second'):.1f} faces a "
+        f"second by 16 clients): **how the rate grows with the cores was not measured.**"
     )
 
 
@@ -128,7 +130,7 @@ def killed_words(killed: dict[str, Any]) -> str:
         f"**The only replica was killed** under {killed['clients']} clients, which sent each failed request again: "
         f"{killed['requests']:,} requests, {killed['right']:,} right answers, {killed['wrong']} wrong, {failed} failed "
         f"({kinds or 'none'}). The first right answer came {killed['first_right_answer_after_s']:.0f} s after the "
-        f"kill. With two replicas or more the others go on in the meantime."
+        f"kill. A second replica would go on in the meantime; that was not measured."
     )
 
 
@@ -211,8 +213,10 @@ The answer, shortened:
 
 CORES = """
 This is the network alone, on cropped faces: finding faces (`?detect=1`) costs more and was not measured. A replica
-runs the network in one thread and decodes pictures in another; replicas share nothing, so `--replicas` is the number
-of cores. Leave a core for Ray's proxy, and room for rush hours: near the full rate the queue is always long.
+runs the network in one thread and decodes pictures in another; replicas share nothing, and the table assumes that
+each core adds as much as the first. Leave a core for Ray's proxy, and room for rush hours: near the full rate the
+queue is always long. Ray runs replicas at a low priority (nice 15); beside other work on the machine set
+`RAY_worker_niceness=0`.
 
 Past one machine: `ray start --head` on one and `ray start --address=...` on the others, then `serve.py --address`,
 with a copy of the repository and the weights on every machine. Ray spreads the replicas; its HTTP proxy runs on the
