@@ -12,7 +12,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e ".[timm,fer,detect,app,onnx,docs,dev,tools]"
+	$(BIN)/python -m pip install --quiet -e ".[timm,fer,detect,app,serve,onnx,docs,dev,tools]"
 	touch $@
 
 demo: setup

@@ -19,6 +19,7 @@ import at_test_time
 import cropvote
 import faces
 import fer2013_page
+import load_page
 import peers
 import rejecting
 import until_sure
@@ -80,6 +81,12 @@ def test_the_table_of_views_at_test_time_matches_the_stored_figures():
     stored = json.loads(rejecting.STORED.read_text())
     assert rejecting.table(stored) in (DOCS / "guides" / "reading-the-votes.md").read_text()
     assert worth_page.tuned() in (DOCS / "guides" / "fine-tuning.md").read_text()
+
+
+def test_the_page_on_serving_matches_the_stored_figures():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "load.json").read_text())
+    assert load_page.page(stored) == (DOCS / "serving.md").read_text()
+    assert {"killed", "rates"} <= set(stored)
 
 
 def test_readmes_table_matches_the_stored_figures():

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from batches import to_input
 from cropvote import vote
 from cropvote.plots import plot_views
 from data.class_folders import SUFFIXES, is_picture
-from data.pictures import ReadError, read_picture, shrink
+from data.pictures import MAX_PIXELS, ReadError, read_picture, shrink
 from detecting import DetectError, Detector, watch
 from keeping import KeptError, load_model
 from learner import look
@@ -43,6 +43,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 BATCH = 256
 #: From this many faces on, warn if all get the same class.
 MANY = 5
+#: The problem of a picture that can be read but shows no face.
+NO_FACE = "no face found"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -184,23 +187,27 @@ def pictures_in(images: list[str]) -> list[Path]:
 
 
 def faces_in(paths: Iterable[Path], detector: Detector | None, bar: Any) -> Iterator[Face]:
-    """Yield every picture's faces; an unreadable picture, or one without a face, gives a Face with a problem."""
+    """Yield every picture's faces."""
     for path in paths:
-        try:
-            picture = read_picture(path)
-        except ReadError as error:
-            yield Face(str(path), None, problem=str(error))
-        else:
-            boxes = [None] if detector is None else detector.boxes(np.asarray(picture))
-            if not boxes:
-                yield Face(str(path), None, problem="no face found")
-            for box in boxes:
-                yield Face(str(path), np.asarray(shrink(picture, box)).transpose(2, 0, 1), box)
+        yield from read_faces(path, detector, source=str(path))
         bar.update()
 
 
-def batched(faces: Iterator[Face], size: int) -> Iterator[list[Face]]:
-    while some := list(islice(faces, size)):
+def read_faces(
+    picture: Path | IO[bytes], detector: Detector | None, *, source: str, max_pixels: int = MAX_PIXELS
+) -> list[Face]:
+    """Return a picture's faces; an unreadable picture, or one without a face, gives a Face with a problem."""
+    try:
+        image = read_picture(picture, max_pixels=max_pixels)
+    except ReadError as error:
+        return [Face(source, None, problem=str(error))]
+    boxes = [None] if detector is None else detector.boxes(np.asarray(image))
+    faces = [Face(source, np.asarray(shrink(image, box)).transpose(2, 0, 1), box) for box in boxes]
+    return faces or [Face(source, None, problem=NO_FACE)]
+
+
+def batched(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while some := list(islice(items, size)):
         yield some
 
 

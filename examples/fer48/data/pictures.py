@@ -26,15 +26,18 @@ class ReadError(Exception):
     """A picture cannot be read; the message says why."""
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_picture(path: str | Path | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a picture as a viewer would show it: rotated by its EXIF data, RGB, transparency on white.
+
+    The number of pixels is read from the header and checked before anything is decoded.
 
     Raises:
         ReadError: If the file is missing, damaged, not a picture or far too large.
     """
+    shown = str(path) if isinstance(path, (str, Path)) else path
     try:
         with Image.open(path, formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+            if picture.width * picture.height > max_pixels:
                 raise ReadError(f"{picture.width}x{picture.height} pixels are too many")
             picture.load()
             return to_rgb(ImageOps.exif_transpose(picture))
@@ -43,7 +46,7 @@ def read_picture(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise ReadError("no such file") from error
     except Exception as error:  # on a damaged file, Pillow can raise almost anything
-        raise ReadError(f"{type(error).__name__}: {error}".replace(f" {str(path)!r}", "")) from error
+        raise ReadError(f"{type(error).__name__}: {error}".replace(f" {shown!r}", "")) from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -1,0 +1,248 @@
+"""The page on serving, docs/serving.md, from the figures of load.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from pages import folded, line, wrapped
+
+#: Faces per second of all cameras, for the arithmetic.
+CAMPUS = ((20, 0.5), (200, 0.5), (2000, 0.5))
+
+
+def median(rounds: list[dict[str, Any]], key: str) -> float:
+    """Return the median of a figure over the rounds."""
+    return statistics.median(row[key] for row in rounds)
+
+
+def spread(values: list[float]) -> str:
+    """Return the median, and the lowest and highest round."""
+    return f"{statistics.median(values):.1f} ({min(values):.1f} – {max(values):.1f})"
+
+
+def short_table(rates: dict[str, Any]) -> list[str]:
+    """Return rate and latency of one replica for each number of clients."""
+    lines = [line("clients", "faces / s", "median, ms", "99 % within, ms", "by two views"), "| ---: |" + " ---: |" * 4]
+    for clients, rounds in rates["services"]["adaptive"].items():
+        rate = spread([row["faces_per_second"] for row in rounds])
+        times = [f"{median(rounds, key):.0f}" for key in ("p50_ms", "p99_ms")]
+        lines.append(line(clients, rate, *times, f"{median(rounds, 'two_views_share'):.0%}"))
+    return lines
+
+
+def per_core(rates: dict[str, Any]) -> dict[int, float]:
+    """Return the faces per second of a busy replica, with ten views and with two."""
+    services = rates["services"]
+    return {
+        10: median(services["always ten views"]["16"], "faces_per_second"),
+        2: median(services["adaptive"]["32"], "faces_per_second"),
+    }
+
+
+def loop_table(rates: dict[str, Any]) -> list[str]:
+    """Return the plain loop's rates beside those of the services."""
+    lines = [line("what runs", "faces / s"), "| --- | ---: |"]
+    lines += [line(f"plain loop, {name}", spread(values)) for name, values in rates["loop"].items()]
+    for name, clients in rates["services"].items():
+        for count in ("1", "16", "32"):
+            rate = spread([row["faces_per_second"] for row in clients[count]])
+            lines.append(line(f"service, {name}, {count} client{'s' * (count != '1')}", rate))
+    return lines
+
+
+def overhead(rates: dict[str, Any]) -> str:
+    """Return what the service costs beside a loop, in words."""
+    loop = {name: statistics.median(values) for name, values in rates["loop"].items()}
+    one = median(rates["services"]["always ten views"]["1"], "faces_per_second")
+    rate = per_core(rates)
+    return (
+        f"One client after another gets {one:.1f} faces a second, a plain loop over single faces does "
+        f"{loop['10 views, batch 1']:.1f}; 16 clients get {rate[10]:.1f}, a loop over batches of 16 does "
+        f"{loop['10 views, batch 16']:.1f}. With two views 32 clients get {rate[2]:.1f}, the loop "
+        f"{loop['2 views, batch 16']:.1f}. The clients and other work ran on the same two cores, on which two replicas "
+        f"were no faster than one ({median(rates['services']['two replicas']['16'], 'faces_per_second'):.1f} faces a "
+        f"second by 16 clients): **how the rate grows with the cores was not measured.**"
+    )
+
+
+def campus(rates: dict[str, Any]) -> list[str]:
+    """Return the cores for some numbers of cameras."""
+    rate = per_core(rates)
+    lines = [
+        line("cameras", "faces / s each", "faces / s", "cores, ten views", "cores, two views"),
+        "| ---: |" + " ---: |" * 4,
+    ]
+    for cameras, each in CAMPUS:
+        faces = cameras * each
+        lines.append(line(f"{cameras:,}", f"{each}", f"{faces:g}", *(f"{math.ceil(faces / rate[n])}" for n in (10, 2))))
+    return lines
+
+
+def million(rates: dict[str, Any]) -> str:
+    """Return how long a million faces take."""
+    rate = statistics.median(rates["loop"]["10 views, batch 16"])
+    return (
+        f"A million faces on one core: 1,000,000 ÷ {rate:.0f} a second (the plain loop above, batches of 16) = "
+        f"{1e6 / rate / 3600:.0f} hours. This is arithmetic: no run of that size was made."
+    )
+
+
+def measured(part: dict[str, Any]) -> str:
+    """Return where and when a part was measured."""
+    versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
+    return f"{part['machine']}; {versions}; commit {part['commit']}, {part['date']}"
+
+
+def soak_words(soak: dict[str, Any]) -> str:
+    """Return what happened to the memory."""
+    memory, counts = soak["memory"], soak["counts"]
+
+    def mean(kind: str, rows: list[dict[str, float]]) -> float:
+        return statistics.mean(row[kind] for row in rows)
+
+    quarter = max(len(memory) // 4, 1)
+    grown = {
+        kind: (mean(kind, memory[quarter : 2 * quarter]), mean(kind, memory[-quarter:]))
+        for kind in ("replica", "proxy")
+    }
+    right = counts["right"]
+    others = sum(n for name, n in counts.items() if name.startswith("wrong"))
+    odd = sum(n for name, n in counts.items() if name.startswith("hostile"))
+    answered = counts.get("hostile, answered", 0)
+    sizes = ", ".join(
+        f"{kind} {memory[0][kind]:.0f} MiB at the start, {early:.0f} in the second quarter, {late:.0f} in the last"
+        for kind, (early, late) in grown.items()
+    )
+    return (
+        f"**{soak['minutes']:g} minutes** with {soak['clients']} clients: {right:,} right answers to a known face, "
+        f"{others} wrong or failed, and {answered:,} of {odd:,} hostile requests answered with 200 or 4xx. "
+        f"Resident memory: {sizes}."
+    )
+
+
+def killed_words(killed: dict[str, Any]) -> str:
+    """Return what happened when the replica was killed."""
+    failed = sum(killed["failed"].values())
+    kinds = ", ".join(f"{n} × {'no answer' if status == '0' else status}" for status, n in killed["failed"].items())
+    return (
+        f"**The only replica was killed** under {killed['clients']} clients, which sent each failed request again: "
+        f"{killed['requests']:,} requests, {killed['right']:,} right answers, {killed['wrong']} wrong, {failed} failed "
+        f"({kinds or 'none'}). The first right answer came {killed['first_right_answer_after_s']:.0f} s after the "
+        f"kill. A second replica would go on in the meantime; that was not measured."
+    )
+
+
+def hostile_words(hostile: dict[str, Any]) -> str:
+    """Return how hostile input was answered."""
+    kinds = ", ".join(f"{n:,} × {status}" for status, n in hostile["statuses"].items())
+    known = hostile["known"]
+    wrong = sum(n for name, n in known.items() if name != "right")
+    grown = hostile["memory_after"]["replica"] - hostile["memory_before"]["replica"]
+    process = "the same" if hostile["same_replica"] else "another"
+    return (
+        f"**{hostile['inputs']:,} hostile requests** (random bytes; cut, bit-flipped and joined JPEG, PNG, WebP, GIF, "
+        f"BMP and TIFF; false sizes; broken forms; wrong content types): {kinds}. {len(hostile['bad'])} answers were "
+        f"anything but a valid answer or a refusal in a sentence. Between them a known face was answered "
+        f"{known['right']:,} times rightly, {wrong} times not. The replica was {process} process at the end, and "
+        f"{grown:.0f} MiB larger."
+    )
+
+
+def page(stored: dict[str, Any]) -> str:
+    """Return docs/serving.md."""
+    rates = stored["rates"]
+    rate = per_core(rates)
+    lines = ["# Serving", ""]
+    lines += wrapped(f"""
+        **What to do: plan a core for every {rate[10]:.0f} faces a second, and let the vote fall back to two views when
+        more come: the same core then does {rate[2]:.0f}.** These are figures of the shipped network on one kind of
+        machine; measure yours with `python benchmarks/load.py rates`.""")
+    lines += ["", *short_table(rates), ""]
+    lines += wrapped(f"""
+        One replica, one picture of a face per request, each client sending the next when it has an answer; median,
+        lowest and highest of {rates["rounds"]} rounds of {rates["seconds"]:g} s, beside other work on the machine.
+        {measured(rates)}.""")
+    lines += ["", USE.strip(), "", "## How many cores", ""]
+    lines += wrapped("cameras × faces per second per camera ÷ faces per second per core = cores. For example:")
+    lines += ["", *campus(rates), ""]
+    lines += CORES.strip().splitlines()
+    lines += ["", "## Against a plain loop", "", *wrapped(overhead(rates)), ""]
+    lines += folded("All rates", loop_table(rates))
+    lines += ["## What was tried to break it", ""]
+    for part, words in (("hostile", hostile_words), ("killed", killed_words), ("soak", soak_words)):
+        if part in stored:
+            lines += [*wrapped(f"- {words(stored[part])}", "  ")]
+    lines += ["", *MANY.strip().splitlines(), "", *wrapped(million(rates)), "", *REST.strip().splitlines(), ""]
+    return "\n".join(lines)
+
+
+USE = """
+```
+pip install -e ".[serve]"
+python examples/fer48/serve.py                      # one replica; --replicas 8 for eight cores
+curl -H "Content-Type: image/jpeg" --data-binary @face.jpg http://127.0.0.1:8000/predict
+curl -H "Content-Type: image/jpeg" --data-binary @photo.jpg "http://127.0.0.1:8000/predict?detect=1"
+curl -F pictures=@one.jpg -F pictures=@two.jpg http://127.0.0.1:8000/predict
+```
+
+The answer, shortened:
+
+```json
+{"model": "FER2013-76e58554071a",
+ "faces": [{"picture": 0, "box": null, "class": "happy", "probability": 0.9017, "agreement": 1.0, "views": 10,
+            "probabilities": {"angry": 0.0186, "...": 0.0}}],
+ "problems": []}
+```
+
+- **`probability`** is calibrated with the temperature of the network's card, which was fitted to ten views.
+- **`views`** is ten, or two while a replica has at least `--busy` requests; it becomes ten again at `--calm` or
+  fewer.
+- **`model`** changes with the weights: it is the start of their SHA-256.
+- **A batch** is a form with up to 64 files. Files that cannot be read are in `problems`; if none can, the status is
+  400.
+- **Bad input** gets a 4xx and `{"error": "one sentence"}`. Bodies over 16 MiB and pictures over 25 megapixels are
+  refused before anything is decoded.
+- **A full queue** (`--queue`) gets a 503 at once; a client should wait before it tries again.
+- **Health**: `GET /-/healthz`. `GET /` describes the network and the limits.
+- **Metrics** for Prometheus: `http://127.0.0.1:8090/metrics` (`--metrics-port`): `ray_cropvote_faces` by number of
+  views, `ray_cropvote_refused` by status, `ray_cropvote_waiting`, `ray_cropvote_batch_size`,
+  `ray_cropvote_batch_seconds`, and those of Ray Serve.
+"""
+
+CORES = """
+This is the network alone, on cropped faces: finding faces (`?detect=1`) costs more and was not measured. A replica
+runs the network in one thread and decodes pictures in another; replicas share nothing, and the table assumes that
+each core adds as much as the first. Leave a core for Ray's proxy, and room for rush hours: near the full rate the
+queue is always long. Ray runs replicas at a low priority (nice 15); beside other work on the machine set
+`RAY_worker_niceness=0`.
+
+Past one machine: `ray start --head` on one and `ray start --address=...` on the others, then `serve.py --address`,
+with a copy of the repository and the weights on every machine. Ray spreads the replicas; its HTTP proxy runs on the
+first machine unless Serve's proxy location says otherwise. We ran `--address` against a cluster of one machine
+only: **more machines, the rate of one proxy, GPUs and a camera's video stream were not measured.**
+"""
+
+MANY = """
+## Many pictures at once
+
+`predict_many.py` cuts the work into parts, each of which becomes one parquet file, written whole or not at all;
+started again after an interruption it does the missing parts only, and the files are the same, byte for byte (a
+test kills a run and its worker). Only a batch of pictures and 4,096 rows are in memory.
+"""
+
+REST = """
+## Before others can reach it
+
+- It listens on this machine only, and has no password, no encryption and no limit per client: put a reverse proxy
+  in front before you set `--host`, and let it limit the size of bodies. Ray's proxy reads a request's body into
+  memory while the request waits for a replica, whatever its size; the limit above is checked by the replica.
+- Ray runs code that reaches its own ports. In a run on one machine they listen on 127.0.0.1, except one port per
+  replica, which Ray offers no option for. Ray 2.60 asks for a token on them (`~/.ray/auth_token`, written at the
+  first start). Don't set `RAY_AUTH_MODE=disabled`, and let a firewall close all ports but yours. On a cluster set
+  `RAY_AUTH_MODE=token`.
+- Ray's usage statistics and dashboard are off. Ray keeps logs below `/tmp/ray`; requests are not logged.
+- A class is what annotators would say that a face shows, not what a person feels: read the network's card,
+  `examples/fer48/weights/MODEL_CARD.md`, first.
+"""
