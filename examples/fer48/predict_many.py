@@ -26,9 +26,8 @@ import torch
 from tqdm import tqdm
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault(
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
-)  # on any system: Ray's own ports are open to this machine
+os.environ.setdefault("RAY_worker_niceness", "0")  # as important as what else runs here; Ray's default is 15
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's own ports on 127.0.0.1, on any system
 
 try:
     import pyarrow as pa
@@ -121,12 +120,13 @@ def parts_in(source: Path, size: int, column: str) -> list[dict[str, Any]]:
     found: list[tuple[list[bytes], int]] = []
     for table in tables:
         try:
-            groups, columns = pq.ParquetFile(table).num_row_groups, pq.read_schema(table).names
+            metadata, columns = pq.read_metadata(table), pq.read_schema(table).names
         except pa.ArrowInvalid as error:
             raise ManyError(f"{table}: not parquet ({error}).") from error
         if column not in columns:
             raise ManyError(f"{table} has no column {column!r}; --column is one of {', '.join(columns)}.")
-        found += [([os.fsencode(table.relative_to(folder))], group) for group in range(groups)]
+        groups = [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
+        found += [([os.fsencode(table.relative_to(folder))], group) for group in groups]
     if not tables:
         names = [os.fsencode(path.relative_to(folder)) for path in predict.pictures_in([str(source)])]
         found = [(names[i : i + size], -1) for i in range(0, len(names), size)]
@@ -179,9 +179,14 @@ def prepare(options: argparse.Namespace, parts: list[dict[str, Any]]) -> list[di
     if path.exists() and json.loads(path.read_text()) != started:
         raise ManyError(f"{out} holds predictions of other pictures, weights or options; give another --out.")
     write_whole(path, lambda file: file.write(json.dumps(started, indent=1).encode()))
-    for rest in out.glob(".*.part"):  # of a run that was killed while it wrote
-        rest.unlink()
+    remove_parts(out)
     return [part for part in parts if not file_of(out, part["number"]).exists()]
+
+
+def remove_parts(out: Path) -> None:
+    """Remove what runs and workers left that were killed while they wrote."""
+    for rest in out.glob(".*.part"):
+        rest.unlink()
 
 
 def run(options: argparse.Namespace, missing: list[dict[str, Any]]) -> None:
@@ -214,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(parts)} parts, {len(missing)} to do", file=sys.stderr)
         if missing:
             run(options, missing)
+            remove_parts(Path(options.out))
         table = ds.dataset(options.out, format="parquet")
         rows, failed = table.count_rows(), table.count_rows(filter=ds.field("problem") != "")
     except (KeptError, ManyError, DetectError, cropvote.CropVoteError, RayError, OSError) as error:

@@ -32,9 +32,8 @@ import numpy as np
 import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault(
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
-)  # on any system: Ray's own ports are open to this machine
+os.environ.setdefault("RAY_worker_niceness", "0")  # as important as what else runs here; Ray's default is 15
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's own ports on 127.0.0.1, on any system
 
 try:
     import ray
