@@ -115,13 +115,15 @@ def executorch(model: nn.Module, size: int, folder: Path) -> Run:
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
-    program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=(batch(),))
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
-    path = folder / "model.pte"
-    path.write_bytes(lowered.buffer)
     _unsafe_reset_threadpool(1)
-    method = Runtime.get().load_program(path).load_method("forward")
-    return lambda images: method.execute([images])[0]
+    methods = {}
+    for count in BATCHES:  # a file for each: ExecuTorch 1.5 takes at most 15 images where the batch is dynamic
+        program = torch.export.export(model, (torch.zeros(count, 3, size, size),))
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+        path = folder / f"{count}.pte"
+        path.write_bytes(lowered.buffer)
+        methods[count] = Runtime.get().load_program(path).load_method("forward")
+    return lambda images: methods[len(images)].execute([images])[0]
 
 
 ENGINES = {
@@ -157,7 +159,7 @@ def session(path: Path) -> Run:
 
 def runs(model: nn.Module, size: int, folder: Path) -> Iterator[tuple[str, str, Run]]:
     """Yield every engine with every way to predict, once its output is PyTorch's."""
-    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(max(BATCHES), 3, size, size, generator=torch.Generator().manual_seed(2))
     for way in WAYS:
         choose(model, way)
         with torch.no_grad():

@@ -24,7 +24,10 @@ def spread(values: list[float]) -> str:
 
 def short_table(rates: dict[str, Any]) -> list[str]:
     """Return rate and latency of one replica for each number of clients."""
-    lines = [line("clients", "faces / s", "median, ms", "99 % within, ms", "by two views"), "| ---: |" + " ---: |" * 4]
+    lines = [
+        line("clients", "faces / s", "median, ms", "99th percentile, ms", "voted with two views"),
+        "| ---: |" + " ---: |" * 4,
+    ]
     for clients, rounds in rates["services"]["adaptive"].items():
         rate = spread([row["faces_per_second"] for row in rounds])
         times = [f"{median(rounds, key):.0f}" for key in ("p50_ms", "p99_ms")]
@@ -58,12 +61,12 @@ def overhead(rates: dict[str, Any]) -> str:
     one = median(rates["services"]["always ten views"]["1"], "faces_per_second")
     rate = per_core(rates)
     return (
-        f"One client after another gets {one:.1f} faces a second, a plain loop over single faces does "
-        f"{loop['10 views, batch 1']:.1f}; 16 clients get {rate[10]:.1f}, a loop over batches of 16 does "
-        f"{loop['10 views, batch 16']:.1f}. With two views 32 clients get {rate[2]:.1f}, the loop "
+        f"With ten views a single client gets {one:.1f} faces a second, and a plain loop over single faces does "
+        f"{loop['10 views, batch 1']:.1f}; 16 clients get {rate[10]:.1f}, and a loop over batches of 16 does "
+        f"{loop['10 views, batch 16']:.1f}. With two views, 32 clients get {rate[2]:.1f} and the loop "
         f"{loop['2 views, batch 16']:.1f}. The clients and other work ran on the same two cores, on which two replicas "
         f"were no faster than one ({median(rates['services']['two replicas']['16'], 'faces_per_second'):.1f} faces a "
-        f"second by 16 clients): **how the rate grows with the cores was not measured.**"
+        f"second from 16 clients): **how the rate grows with the number of cores was not measured.**"
     )
 
 
@@ -127,25 +130,25 @@ def killed_words(killed: dict[str, Any]) -> str:
     failed = sum(killed["failed"].values())
     kinds = ", ".join(f"{n} × {'no answer' if status == '0' else status}" for status, n in killed["failed"].items())
     return (
-        f"**The only replica was killed** under {killed['clients']} clients, which sent each failed request again: "
+        f"**The only replica was killed** while {killed['clients']} clients sent requests, retrying each that failed: "
         f"{killed['requests']:,} requests, {killed['right']:,} right answers, {killed['wrong']} wrong, {failed} failed "
         f"({kinds or 'none'}). The first right answer came {killed['first_right_answer_after_s']:.0f} s after the "
-        f"kill. A second replica would go on in the meantime; that was not measured."
+        f"kill. A second replica should keep answering in the meantime; that was not measured."
     )
 
 
 def hostile_words(hostile: dict[str, Any]) -> str:
     """Return how hostile input was answered."""
-    kinds = ", ".join(f"{n:,} × {status}" for status, n in hostile["statuses"].items())
+    kinds = ", ".join(f"{n:,} got {status}" for status, n in hostile["statuses"].items())
     known = hostile["known"]
     wrong = sum(n for name, n in known.items() if name != "right")
     grown = hostile["memory_after"]["replica"] - hostile["memory_before"]["replica"]
     process = "the same" if hostile["same_replica"] else "another"
     return (
-        f"**{hostile['inputs']:,} hostile requests** (random bytes; cut, bit-flipped and joined JPEG, PNG, WebP, GIF, "
-        f"BMP and TIFF; false sizes; broken forms; wrong content types): {kinds}. {len(hostile['bad'])} answers were "
-        f"anything but a valid answer or a refusal in a sentence. Between them a known face was answered "
-        f"{known['right']:,} times rightly, {wrong} times not. The replica was {process} process at the end, and "
+        f"**{hostile['inputs']:,} hostile requests** (random bytes; truncated, bit-flipped and concatenated JPEG, PNG, "
+        f"WebP, GIF, BMP and TIFF; false sizes; broken forms; wrong content types): {kinds}. Answers that were "
+        f"neither valid nor a one-sentence refusal: {len(hostile['bad'])}. In between, a known face was sent: "
+        f"{known['right']:,} right answers, {wrong} wrong or failed. The replica was {process} process at the end, and "
         f"{grown:.0f} MiB larger."
     )
 
@@ -157,12 +160,14 @@ def page(stored: dict[str, Any]) -> str:
     lines = ["# Serving", ""]
     lines += wrapped(f"""
         **What to do: plan a core for every {rate[10]:.0f} faces a second, and let the vote fall back to two views when
-        more come: the same core then does {rate[2]:.0f}.** These are figures of the shipped network on one kind of
-        machine; measure yours with `python benchmarks/load.py rates`.""")
+        more come: the same core then does {rate[2]:.0f}.** These figures are for `examples/fer48/serve.py`, which
+        serves the network in this repository with Ray Serve, on one kind of machine; measure on yours with `python
+        benchmarks/load.py rates`.""")
     lines += ["", *short_table(rates), ""]
     lines += wrapped(f"""
-        One replica, one picture of a face per request, each client sending the next when it has an answer; median,
-        lowest and highest of {rates["rounds"]} rounds of {rates["seconds"]:g} s, beside other work on the machine.
+        One replica, one picture of a face per request, each client sending its next request once it has an answer;
+        median, lowest and highest of {rates["rounds"]} rounds of {rates["seconds"]:g} s, with other work running on the
+        machine.
         {measured(rates)}.""")
     lines += ["", USE.strip(), "", "## How many cores", ""]
     lines += wrapped("cameras × faces per second per camera ÷ faces per second per core = cores. For example:")
@@ -196,12 +201,12 @@ The answer, shortened:
  "problems": []}
 ```
 
-- **`probability`** is calibrated with the temperature of the network's card, which was fitted to ten views.
-- **`views`** is ten, or two while a replica has at least `--busy` requests; it becomes ten again at `--calm` or
-  fewer.
+- **`probability`** is calibrated with the temperature given in the network's model card, fitted to ten views.
+- **`views`** is ten. It drops to two once a replica has at least `--busy` requests, and returns to ten at `--calm`
+  or fewer.
 - **`model`** changes with the weights: it is the start of their SHA-256.
-- **A batch** is a form with up to 64 files. Files that cannot be read are in `problems`; if none can, the status is
-  400.
+- **A batch** is a form with up to 64 files. Files that cannot be read are listed in `problems`; if no file can be
+  read, the status is 400.
 - **Bad input** gets a 4xx and `{"error": "one sentence"}`. Bodies over 16 MiB and pictures over 25 megapixels are
   refused before anything is decoded.
 - **A full queue** (`--queue`) gets a 503 at once; a client should wait before it tries again.
@@ -214,12 +219,13 @@ The answer, shortened:
 CORES = """
 This is the network alone, on cropped faces: finding faces (`?detect=1`) costs more and was not measured. A replica
 runs the network in one thread and decodes pictures in another; replicas share nothing, and the table assumes that
-each core adds as much as the first. Leave a core for Ray's proxy, and room for rush hours: near the full rate the
-queue is always long. Ray runs replicas at a low priority (nice 15); beside other work on the machine set
-`RAY_worker_niceness=0`.
+each core adds as much as the first. Leave a core for Ray's proxy, and headroom for peaks: near the full rate the
+queue is always long. Ray's default is to run replicas at a low priority (nice 15); `serve.py` runs them at normal
+priority unless `RAY_worker_niceness` is set. With `--address`, set `RAY_worker_niceness=0` where you start Ray.
 
-Past one machine: `ray start --head` on one and `ray start --address=...` on the others, then `serve.py --address`,
-with a copy of the repository and the weights on every machine. Ray spreads the replicas; its HTTP proxy runs on the
+For more than one machine: `ray start --head` on one and `ray start --address=...` on the others, then
+`serve.py --address`, with a copy of the repository and the weights on every machine.
+Ray spreads the replicas; its HTTP proxy runs on the
 first machine unless Serve's proxy location says otherwise. We ran `--address` against a cluster of one machine
 only: **more machines, the rate of one proxy, GPUs and a camera's video stream were not measured.**
 """
@@ -227,22 +233,24 @@ only: **more machines, the rate of one proxy, GPUs and a camera's video stream w
 MANY = """
 ## Many pictures at once
 
-`predict_many.py` cuts the work into parts, each of which becomes one parquet file, written whole or not at all;
-started again after an interruption it does the missing parts only, and the files are the same, byte for byte (a
-test kills a run and its worker). Only a batch of pictures and 4,096 rows are in memory.
+`examples/fer48/predict_many.py` cuts the work into parts, each of which becomes one Parquet file, written whole or
+not at all. If it is started again after an interruption, it does only the missing parts, and the files are the
+same, byte for byte (a test kills a run and its worker). Only a batch of pictures and 4,096 rows are in memory at a
+time.
 """
 
 REST = """
 ## Before others can reach it
 
-- It listens on this machine only, and has no password, no encryption and no limit per client: put a reverse proxy
-  in front before you set `--host`, and let it limit the size of bodies. Ray's proxy reads a request's body into
+- The service listens on this machine only, and has no password, no encryption and no limit per client: put a reverse
+  proxy in front before you set `--host`, and have the proxy limit the size of request bodies.
+  Ray's proxy reads a request's body into
   memory while the request waits for a replica, whatever its size; the limit above is checked by the replica.
-- Ray runs code that reaches its own ports. In a run on one machine they listen on 127.0.0.1, except one port per
-  replica, which Ray offers no option for. Ray 2.60 asks for a token on them (`~/.ray/auth_token`, written at the
-  first start). Don't set `RAY_AUTH_MODE=disabled`, and let a firewall close all ports but yours. On a cluster set
+- Ray runs any code that is sent to its own ports. On a single machine they listen on 127.0.0.1, except one port per
+  replica, for which Ray has no option. Ray 2.60 requires a token on these ports (`~/.ray/auth_token`, written at the
+  first start). Don't set `RAY_AUTH_MODE=disabled`, and let a firewall close all ports but yours. On a cluster, set
   `RAY_AUTH_MODE=token`.
 - Ray's usage statistics and dashboard are off. Ray keeps logs below `/tmp/ray`; requests are not logged.
-- A class is what annotators would say that a face shows, not what a person feels: read the network's card,
-  `examples/fer48/weights/MODEL_CARD.md`, first.
+- A predicted class is what annotators would say a face shows, not what a person feels: first read the model card,
+  `examples/fer48/weights/MODEL_CARD.md`.
 """

@@ -237,7 +237,8 @@ def section() -> list[str]:
     ]  # fmt: skip
     how = """
         *fast*: bfloat16 autocast, channels_last, `torch.compile` and, on a GPU, a fused optimizer. *float32 eager*:
-        PyTorch's defaults, which means TF32 convolutions on a GPU. A training step is forward, backward, AdamW. Each
+        PyTorch's defaults, which means TF32 convolutions on a GPU. A training step is a forward
+        and a backward pass and an AdamW update. Each
         rate is shown with two upper limits, in images per second. *Work* is three times the multiply-adds at the speed
         of a large matrix product of that precision; *bytes* is the data that training keeps for the backward pass,
         written and read once at copy speed. Limits and rates are measured minutes apart: on a shared machine, a rate
@@ -246,12 +247,12 @@ def section() -> list[str]:
         rates, cells = found["floors"], found["split"]
         mine = [
             *wrapped(how), "",
-            f"{found['versions']}, commit {found['commit']}; a matrix product: {rates['fast'] / 1e9:,.0f} (bfloat16) "
-            f"and {rates['float32 eager'] / 1e9:,.0f} (float32) 10⁹ multiply-adds a second; a copy: "
+            f"{found['versions']}, commit {found['commit']}; a matrix product, in 10⁹ multiply-adds a second: "
+            f"{rates['fast'] / 1e9:,.0f} (bfloat16) and {rates['float32 eager'] / 1e9:,.0f} (float32); a copy: "
             f"{rates['copy'] / 1e9:,.0f} GB a second, read and written.", "",
-            "| ten views after | mode | batch | training, images / s | time over the plain one's "
-            "| GMACs over the plain one's | limit of the work | limit of the bytes "
-            "| inference, images / s | peak MiB an image |",
+            "| ten views after | mode | batch | training, images / s | training time / plain "
+            "| GMACs / plain | work limit | bytes limit "
+            "| inference, images / s | peak MiB per image |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
         plains = {(r["mode"], r["batch"]): r["training"] for r in found["rows"] if r["network"] == "none"}
@@ -270,7 +271,7 @@ def section() -> list[str]:
                 f"{ratio} | {cost.gmacs / costs['none'].gmacs:.2f} | "
                 f"{_rate(work)} | {_rate(moved)} | {_rate(row['inference'])} | {peak_of} |"
             )
-        mine += ["", "The split alone, after `layer1`: time to copy the ten views as a share of the split's time:", "",
+        mine += ["", "The time to copy the ten views, as a share of that of the split alone (`layer1`):", "",
                   "| | forward | backward |", "|---|---:|---:|"]  # fmt: skip
         mine += [f"| {mode} | {one['forward']:.0%} | {one['backward']:.0%} |" for mode, one in cells.items()]
         lines += folded(f"{name}: all rates", [*mine, "", *_kernels(found.get("kernels"))])

@@ -76,7 +76,11 @@ def _(_path: Path, split: Split) -> None:
         agree(torch.from_numpy(compiled(images(count).numpy())[0]), expected(split, count), 1e-4)
 
 
-@tool("ExecuTorch", "with XNNPACK, dynamic batch, run by its own runtime with 1, 2 and 7 images", slow=True)
+@tool(
+    "ExecuTorch",
+    "with XNNPACK, in its own runtime, with 1, 2 and 7 images; dynamic batches hold at most 15",
+    slow=True,
+)
 def _(path: Path, split: Split) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
