@@ -283,8 +283,9 @@ def did_not_help() -> list[str]:
         - **A longer recipe.** SGD at 0.1, weight decay 5e-4, stronger shifts and erasing, mixup 0.2, averaged weights
         (0.999), two views a step, at the paper's width for the work of {long["budget"]:g} plain epochs, one seed:
         {scores["val"]:.1f} on PublicTest, {scores["test"]:.1f} on PrivateTest with ten views. That is below the
-        recipe under "Equal epochs". Self-distillation and recipes of 250 epochs and more were not run
-        (`python benchmarks/worth.py next --task longest --width 64 --budgets 320 --device cuda`)."""
+        recipe under "Equal epochs". Erasing per view, self-distillation (`--teachers`) and recipes of 250 epochs
+        and more have not been run: `python benchmarks/worth.py next --task longest --width 64 --budgets 320
+        --device cuda`."""
     return [*wrapped(first, "  "), *wrapped(second, "  ")]
 
 

@@ -17,6 +17,8 @@ import skimage
 
 import at_test_time
 import cropvote
+import deploy
+import detectors
 import faces
 import fer2013_page
 import load_page
@@ -80,6 +82,9 @@ def test_the_table_of_views_at_test_time_matches_the_stored_figures():
     assert peers.table(json.loads(peers.STORED.read_text())) in (DOCS / "comparison.md").read_text()
     stored = json.loads(rejecting.STORED.read_text())
     assert rejecting.table(stored) in (DOCS / "guides" / "reading-the-votes.md").read_text()
+    assert deploy.table(json.loads(deploy.STORED.read_text())) in (DOCS / "guides" / "export.md").read_text()
+    assert detectors.table(json.loads(detectors.STORED.read_text())) in (DOCS / "comparison.md").read_text()
+    assert worth_page.tuned(worth_page.DEEPER) in (DOCS / "guides" / "fine-tuning.md").read_text()
     assert worth_page.tuned() in (DOCS / "guides" / "fine-tuning.md").read_text()
 
 
