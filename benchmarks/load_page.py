@@ -196,8 +196,8 @@ The answer, shortened:
 
 ```json
 {"model": "FER2013-76e58554071a",
- "faces": [{"picture": 0, "box": null, "class": "happy", "probability": 0.9017, "agreement": 1.0, "views": 10,
-            "probabilities": {"angry": 0.0186, "...": 0.0}}],
+ "faces": [{"picture": 0, "box": null, "class": "happy", "probability": 0.9017, "agreement": 1.0,
+            "views": 10, "probabilities": {"angry": 0.0186, "...": 0.0}}],
  "problems": []}
 ```
 
