@@ -177,6 +177,7 @@ def test_the_page_holds_every_network_and_its_pictures(stored, tmp_path):
         assert f"figures/fer2013_{stem}.svg" in text
 
 
+@pytest.mark.slow
 def test_the_results_page_matches_the_stored_figures(tmp_path, monkeypatch):
     stored, written = json.loads(results.STORED.read_text()), page.PAGE.read_text()
     monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")

@@ -129,6 +129,7 @@ def test_only_fields_of_a_dataclass_are_predictions():
     assert model.train()(IMAGES).scores.shape == (30, 7)
 
 
+@pytest.mark.slow
 def test_compiled_hugging_face():
     torch._dynamo.reset()
     model = inject_crop_vote(networks.hf_resnet(), after="resnet.encoder.stages.0", input_size=48)
@@ -211,7 +212,7 @@ def test_a_layer_whose_tail_returns_several():
 HEADS = [
     ("googlenet", 96, ten_crop(), "inception3a", {"logits": 20, "aux_logits2": 20, "aux_logits1": 20}),
     ("googlenet", 96, ten_crop(), "inception4b", {"logits": 20, "aux_logits2": 20, "aux_logits1": 2}),
-    ("inception_v3", 299, hflip(), "Mixed_5d", {"logits": 4, "aux_logits": 4}),
+    pytest.param("inception_v3", 299, hflip(), "Mixed_5d", {"logits": 4, "aux_logits": 4}, marks=pytest.mark.slow),
     ("inception_v3", 299, hflip(), "Mixed_7a", {"logits": 4, "aux_logits": 2}),
 ]
 

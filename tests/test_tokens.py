@@ -81,7 +81,11 @@ def test_against_the_oracle(kind, views):
     assert torch.allclose(model(IMAGES).double(), oracle.vote(rows, "soft"), atol=1e-5)
 
 
-@pytest.mark.parametrize("where", [{"blocks.0": None}, {"input": hflip(), "blocks.1": five_crop()}], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "where",
+    [{"blocks.0": None}, pytest.param({"input": hflip(), "blocks.1": five_crop()}, marks=pytest.mark.slow)],
+    ids=["one", "two"],
+)
 @torch.no_grad()
 def test_images_of_another_size_give_another_grid(where):
     """Each size is checked once, and every call uses the grid of its size."""
