@@ -45,7 +45,7 @@ def per_core(rates: dict[str, Any]) -> dict[int, float]:
 
 
 def loop_table(rates: dict[str, Any]) -> list[str]:
-    """Return the plain loop's rates beside those of the services."""
+    """Return the rates of the plain loop and of the services."""
     lines = [line("what runs", "faces / s"), "| --- | ---: |"]
     lines += [line(f"plain loop, {name}", spread(values)) for name, values in rates["loop"].items()]
     for name, clients in rates["services"].items():
@@ -213,7 +213,7 @@ The answer, shortened:
 - **Health**: `GET /-/healthz`. `GET /` describes the network and the limits.
 - **Metrics** for Prometheus: `http://127.0.0.1:8090/metrics` (`--metrics-port`): `ray_cropvote_faces` by number of
   views, `ray_cropvote_refused` by status, `ray_cropvote_waiting`, `ray_cropvote_batch_size`,
-  `ray_cropvote_batch_seconds`, and those of Ray Serve.
+  `ray_cropvote_batch_seconds`, and Ray Serve's own metrics.
 """
 
 CORES = """
@@ -242,12 +242,12 @@ time.
 REST = """
 ## Before others can reach it
 
-- The service listens on this machine only, and has no password, no encryption and no limit per client: put a reverse
+- The service listens on this machine only. It does not check passwords, encrypt, or limit clients: put a reverse
   proxy in front before you set `--host`, and have the proxy limit the size of request bodies.
   Ray's proxy reads a request's body into
   memory while the request waits for a replica, whatever its size; the limit above is checked by the replica.
 - Ray runs any code that is sent to its own ports. On a single machine they listen on 127.0.0.1, except one port per
-  replica, for which Ray has no option. Ray 2.60 requires a token on these ports (`~/.ray/auth_token`, written at the
+  replica, which Ray cannot be told to move there. Ray 2.60 requires a token on these ports (`~/.ray/auth_token`, written at the
   first start). Don't set `RAY_AUTH_MODE=disabled`, and let a firewall close all ports but yours. On a cluster, set
   `RAY_AUTH_MODE=token`.
 - Ray's usage statistics and dashboard are off. Ray keeps logs below `/tmp/ray`; requests are not logged.
