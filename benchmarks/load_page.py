@@ -248,8 +248,8 @@ REST = """
   memory while the request waits for a replica, whatever its size; the limit above is checked by the replica.
 - Ray runs any code that is sent to its own ports. On a single machine they listen on 127.0.0.1, except one port per
   replica, which Ray cannot be told to move there. Ray 2.60 requires a token on these ports
-  (`~/.ray/auth_token`, written at the first start). Don't set `RAY_AUTH_MODE=disabled`, and let a firewall close all ports but yours. On a cluster, set
-  `RAY_AUTH_MODE=token`.
+  (`~/.ray/auth_token`, written at the first start). Don't set `RAY_AUTH_MODE=disabled`, and let a firewall close all
+  ports but yours. On a cluster, set `RAY_AUTH_MODE=token`.
 - Ray's usage statistics and dashboard are off. Ray keeps logs below `/tmp/ray`; requests are not logged.
 - A predicted class is what annotators would say a face shows, not what a person feels: first read the model card,
   `examples/fer48/weights/MODEL_CARD.md`.
