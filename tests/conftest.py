@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("tests", deadline=None)  # a slow machine is not an error
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Forget what torch.compile learnt about a class's sizes in the tests before, whichever those were."""
+    torch.compiler.reset()
 
 
 @pytest.fixture

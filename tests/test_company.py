@@ -97,7 +97,6 @@ def test_a_module_that_carries_a_split_is_not_a_root():
 
 
 def test_many_classes_do_not_share_a_recompile_limit():
-    torch._dynamo.reset()
     known = hasattr(torch._dynamo.config, "recompile_limit")
     name = "recompile_limit" if known else "cache_size_limit"  # PyTorch 2.6
     with torch._dynamo.config.patch(**{name: 2}):

@@ -70,7 +70,6 @@ def test_autocast(voting, kind, layout):
 @pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:The CUDA Graph is empty", "ignore:The .grad attribute")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled(voting, mode):
-    torch._dynamo.reset()
     there = copy.deepcopy(voting).cuda()
     fast = torch.compile(there, mode=mode)
     for seed in range(3):

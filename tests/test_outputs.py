@@ -115,7 +115,6 @@ def test_the_predictions_are_voted_over_and_the_rest_is_left_alone(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in PACKS if kind != "nested"])  # dynamo cannot copy an OrderedDict
 def test_compiled(kind):
-    torch._dynamo.reset()
     model = inject_crop_vote(Several(PACKS[kind]).eval(), after="site", input_size=48)
     compiled = torch.compile(model, fullgraph=True, backend="eager")(IMAGES)
     assert type(compiled) is type(model(IMAGES))
@@ -131,7 +130,6 @@ def test_only_fields_of_a_dataclass_are_predictions():
 
 @pytest.mark.slow
 def test_compiled_hugging_face():
-    torch._dynamo.reset()
     model = inject_crop_vote(networks.hf_resnet(), after="resnet.encoder.stages.0", input_size=48)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     for count in (3, 2):

@@ -330,7 +330,6 @@ def test_forward_mode_is_right() -> None:
 @pytest.mark.parametrize("views", [ten_crop(), SMALL.views()], ids=["ten", "odd"])
 def test_compile_traces_in_one_graph(dynamic: bool | None, views: Views) -> None:
     """fullgraph, several batch sizes and map sizes, forward and backward."""
-    torch._dynamo.reset()
     compiled = torch.compile(lambda x: split_views(x, views) * 2, fullgraph=True, backend="eager", dynamic=dynamic)
     for count, high, wide in ((2, 12, 8), (3, 12, 8), (5, 24, 18)):
         plain, traced = (numbered(count, 2, high, wide).requires_grad_() for _ in "ab")
