@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help=doctor, description=doctor).set_defaults(command="doctor")
     for name, summary, description in (
         ("sites", "the places where a split is sound", "List the places where a split is sound."),
-        ("profile", "work and memory of a split at each of them", "Count what a split costs at each site."),
-        ("suggest", "the earliest of them within a budget", "Name the earliest sound site within a budget."),
+        ("profile", "work and memory of a split after each stage", "Count what a split costs after each stage."),
+        ("suggest", "the earliest stage within a budget", "Name the earliest stage whose cost is within a budget."),
         ("rank", "which views pay on your own pictures", "Try views on a trained network and pictures of yours."),
     ):
         command = commands.add_parser(
@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         form.add_argument("--json", action="store_true", help="print JSON")
         if name != "suggest":
             form.add_argument("--markdown", action="store_true", help="print a Markdown table")
+        if name in ("profile", "suggest"):
+            add("--every-site", action="store_true", help="every valid site, not only the stages")
+            add("--align", action="store_true", help="align the views to the strides behind each site")
         if name == "sites":
             add("--all", action="store_true", help="also the modules that are not valid sites, and why")
         elif name == "rank":

@@ -90,8 +90,11 @@ def _profile(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
         size,
         _asked(arguments),
         NAMES[arguments.views](),
+        every_site=arguments.every_site,
+        align=arguments.align,
         measure=arguments.measure,
         device=_device(arguments.device),
+        progress=not arguments.json,
     )
     if arguments.plot:
         table.plot(arguments.plot)
@@ -110,6 +113,9 @@ def _suggest(model: nn.Module, size: tuple[int, ...] | int | None, arguments: ar
         max_macs_ratio=arguments.max_macs_ratio,
         max_memory_mib=arguments.max_memory_mib,
         views=views,
+        every_site=arguments.every_site,
+        align=arguments.align,
+        progress=not arguments.json,
     )
     if arguments.json:
         return json.dumps({"reason": found.reason, **row_of(found.cost)}, indent=1)

@@ -6,18 +6,22 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .costs import profile
+from .costs.meters import Meter
+from .costs.stages import LEAST_TAIL, list_stages
 from .cuts import After, format_sites, parts_of
 from .errors import InputTypeError, OptionError, SiteError, ViewsError
 from .images import INPUT
 from .layouts import sides
-from .probe.sites import sites
+from .probe.fakes import on_fake_copy
+from .probe.sites import views_and_example
+from .probe.trace import record_trace
+from .progress import shown
 from .surgery import inject_crop_vote
 from .surgery.arguments import sites_after
 from .surgery.inject import settings
@@ -26,8 +30,6 @@ from .views import Views, five_crop, hflip
 __all__ = ["RankedSites", "Ranking", "rank_sites"]
 
 PLAIN = "plain"
-#: Sites with less of the network's work behind them are not tried: views hardly differ there.
-LEAST_TAIL = 0.01
 #: A candidate is recommended only if the p-value of its McNemar test is below this.
 SIGNIFICANT = 0.05
 
@@ -191,7 +193,7 @@ def rank_sites(
     """Try views on a trained network and validation data, and compare each with the plain network.
 
     Every candidate votes with the same weights, batch by batch; the model itself is left as it is. By default the
-    candidates are the mirrored input, and at the last site of each map size, five crops aligned to the strides
+    candidates are the mirrored input, and after the last stage of each map size, five crops aligned to the strides
     behind it (see :meth:`Views.aligned`), by themselves and with the mirrored input.
 
     Choose on validation data and report on other data: the best of many candidates is best by luck in part.
@@ -272,22 +274,12 @@ def mcnemar(won: int, lost: int) -> float:
 
 
 def _batches(data: Iterable[Any], progress: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in _shown(data, progress, "rank_sites", "batch"):
+    for batch in shown(data, "rank_sites", "batch", progress):
         if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(x, Tensor) for x in batch[:2]):
             raise InputTypeError("CV862", f"data must give batches (images, targets), got {type(batch).__name__}.")
         if len(batch[0]) != len(batch[1]):
             raise InputTypeError("CV862", f"a batch has {len(batch[0])} images and {len(batch[1])} targets.")
         yield batch[0], batch[1]
-
-
-def _shown(items: Iterable[Any], progress: bool, title: str, unit: str) -> Iterable[Any]:
-    """Return the items with a progress bar around them, if it is wanted and tqdm is installed."""
-    if progress:
-        with suppress(ImportError):
-            from tqdm.auto import tqdm
-
-            return tqdm(items, desc=title, unit=f" {unit}")
-    return items
 
 
 def _networks(
@@ -301,10 +293,10 @@ def _networks(
     plain = copy.deepcopy(model).eval()
     if device is not None:
         plain = plain.to(device)
-    tried: list[After] = _default_candidates(plain, size) if candidates is None else list(candidates)
+    tried: list[Any] = _default_candidates(plain, size, progress) if candidates is None else list(candidates)
     tensors = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
     networks: dict[str, tuple[dict[str, Views], nn.Module]] = {}
-    for after in _shown(tried, progress, "checking", "candidate"):
+    for after in shown(tried, "checking", "candidate", progress):
         if isinstance(after, Mapping) and set(after) == {"after"}:  # as Ranking.best has it
             after = after["after"]
         chosen = sites_after(plain, after)
@@ -323,22 +315,24 @@ def _networks(
         while unique in networks or unique == PLAIN:  # other views may read the same: as many, of the same size
             unique = f"{name} ({next(copies)})"
         networks[unique] = chosen, network
-    costs = list(profile(plain, size, sites=[chosen for chosen, _ in networks.values()])) if networks else []
+    costs = (
+        list(profile(plain, size, sites=[chosen for chosen, _ in networks.values()], progress=False))
+        if networks
+        else []
+    )
     work = [row.ratio for row in costs[len(costs) - len(networks) :]]  # the plans stand last, in this order
     rows = [(name, *network, ratio) for (name, network), ratio in zip(networks.items(), work, strict=True)]
     return [(PLAIN, {}, plain, 1.0), *rows]
 
 
-def _default_candidates(model: nn.Module, size: tuple[int, ...]) -> list[After]:
-    """Return the mirrored input, and crops, to be aligned, at the last site of each map size, with it and without."""
-    known: dict[tuple[int, ...], list[str]] = {}
-    for site in sites(model, size, views=hflip()):
-        if site.name != INPUT:
-            known.setdefault(sides(site.shape, site.layout), []).append(site.name)
-    last: dict[tuple[int, ...], str] = {}
-    while waiting := {extent: names.pop() for extent, names in known.items() if extent not in last and names}:
-        costs = profile(model, size, sites=list(waiting.values()), views=hflip())
-        last.update({extent: name for extent, name in waiting.items() if costs[name].tail_share >= LEAST_TAIL})
-    last = {extent: last[extent] for extent in known if extent in last}  # in the order of the network
+def _default_candidates(model: nn.Module, size: tuple[int, ...], progress: bool) -> list[After]:
+    """Return the mirrored input, and aligned crops after the last stage of each map size, with it and without."""
+    views, example = views_and_example(model, size, five_crop())
+    stages = on_fake_copy(model, lambda fake: list_stages(Meter(record_trace(fake, example), views, True), progress))
+    last = {
+        sides(site.shape, site.layout): site.name
+        for site, cost in stages
+        if site.name != INPUT and cost.tail_share >= LEAST_TAIL
+    }
     plans = [plan for name in last.values() for plan in ({name: five_crop()}, {INPUT: hflip(), name: five_crop()})]
     return [{INPUT: hflip()}, *plans]

@@ -19,9 +19,10 @@ from cropvote import (
     hflip,
     inject_crop_vote,
     profile,
+    settings,
     sites,
 )
-from cropvote.errors import InputTypeError, OptionError, SiteError
+from cropvote.errors import InputTypeError, OptionError, SiteError, ViewsError
 from model import fer_resnet18
 
 #: (image side, site): GMACs and MB of the forward pass, from Table 2 of the paper.
@@ -202,10 +203,43 @@ def test_the_peak_is_that_of_pytorchs_memory_profiler(site):
 # ---- what it profiles ------------------------------------------------------------------------------------------------
 
 
+STAGES = {
+    "resnet18": ["act1", "maxpool", "layer1", "layer2", "layer3", "layer4"],
+    "mobilenetv3_small_050": ["bn1", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "blocks"],
+    "convnext_atto": ["stem", "stages.0", "stages.1", "stages.2", "stages"],
+    "vit_tiny_patch16_224": ["pos_drop", "blocks.0", "blocks.1", "norm"],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_stages_are_listed_by_default(name):
+    model = timm.create_model(name, **({"depth": 3} if name.startswith("vit") else {})).eval()
+    assert [row.site for row in profile(model, views="five") if row.site not in ("baseline", "input")] == STAGES[name]
+
+
+def test_aligned_views_cost_what_they_cost_in_a_model():
+    model = networks.fer()
+    table = profile(model, 40, sites=["layer2", {"input": hflip(), "layer2": five_crop()}], views="five", align=True)
+    stride = settings(inject_crop_vote(networks.fer(), "layer2", views="five", input_size=40, align=True)).views.stride
+    by_hand = profile(model, 40, sites=["layer2"], views=five_crop().aligned(stride))
+    assert stride == 4
+    assert table["input"].ratio < profile(model, 40, sites=["layer2"], views="five")["input"].ratio  # aligned, too
+    assert table["layer2"] == by_hand["layer2"] != profile(model, 40, sites=["layer2"], views="five")["layer2"]
+    assert "five aligned to 4" in table.rows[-1].site
+    with pytest.raises(ViewsError, match="CV214"):
+        profile(networks.fer(), 8, sites=["layer1"], align=True)
+
+
+def test_sites_where_views_change_little_are_named():
+    notes = str(profile(networks.fer(), 48, sites=["layer1", "layer4"]))
+    assert "Less than 1 % of the work is behind layer4: views change little there" in notes
+    assert "on the small map of layer4" in notes
+
+
 def test_every_valid_site_has_a_row_and_the_model_is_unchanged():
     model = networks.fer()
     before = networks.snapshot(model)
-    table = profile(model, 48)
+    table = profile(model, 48, every_site=True)
     assert [row.site for row in table] == ["baseline", *[site.name for site in sites(model, 48)]]
     assert [row.distinct for row in table][1:] == [site.distinct for site in sites(model, 48)]
     assert networks.same(networks.snapshot(model), before)

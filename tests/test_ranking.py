@@ -150,9 +150,9 @@ def test_the_command(folder, capsys, monkeypatch):
     (folder / "empty").mkdir()
     assert main([*asked[:4], "--data", str(folder / "empty")]) == 2
     assert "CV909" in capsys.readouterr().err
-    (folder / "mynet.py").write_text("import torchvision\n\ndef build():\n    return torchvision.models.resnet18()\n")
+    (folder / "ownnet.py").write_text("import torchvision\n\ndef build():\n    return torchvision.models.resnet18()\n")
     monkeypatch.chdir(folder)
-    assert main(["rank", "mynet:build", *asked[2:], "--limit", "3"]) == 2
+    assert main(["rank", "ownnet:build", *asked[2:], "--limit", "3"]) == 2
     assert "CV910" in capsys.readouterr().err
 
 

@@ -31,16 +31,18 @@ from cropvote.errors import OptionError, SiteError
         {"max_macs_ratio": 99},
     ],
 )
-def test_the_earliest_site_within_the_budget(budget):
+@pytest.mark.parametrize("every_site", [False, True])
+def test_the_earliest_site_within_the_budget(budget, every_site):
     model = networks.fer()
-    inside = [row for row in profile(model, 48) if row.site not in ("baseline", "input")]
+    inside = [row for row in profile(model, 48, every_site=every_site) if row.site not in ("baseline", "input")]
     limits = (budget.get("max_macs_ratio", 1e9), budget.get("max_memory_mib", 1e9))
     fitting = [row for row in inside if row.ratio <= limits[0] and row.train_memory_mib <= limits[1]]
     first = next(row for row in fitting if row.tail_share >= 0.01)
     *_, wanted = (row for row in fitting if (row.ratio, row.shape) == (first.ratio, first.shape))  # bn1, relu
-    found = suggest_site(model, 48, **budget)
+    found = suggest_site(model, 48, **budget, every_site=every_site)
     assert (found.site, found.cost) == (wanted.site, wanted)
-    assert found.reason.startswith(f"{found.site!r} is the earliest site that costs at most")
+    kind = "site" if every_site else "stage"
+    assert found.reason.startswith(f"{found.site!r} is the earliest {kind} that costs at most")
     coincide = f"only {found.cost.distinct} of the 10 views differ"
     assert (coincide in found.reason) == (found.cost.distinct < 10)
 
@@ -78,8 +80,10 @@ def test_the_error_proposes_fewer_views():
 
 
 def test_no_site_within_the_budget():
-    with pytest.raises(SiteError, match=r"CV151.*layer4\.0"):
+    with pytest.raises(SiteError, match=r"CV151.*layer3'"):
         suggest_site(networks.fer(), 48, max_macs_ratio=0.5)
+    with pytest.raises(SiteError, match=r"CV151.*layer4\.0'"):
+        suggest_site(networks.fer(), 48, max_macs_ratio=0.5, every_site=True)
     with pytest.raises(OptionError, match="CV820"):
         suggest_site(networks.fer(), 48)
     for limit in (0, -1, "2", float("nan"), True):

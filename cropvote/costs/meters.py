@@ -17,6 +17,7 @@ from ..errors import OptionError
 from ..images import Example, Spec
 from ..layouts import sides
 from ..options import NAMED, eval_indices
+from ..probe.strides import tail_stride
 from ..probe.taint import tensors_in
 from ..probe.trace import Trace
 from ..probe.trial import Split, run_split
@@ -78,10 +79,10 @@ class _Run(NamedTuple):
 
 
 class Meter:
-    """Counts calls of a fake model, plain and split at any site."""
+    """Counts calls of a fake model, plain and split at any site, with ``align`` into views on the strides behind it."""
 
-    def __init__(self, trace: Trace, views: Views) -> None:
-        self.trace, self.model, self.views = trace, trace.model, views
+    def __init__(self, trace: Trace, views: Views, align: bool = False) -> None:
+        self.trace, self.model, self.views, self.align = trace, trace.model, views, align
         tensors = [*self.model.parameters(), *self.model.buffers()]
         self.fixed = {storage_key(tensor)[1] for tensor in tensors}
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -94,6 +95,10 @@ class Meter:
             BASELINE, (), plain.macs / 1e9, 1.0, self._memory([]), plain.peak / MIB, self.parameters, 1.0, 1, {}
         )
 
+    def views_at(self, site: str) -> Views:
+        """Return the views that a split at the site cuts."""
+        return self.views.aligned(tail_stride(self.trace, site)) if self.align else self.views
+
     def cost(self, site: Site) -> SiteCost:
         """Return the cost of a split at a single site, which is counted once."""
         if site.name not in self.counted:
@@ -101,7 +106,7 @@ class Meter:
         return self.counted[site.name]
 
     def _cost(self, site: Site) -> SiteCost:
-        splits = [Split(site.name, self.views, site.layout)]
+        splits = [Split(site.name, self.views_at(site.name), site.layout)]
         run = self._run(splits, 1)
         total = len(self.views)
         one = run if total == 1 else self._run(splits, 1, indices=[0]) if not self.linear else None

@@ -1,4 +1,4 @@
-"""The earliest site whose cost is within a budget."""
+"""The earliest stage whose cost is within a budget."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from torch import nn
 from ..cuts import ViewsOrName
 from ..errors import OptionError, SiteError
 from ..images import INPUT
-from ..layouts import sides
 from ..probe.fakes import on_fake_copy
-from ..probe.sites import candidates, views_and_example
-from ..probe.subclasses import why_not_swapped
+from ..probe.sites import views_and_example
 from ..probe.trace import record_trace
-from ..probe.verdicts import Site, judge_site
 from .meters import Meter, SiteCost
+from .stages import LEAST_TAIL, last_of_equals, list_every_site, list_stages
 
 __all__ = ["Suggestion", "suggest_site"]
-
-#: Behind a site with less of the network's work (a pooling and a linear layer) the vote is another way of pooling.
-LEAST_TAIL = 0.01
 
 
 class Suggestion(NamedTuple):
@@ -44,13 +39,16 @@ def suggest_site(
     max_macs_ratio: float | None = None,
     max_memory_mib: float | None = None,
     views: ViewsOrName | None = None,
+    every_site: bool = False,
+    align: bool = False,
+    progress: bool = True,
 ) -> Suggestion:
-    """Return the earliest valid site inside the network whose cost is within a budget.
+    """Return the earliest stage of the network whose cost is within a budget.
 
     In the paper's experiments, an earlier split is more accurate and more expensive. The images themselves are not
     suggested: ``after="input"`` is test-time augmentation, at the price of every view. Nor is a site with less than
-    1 % of the work behind it, where the views have hardly a way to differ. Of sites that follow each other at the same
-    work and shape (a convolution, its norm, its activation; a map and the tokens made of it) it is the last.
+    1 % of the work behind it: views hardly differ there, and before a global pooling mirror images do not differ at
+    all.
 
     Args:
         model: an image classifier that was not injected.
@@ -58,6 +56,9 @@ def suggest_site(
         max_macs_ratio: at most this many times the plain network's multiply-adds.
         max_memory_mib: at most this many MiB kept per image for the backward pass.
         views: the views or their name, :func:`ten_crop` by default.
+        every_site: consider every valid site instead of the stages, see :func:`profile`.
+        align: for views that are aligned, as ``inject_crop_vote(align=True)`` does.
+        progress: show a progress bar once it takes longer than a second, if tqdm is installed.
 
     Returns:
         A :class:`Suggestion`: the site, the reason, and its cost.
@@ -71,17 +72,26 @@ def suggest_site(
         >>> import torchvision
         >>> from cropvote import suggest_site
         >>> suggest_site(torchvision.models.resnet18(), 64, max_macs_ratio=4).site
-        'layer3.0'
+        'layer3'
     """
     budget = _budget(max_macs_ratio, max_memory_mib)
     views, example = views_and_example(model, input_size, views)
-    found, costlier = on_fake_copy(model, lambda fake: _search(Meter(record_trace(fake, example), views), budget))
-    asked = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
-    if found is None:
-        raise SiteError("CV151", _none_fits(type(model).__name__, asked, budget, costlier, len(views)))
-    site, cost = found
+
+    def list_costs(fake: nn.Module) -> list[SiteCost]:
+        meter = Meter(record_trace(fake, example), views, align)
+        rows = last_of_equals(list_every_site(meter, progress)) if every_site else list_stages(meter, progress)
+        return [cost for site, cost in rows if site.name != INPUT and cost.tail_share >= LEAST_TAIL]
+
+    costs = on_fake_copy(model, list_costs)
+    fitting = [i for i, cost in enumerate(costs) if all(getattr(cost, field) <= budget[field] for field in budget)]
+    limits = " and ".join(f"{limit:g} {UNIT[field]}" for field, limit in budget.items())
+    if not fitting:
+        raise SiteError("CV151", _none_fits(type(model).__name__, limits, budget, costs, len(views)))
+    cost, costlier = costs[fitting[0]], costs[: fitting[0]]
+    site = cost.site
     before = f"; {costlier[-1].site!r}, before it, has {_format_cost(costlier[-1])}" if costlier else ""
-    reason = f"{site!r} is the earliest site that costs at most {asked}: it has {_format_cost(cost)}{before}"
+    kind = "site" if every_site else "stage"
+    reason = f"{site!r} is the earliest {kind} that costs at most {limits}: it has {_format_cost(cost)}{before}"
     if cost.distinct < len(views):
         reason += f"; on so small a map only {cost.distinct} of the {len(views)} views differ"
     if len(cost.shape) == 2 and any(view.mirror for view in views.entries):
@@ -104,26 +114,7 @@ def _budget(max_macs_ratio: float | None, max_memory_mib: float | None) -> dict[
     return budget
 
 
-def _search(meter: Meter, budget: dict[str, float]) -> tuple[tuple[str, SiteCost] | None, list[SiteCost]]:
-    """Return the first site within the budget, and the costs of the costlier sites before it."""
-    names = [name for name in candidates(meter.trace) if name != INPUT]
-    costlier: list[SiteCost] = []
-    for i, name in enumerate(names):
-        site = judge_site(meter.trace, name, meter.views)
-        if site.reason or meter.cost(site).tail_share < LEAST_TAIL:
-            continue
-        cost = meter.cost(site)
-        if _fits(cost, budget):
-            for equal in reversed(_of_equal_work(meter, names[i:])):
-                cost = meter.cost(judge_site(meter.trace, equal, meter.views))
-                if _fits(cost, budget) and not why_not_swapped(meter.trace, [equal]):
-                    return (equal, cost), costlier
-            continue
-        costlier.append(cost)
-    return None, costlier
-
-
-def _none_fits(kind: str, asked: str, budget: dict[str, float], costlier: list[SiteCost], total: int) -> str:
+def _none_fits(kind: str, limits: str, budget: dict[str, float], costlier: list[SiteCost], total: int) -> str:
     """Return the message that no site is within the budget."""
     if not costlier:
         return (
@@ -134,37 +125,9 @@ def _none_fits(kind: str, asked: str, budget: dict[str, float], costlier: list[S
     fewer = " or ".join(f"views={name}" for name, count in {"five_crop()": 5, "hflip()": 2}.items() if count < total)
     advice = f" Fewer views cost less: {fewer}." if fewer else ""
     return (
-        f"no site of this {kind} costs at most {asked}; the cheapest is {cheapest.site!r}, with "
+        f"no site of this {kind} costs at most {limits}; the cheapest is {cheapest.site!r}, with "
         f"{_format_cost(cheapest)}.{advice}"
     )
-
-
-def _of_equal_work(meter: Meter, names: list[str]) -> list[str]:
-    """Return the first site and the next ones of equal work and shape, such as a convolution's norm and activation.
-
-    Crops commute with what works element by element, so the views are the same there, and less memory is kept. A map's
-    tokens are of its shape: behind their positions every view has those of its place, before them of a whole image.
-    """
-    start = judge_site(meter.trace, names[0], meter.views)
-    first, found = meter.cost(start), list[str]()
-    for name in names:
-        site = judge_site(meter.trace, name, meter.views)
-        if site.reason:
-            continue
-        cost = meter.cost(site)
-        if cost.ratio != first.ratio or _extent(site) != _extent(start):
-            break
-        found.append(name)
-    return found
-
-
-def _extent(site: Site) -> tuple[tuple[int, ...], int]:
-    """Return the sides and the channels of a site's map."""
-    return sides(site.shape, site.layout), site.shape[0 if site.layout == "NCHW" else -1]
-
-
-def _fits(cost: SiteCost, budget: dict[str, float]) -> bool:
-    return all(getattr(cost, field) <= limit for field, limit in budget.items())
 
 
 UNIT = {"ratio": "times the plain multiply-adds", "train_memory_mib": "MiB per image in training"}

@@ -15,11 +15,15 @@ from ..images import INPUT
 from ..layouts import Layout
 from ..probe.fakes import on_fake_copy
 from ..probe.reasons import why_not_votable
-from ..probe.sites import candidates, checked_splits, judge_sites, views_and_example
+from ..probe.sites import check_aligned, checked_splits, judge_sites, views_and_example
+from ..probe.strides import tail_stride
 from ..probe.trace import record_trace
+from ..probe.verdicts import Site
+from ..progress import shown
 from ..surgery.arguments import check_name, sites_after
 from ..views import Views
 from .meters import BASELINE, Meter, SiteCost, image_size
+from .stages import LEAST_TAIL, list_every_site, list_stages
 from .timing import measure_times
 
 __all__ = ["Profile", "profile"]
@@ -71,14 +75,14 @@ class Profile:
             parts = [name.ljust(widths[0]), shape.ljust(widths[1])]
             parts += [figure.rjust(width) for figure, width in zip(figures, widths[2:], strict=True)]
             lines.append("  ".join(parts).rstrip())
-        return "\n".join([self.title(), "", *lines, "", UNITS])
+        return "\n".join([self.title(), "", *lines, "", *self._notes()])
 
     def to_markdown(self) -> str:
         """Return the table in Markdown."""
         head, *cells = self._cells()
         ruler = ["---", "---", *["---:"] * (len(head) - 2)]
         lines = [f"| {' | '.join(line)} |" for line in (head, ruler, *cells)]
-        return "\n".join([f"{self.title()}.", "", *lines, "", UNITS])
+        return "\n".join([f"{self.title()}.", "", *lines, "", *self._notes()])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain lists, numbers and strings, for JSON."""
@@ -100,6 +104,18 @@ class Profile:
         """Return the model, the images and the views as text."""
         size = "×".join(map(str, self.input_size))
         return f"{self.model}, images {size}, {len(self.views)} views, per image"
+
+    def _notes(self) -> list[str]:
+        """Return what the columns mean, and at which sites views have no effect or coincide."""
+        notes, rows = [UNITS], [row for row in self.rows if row.site != BASELINE]
+        if late := [row.site for row in rows if row.tail_share < LEAST_TAIL]:
+            notes.append(
+                f"Less than 1 % of the work is behind {', '.join(late)}: views change little there, and before a "
+                f"global pooling a mirror image (hflip) changes nothing."
+            )
+        if alike := [row.site for row in rows if row.distinct < max(row.gmacs_by_views, default=0)]:
+            notes.append(f"Some views are the same crop (see distinct) on the small map of {', '.join(alike)}.")
+        return notes
 
     def _cells(self) -> list[list[str]]:
         counts = sorted({count for row in self.rows for count in row.gmacs_by_views} - {len(self.views)})
@@ -148,12 +164,15 @@ def profile(
     sites: Sequence[After] | None = None,
     views: ViewsOrName | None = None,
     *,
+    every_site: bool = False,
+    align: bool = False,
     measure: bool = False,
     device: str | torch.device | None = None,
     batch: int = 8,
     rounds: int = 7,
+    progress: bool = True,
 ) -> Profile:
-    """Count what a split costs at each valid site, beside the plain network and a split of the images.
+    """Count what a split costs after each stage, beside the plain network and a split of the images.
 
     Counted on a fake copy, without the weights' memory and without running anything; the model is left as it is. The
     work is PyTorch's own count of floating-point operations (``torch.utils.flop_counter``), halved; what it does not
@@ -164,13 +183,18 @@ def profile(
     Args:
         model: an image classifier that was not injected.
         input_size: the image's size: a side, (H, W), or (C, H, W); needless for timm models, which carry one.
-        sites: only these sites, by name; all valid ones by default. A plan over several sites, as ``after`` of
-            :func:`inject_crop_vote` takes it, is a row too.
+        sites: only these sites, by name; by default the stages: the outermost valid sites, of those that follow each
+            other at equal work and shape the last. Several sites together, as ``after`` of :func:`inject_crop_vote`
+            takes them, are a row too.
         views: the views or their name, :func:`ten_crop` by default.
+        every_site: list every valid site instead of the stages.
+        align: align the views to the total stride behind each site, as ``inject_crop_vote(align=True)`` does; sites
+            without an aligned crop are left out.
         measure: also measure milliseconds per image, in eval mode: the median of rounds that take turns.
         device: where to measure; where the model is by default.
         batch: how many images to measure with.
         rounds: how many rounds to measure.
+        progress: show a progress bar once it takes longer than a second, if tqdm is installed.
 
     Returns:
         A :class:`Profile` with one row per site.
@@ -188,7 +212,7 @@ def profile(
         >>> from cropvote import profile
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
         >>> [(row.site, round(row.ratio, 2)) for row in profile(net, 32)]
-        [('baseline', 1.0), ('input', 6.95), ('0', 1.0), ('1', 1.0)]
+        [('baseline', 1.0), ('input', 6.95), ('1', 1.0)]
 
     Reference:
         Table 2 of Gómez-Sirvent et al., Electronics 2023, 12(18), 3837, whose "forward pass" and "GFLOPs" are
@@ -197,32 +221,49 @@ def profile(
     views, example = views_and_example(model, input_size, views)
     if sites is not None and not isinstance(sites, (str, Mapping, Sequence)):
         raise InputTypeError("CV823", f"sites must be names or plans, in a list, got {sites!r}.")
-    asked: list[After] = [] if sites is None else [sites] if isinstance(sites, (str, Mapping)) else list(sites)
-    names = [one for one in asked if isinstance(one, str)]
-    plans = [sites_after(model, one) for one in asked if not isinstance(one, str)]
+    rows_wanted: list[After] = [] if sites is None else [sites] if isinstance(sites, (str, Mapping)) else list(sites)
+    names = [after for after in rows_wanted if isinstance(after, str)]
+    plans = [sites_after(model, after) for after in rows_wanted if not isinstance(after, str)]
     for name in names:
         check_name(model, name)
 
     def count(fake: nn.Module) -> list[tuple[SiteCost, After, Layout | None]]:
         trace = record_trace(fake, example)
-        meter = Meter(trace, views)
-        wanted = candidates(trace) if sites is None else [*dict.fromkeys([INPUT, *names])]
-        rows: list[tuple[SiteCost, After, Layout | None]] = []
-        for site in judge_sites(trace, wanted, views):
-            if site.reason and site.name in names:
-                checked_splits(trace, {site.name: views})  # raises the refusal
-            if not site.reason or site.name in names:
-                rows.append((meter.cost(site), site.name, site.layout))
-        if sites is None and not rows:
-            why = why_not_votable(trace) or "see cropvote.sites(model, all=True)."
-            raise SiteError("CV150", f"no site of this {type(model).__name__} is valid: {why}")
-        rows += [(meter.cost_of(checked_splits(trace, plan)), plan, None) for plan in plans]
+        meter = Meter(trace, views, align)
+        if sites is None:
+            listed = list_every_site(meter, progress) if every_site else list_stages(meter, progress)
+            if not listed:
+                why = why_not_votable(trace) or "see cropvote.sites(model, all=True)."
+                raise SiteError("CV150", f"no site of this {type(model).__name__} is valid: {why}")
+        else:
+            listed = [row for site in dict.fromkeys([INPUT, *names]) for row in _named(meter, site, site in names)]
+        rows: list[tuple[SiteCost, After, Layout | None]] = [(cost, site.name, site.layout) for site, cost in listed]
+        for plan in shown(plans, "plans", "plan", progress):
+            chosen = {name: views.aligned(tail_stride(trace, name)) for name, views in plan.items()} if align else plan
+            rows.append((meter.cost_of(checked_splits(trace, chosen)), chosen, None))
         return [(meter.baseline, "", None), *rows]
 
     rows = on_fake_copy(model, count)
     costs = [cost for cost, _, _ in rows]
     if measure:
         places = [(after, layout) for _, after, layout in rows[1:]]
-        times = measure_times(model, example, views, places, device, batch, rounds)
+        times = measure_times(model, example, views, align, places, device, batch, rounds)
         costs = [cost._replace(milliseconds=time) for cost, time in zip(costs, times, strict=True)]
     return Profile(type(model).__name__, image_size(example), views, costs)
+
+
+def _named(meter: Meter, name: str, asked: bool) -> list[tuple[Site, SiteCost]]:
+    """Return a site and its cost in a list, which is empty if it is not valid and was not ``asked`` for.
+
+    Raises:
+        SiteError: a site that was asked for is not valid.
+        ViewsError: its map is too small for the views.
+    """
+    views = meter.views_at(name)
+    [site] = judge_sites(meter.trace, [name], views)
+    if not asked and site.reason:
+        return []
+    splits = checked_splits(meter.trace, {name: views})
+    if asked and meter.align:
+        check_aligned(meter.trace, splits)
+    return [(site, meter.cost(site))]

@@ -25,6 +25,7 @@ def measure_times(
     model: nn.Module,
     example: Example,
     views: Views,
+    align: bool,
     networks_at: list[tuple[After, Layout | None]],
     device: str | torch.device | None,
     batch: int,
@@ -50,7 +51,8 @@ def measure_times(
     for after, layout in networks_at:  # the same weights, in models of their own
         copied = copy.deepcopy(twin, {id(tensor): tensor for tensor in tensors})
         alone = views if isinstance(after, str) else None
-        networks.append(inject_crop_vote(copied, after, views=alone, input_size=image_size(example), layout=layout))
+        size = image_size(example)
+        networks.append(inject_crop_vote(copied, after, views=alone, input_size=size, layout=layout, align=align))
     with torch.no_grad():
         for network in networks:
             network(images)

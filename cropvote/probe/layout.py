@@ -124,6 +124,14 @@ def _growing_axes(trace: Trace, site: str) -> tuple[Shape, Shape] | None:
     return axes[0], axes[1]
 
 
+def map_size(trace: Trace, site: str) -> Shape:
+    """Return the sides of a module's map, as far as they show without a trial; of tokens, their number."""
+    shape = trace.shape(site)
+    if len(shape) == 2:
+        return shape[:1]
+    return sides(shape, AXES.get(_growing_axes(trace, site)) or stated_layout(trace.model) or "NCHW")
+
+
 def grow(trace: Trace, axis: int) -> dict[nn.Module, Shape]:
     """Return what modules give for images of twice the length along an axis, as far as the model takes them."""
     if ("grown", axis) in trace.memo:

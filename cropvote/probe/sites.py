@@ -87,7 +87,11 @@ def views_and_example(
 
 def judge_sites(trace: Trace, names: list[str], views: Views) -> list[Site]:
     """Return the sites of these names, each with the reason if it is invalid."""
-    rows = [judge_site(trace, name, views) for name in names]
+    return judge_swaps(trace, [judge_site(trace, name, views) for name in names])
+
+
+def judge_swaps(trace: Trace, rows: list[Site]) -> list[Site]:
+    """Return the sites, those also with a reason whose classes the model does not let be swapped."""
     if not why_not_swapped(trace, [row.name for row in rows if not row.reason]):
         return rows
     return [row if row.reason else row._replace(reason=str(why_not_swapped(trace, [row.name]) or "")) for row in rows]
@@ -125,7 +129,7 @@ def check_sites(
         chosen = {name: views.aligned(tail_stride(trace, name)) for name, views in sites.items()} if align else sites
         splits = checked_splits(trace, chosen, stated, explain=True)
         if align:
-            _refuse_unaligned(trace, splits)
+            check_aligned(trace, splits)
         modes = [model.training]
         with suppress(Exception):  # whatever it is, the other mode is not checked, and will be when it is used
             known = {split.site: (split.layout, trace.shape(split.site)) for split in splits}
@@ -139,7 +143,7 @@ def check_sites(
     return frozenset(modes), splits
 
 
-def _refuse_unaligned(trace: Trace, splits: list[Split]) -> None:
+def check_aligned(trace: Trace, splits: list[Split]) -> None:
     """Raise ViewsError if a map is too small for crops on the grid of the network behind it."""
     for site, views, layout in splits:
         size = sides(trace.shape(site), layout)
