@@ -18,7 +18,7 @@ from .options import Settings
 from .outputs import KeyPath, map_tensors, prediction_paths
 from .splitting import flatten_views, split_views, unflatten_views
 from .tracking import Tracked, plain
-from .voting import vote
+from .voting import mark_vote, vote
 
 __all__: list[str] = []
 
@@ -178,7 +178,7 @@ def vote_output(call: Call, output: Any, images: Tensor) -> Any:
             return rows
         votes = vote(rows, count, call.how)
         if not torch.compiler.is_compiling():  # for CropVoteLoss: by which rule, and whether training gives rows
-            votes._cropvote = call.how, call.settings.train_output != "vote"  # type: ignore[attr-defined]
+            mark_vote(votes, call.how, call.settings.train_output != "vote")
         return votes
 
     return replace((), output) if isinstance(output, Tensor) else map_tensors(replace, output)

@@ -18,6 +18,7 @@ from .cuts import After, format_sites, parts_of
 from .errors import InputTypeError, OptionError, SiteError, ViewsError
 from .images import INPUT
 from .layouts import sides
+from .outputs import prediction_paths, tensors_of
 from .probe.fakes import on_fake_copy
 from .probe.sites import views_and_example
 from .probe.trace import record_trace
@@ -154,7 +155,11 @@ class Ranking:
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain lists, numbers and strings, for JSON."""
         rows = [
-            {**row._asdict(), "sites": {name: views.to_dict() for name, views in row.sites.items()}}
+            {
+                **row._asdict(),
+                "sites": {name: views.to_dict() for name, views in row.sites.items()},
+                "score": row.score if math.isfinite(row.score) else None,
+            }
             for row in self.rows
         ]
         return {"samples": self.samples, "metric": self.metric, "rows": rows, "advice": self.advice()}
@@ -243,13 +248,20 @@ def rank_sites(
             outputs = [[] for _ in networks]
         place = next(networks[0][2].parameters(), images).device
         for rows, (_, _, network, _) in zip(outputs, networks, strict=True):
-            rows.append(network(images.to(place)).float().cpu())
+            output = network(images.to(place))
+            rows.append(dict(tensors_of(output))[prediction_paths(output)[0]].float().cpu())
         targets.append(wanted.cpu())
+        are_classes &= outputs[0][0].dim() > 1 and outputs[0][0].shape[1] > 1
+        if metric is None and not are_classes:
+            raise OptionError("CV861", f"outputs of shape {tuple(outputs[0][0].shape)} need a metric=.")
     if not networks:
         raise OptionError("CV860", "data gave no batch.")
     truth = torch.cat(targets)
     votes = [torch.cat(rows) for rows in outputs]
-    right = [vote.argmax(1) == truth if are_classes else torch.zeros(len(truth), dtype=torch.bool) for vote in votes]
+    right = [
+        (vote.argmax(1) == truth) & ~vote.isnan().any(1) if are_classes else torch.zeros(len(truth), dtype=torch.bool)
+        for vote in votes
+    ]
     table: list[RankedSites] = []
     for (name, chosen, _, work), vote, hits in zip(networks, votes, right, strict=True):
         score = float(hits.double().mean()) if metric is None else float(metric(vote, truth))
@@ -270,7 +282,7 @@ def mcnemar(won: int, lost: int) -> float:
     if won == lost:
         return 1.0
     logs = [math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) for i in range(fewer + 1)]
-    return min(1.0, round(2 * math.fsum(math.exp(x - total * math.log(2)) for x in logs), 15))
+    return min(1.0, float(f"{2 * math.fsum(math.exp(x - total * math.log(2)) for x in logs):.12g}"))
 
 
 def _batches(data: Iterable[Any], progress: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -294,14 +306,14 @@ def _networks(
     if device is not None:
         plain = plain.to(device)
     tried: list[Any] = _default_candidates(plain, size, progress) if candidates is None else list(candidates)
-    tensors = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
+    weights = {id(parameter): parameter for parameter in plain.parameters()}
     networks: dict[str, tuple[dict[str, Views], nn.Module]] = {}
     for after in shown(tried, "checking", "candidate", progress):
-        if isinstance(after, Mapping) and set(after) == {"after"}:  # as Ranking.best has it
-            after = after["after"]
+        if isinstance(after, Mapping) and set(after) == {"after"} and isinstance(after["after"], Mapping):
+            after = after["after"]  # as Ranking.best has it
         chosen = sites_after(plain, after)
         try:
-            network = copy.deepcopy(plain, dict(tensors))
+            network = copy.deepcopy(plain, dict(weights))
             inject_crop_vote(network, after=chosen, input_size=size, align=candidates is None)
         except (SiteError, ViewsError):
             if candidates is None:

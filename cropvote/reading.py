@@ -63,6 +63,8 @@ def per_view(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         )
     if not options.enabled:
         raise OptionError("CV602", "per_view reads a model that votes; this one's settings say enabled=False.")
+    injection = injection_of(model)
+    kwargs = kwargs if injection is None else injection.in_order(kwargs)
     output = run_with_cuts(model, options, make_cuts(options.views), *args, **kwargs)
     rows = dict(tensors_of(output)).get(prediction_paths(output)[0])
     samples = first_tensor(args, kwargs).shape[0]

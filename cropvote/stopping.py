@@ -139,8 +139,11 @@ def choose_confidence(
         raise InputTypeError(
             "CV844", f"per_view_logits must be a tensor (N, V, K), got {type(per_view_logits).__name__}."
         )
-    if per_view_logits.dim() != 3 or len(per_view_logits) == 0:
-        raise RowsError("CV844", f"per_view_logits must be (N, V, K), got {tuple(per_view_logits.shape)}.")
+    if per_view_logits.dim() != 3 or len(per_view_logits) == 0 or per_view_logits.shape[2] < 2:
+        raise RowsError(
+            "CV844",
+            f"per_view_logits must be (N, V, K), with two classes at least, got {tuple(per_view_logits.shape)}.",
+        )
     samples, total, _ = per_view_logits.shape
     if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.is_floating_point():
         raise InputTypeError("CV841", f"targets must be a tensor of {samples} classes, one per sample.")
@@ -159,7 +162,7 @@ def choose_confidence(
     lost = (whole.long() - (early.argmax(1) == targets).long())[order].cumsum(0)
     # lost[n - 1]: samples lost if the n most confident ones stop; those of equal confidence stop together
     counts = [0, *(n + 1 for n in range(samples) if n + 1 == samples or winner[n] > winner[n + 1])]
-    count = max(n for n in counts if n == 0 or float(lost[n - 1]) <= max_loss * samples)
+    count = max(n for n in counts if n == 0 or int(lost[n - 1]) / samples <= max_loss)
     return 1.0 if count == 0 else 0.0 if count == samples else float(winner[count])
 
 

@@ -81,6 +81,13 @@ def check_restorable(module: nn.Module) -> None:
         )
 
 
+class _Unannounced:
+    """Keep ``__init_subclass__`` of the model's class, which may register every subclass, from being called."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 def _subclass(base: type, forward: Forward) -> type:
     known = _classes.get((base, forward))
     if known is not None:
@@ -134,7 +141,8 @@ def _subclass(base: type, forward: Forward) -> type:
     }
     if hasattr(base, "__deepcopy__"):
         body["__deepcopy__"] = deepcopy
-    cls = new_class(base.__name__, (base,), {}, lambda namespace: namespace.update(body))
+    bases = (_Unannounced, base) if hasattr(base.__init_subclass__, "__func__") else (base,)
+    cls = new_class(base.__name__, bases, {}, lambda namespace: namespace.update(body))
     cast(Any, cls)._cropvote_names = frozenset((*vars(cls), "_cropvote_names"))
     _classes[base, forward] = cls
     return cls

@@ -8,6 +8,7 @@ everything that is computed from them; the split returns plain tensors. A predic
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,11 +21,27 @@ from ._torch import without_subclasses
 
 __all__: list[str] = []
 
-_NO_DATA = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
-_NO_DATA |= {"rand_like", "randn_like", "randint_like"}
+#: Operations whose first tensor gives a shape, a type or a device, and no data.
+_FIRST_IS_TEMPLATE = {"new", "new_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
+_FIRST_IS_TEMPLATE |= {f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")}
+#: Operations whose other tensor does.
+_OTHER_IS_TEMPLATE = {"to", "type_as", "view_as", "expand_as", "reshape_as"}
 
-#: Whether the running call of this thread wrote tracked data into an ordinary tensor, which does not remember it.
-_WROTE: ContextVar[list[bool] | None] = ContextVar("cropvote_wrote", default=None)
+
+class Watch:
+    """What a call does that its tensors do not remember.
+
+    Fields:
+        wrote: it wrote tracked data into an ordinary tensor.
+        made: its tracked tensors.
+    """
+
+    def __init__(self) -> None:
+        self.wrote = False
+        self.made: list[weakref.ref[Tensor]] = []
+
+
+_WATCH: ContextVar[Watch | None] = ContextVar("cropvote_watch", default=None)
 
 
 class Tracked(Tensor):
@@ -41,7 +58,11 @@ class Tracked(Tensor):
             with without_subclasses():
                 output = func(*args, **kwargs)
         if isinstance(output, Tensor):
-            if type(output) not in (Tensor, Tracked) or getattr(func, "__name__", "") in _NO_DATA:
+            name = getattr(func, "__name__", "")
+            if name in _FIRST_IS_TEMPLATE or name in _OTHER_IS_TEMPLATE:
+                args, kwargs = (args[1:], kwargs) if name in _FIRST_IS_TEMPLATE else (args[:1], {})
+                return track(output, _least(args, kwargs)) if _tracked_in((*args, *kwargs.values())) else output
+            if type(output) not in (Tensor, Tracked):
                 return output
             passed = _least(args, kwargs)
             if type(output) is Tensor:
@@ -75,9 +96,9 @@ class Tracked(Tensor):
 
 
 def _note_write() -> None:
-    wrote = _WROTE.get()
-    if wrote is not None:
-        wrote.append(True)
+    watch = _WATCH.get()
+    if watch is not None:
+        watch.wrote = True
 
 
 def _plain_inside(value: Any) -> Any:
@@ -103,14 +124,19 @@ def _tracked_in(values: Any) -> list[Any]:
 
 
 @contextmanager
-def noting_writes() -> Iterator[list[bool]]:
-    """Note whether tracked data is written into ordinary tensors."""
-    wrote: list[bool] = []
-    token = _WROTE.set(wrote)
+def watched() -> Iterator[Watch]:
+    """Watch a call; at its end, tracked tensors that anything still holds become ordinary again."""
+    watch = Watch()
+    token = _WATCH.set(watch)
     try:
-        yield wrote
+        yield watch
     finally:
-        _WROTE.reset(token)
+        _WATCH.reset(token)
+        for reference in watch.made:
+            tensor = reference()
+            if tensor is not None:
+                vars(tensor).pop("passed", None)
+                tensor.__class__ = Tensor
 
 
 def track(x: Tensor, passed: int) -> Tensor:
@@ -121,6 +147,9 @@ def track(x: Tensor, passed: int) -> Tensor:
         tracked = x.as_subclass(Tracked)
     if passed:
         tracked.passed = passed
+    watch = _WATCH.get()
+    if watch is not None:
+        watch.made.append(weakref.ref(tracked))
     return tracked
 
 
@@ -147,15 +176,3 @@ def track_all(tree: Any, samples: int) -> Any:
     if type(tree) is dict:
         return {name: track_all(value, samples) for name, value in tree.items()}
     return tree
-
-
-def clear_buffers(model: nn.Module) -> None:
-    """Make buffers that a forward replaced by tracked tensors ordinary again."""
-    left: list[nn.Module | None] = [model]
-    while left:  # by hand: Module.modules() takes three times as long, in every call with one row
-        module = left.pop()
-        if module is not None:
-            for name, buffer in module._buffers.items():
-                if type(buffer) is Tracked:
-                    module._buffers[name] = plain(buffer)
-            left += module._modules.values()

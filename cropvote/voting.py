@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import InputTypeError, OptionError, RowsError
 from .splitting import flatten_views, unflatten_views
@@ -266,12 +267,16 @@ class CropVoteLoss(nn.Module):
         per_target = 1 if rows == samples else rows // samples
         if not torch.compiler.is_compiling():
             self._check_vote(outputs)
-        loss = self.criterion(outputs, targets if per_target == 1 else repeat_targets(targets, per_target))
-        return loss if weights is None else _weighted_mean(loss, weights, samples, per_target)
+        targets = targets if per_target == 1 else repeat_targets(targets, per_target)
+        loss = self.criterion(outputs, targets)
+        if weights is None:
+            return loss
+        of_classes = _class_weights(self.criterion, targets)
+        return _weighted_mean(loss, weights, samples, per_target, of_classes)
 
     def _check_vote(self, outputs: Tensor) -> None:
         """Refuse a model's vote that this loss cannot be meant for."""
-        how, learns_from_rows = getattr(outputs, "_cropvote", ("", False))
+        how, learns_from_rows = _MARKS.get(outputs, ("", False))
         if how in ("probs", "hard") and isinstance(self.criterion, MULTI_LABEL):
             raise RowsError(
                 "CV316",
@@ -283,6 +288,15 @@ class CropVoteLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return "" if self.views is None else f"views={self.views}"
+
+
+#: The rule of each vote that a model returned, and whether the model learns from rows of views instead.
+_MARKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # an attribute would be saved with the tensor
+
+
+def mark_vote(votes: Tensor, how: How, learns_from_rows: bool) -> None:
+    """Remember of a model's vote what :class:`CropVoteLoss` has to know."""
+    _MARKS[votes] = how, learns_from_rows
 
 
 #: Losses of labels that do not exclude each other.
@@ -302,7 +316,8 @@ def _refuse_eval_mode(gradient: Tensor) -> None:
 #: Losses that compare outputs and targets one by one; class indices are nothing to them.
 ELEMENTWISE = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss),
-    *(nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss),
+    *(nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss, nn.MultiLabelSoftMarginLoss, nn.MultiLabelMarginLoss),
+    *(nn.SoftMarginLoss, nn.HingeEmbeddingLoss),
 )
 
 
@@ -335,8 +350,18 @@ def _with_axes_of(outputs: Tensor, targets: Tensor, elementwise: bool) -> Tensor
     )
 
 
-def _weighted_mean(loss: Tensor, weights: Tensor, samples: int, per_target: int) -> Tensor:
-    """Return the mean of the rows' losses, each with its sample's weight."""
+def _class_weights(criterion: Callable[..., Any], targets: Tensor) -> Tensor | None:
+    """Return the weight of each row's class, by which PyTorch divides: 0 for an ignored one; None if all count 1."""
+    if not isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)) or targets.dim() > 1 or targets.is_floating_point():
+        return None
+    kept = targets != criterion.ignore_index
+    return kept if criterion.weight is None else criterion.weight[targets * kept] * kept
+
+
+def _weighted_mean(
+    loss: Tensor, weights: Tensor, samples: int, per_target: int, of_classes: Tensor | None = None
+) -> Tensor:
+    """Return the mean of the rows' losses, each with its sample's weight, over the weights of samples and classes."""
     if not isinstance(weights, Tensor) or weights.shape != (samples,):
         raise RowsError("CV313", f"weights must be one number per target, ({samples},), got {_describe(weights)}.")
     if loss.dim() == 0 or loss.shape[0] != samples * per_target:
@@ -346,7 +371,8 @@ def _weighted_mean(loss: Tensor, weights: Tensor, samples: int, per_target: int)
             f'shape {tuple(loss.shape)}: give it reduction="none".',
         )
     of_rows = repeat_targets(weights, per_target).to(loss.dtype)
-    return (loss.flatten(1).mean(1) if loss.dim() > 1 else loss).mul(of_rows).sum() / of_rows.sum()
+    total = of_rows.sum() if of_classes is None else (of_rows * of_classes).sum()
+    return (loss.flatten(1).mean(1) if loss.dim() > 1 else loss).mul(of_rows).sum() / total
 
 
 def _describe(value: object) -> str:

@@ -44,6 +44,11 @@ def test_one_stride_and_whole_maps_change_nothing():
         five_crop().aligned(0)
 
 
+def unpadded(kernel: int, **options: int) -> nn.Module:
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, kernel, **options), pool, nn.Flatten(), nn.Linear(4, 5))
+
+
 def strides(model: nn.Module, size: int) -> dict[str, int]:
     names = [site.name for site in sites(model, size, views=hflip())]
     example = example_of(model, size)
@@ -60,6 +65,9 @@ def strides(model: nn.Module, size: int) -> dict[str, int]:
         (torchvision.models.resnet18, 75, {"input": 32, "layer1": 8, "layer3": 2}),
         (lambda: timm.create_model("convnext_atto"), 64, {"input": 32, "stages.0": 8, "stages.2": 2}),
         (networks.tokens, 48, {"blocks.0": 1}),
+        (lambda: unpadded(5, stride=2), 8, {"0": 2}),
+        (lambda: unpadded(5, stride=2), 9, {"0": 2}),
+        (lambda: unpadded(7, dilation=2), 16, {"0": 1}),
     ],
 )
 def test_strides_of_known_networks(make, size, known):

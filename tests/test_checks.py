@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -322,3 +323,29 @@ def test_an_interrupted_check_leaves_no_tensor():
     with pytest.raises(KeyboardInterrupt):
         sites(Interrupted().eval(), 12)
     assert not kept
+
+
+def test_a_global_tensor_that_a_forward_writes_keeps_its_values():
+    calls = torch.zeros(3)
+
+    class Counting(networks.Net):
+        def forward(self, x):
+            calls.add_(1)
+            return super().forward(x)
+
+    inject_crop_vote(Counting().eval(), after="site", input_size=48)
+    assert calls.tolist() == [0, 0, 0]
+
+
+def test_a_model_that_never_runs_twice_alike_is_not_blamed_for_its_class():
+    drawn = random.Random(0)  # not the generator that a check puts back
+
+    class Skipping(networks.Net):
+        def forward(self, x):
+            x = self.act(self.site(self.front(x)))
+            for _ in range(drawn.randrange(6)):
+                x = torch.relu(x)
+            return self.head(x)
+
+    for _ in range(3):
+        assert "site" in {site.name for site in sites(Skipping().eval(), 48)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import typing
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import networks
 import oracle
-from cropvote import inject_crop_vote, remove_crop_vote, settings
+from cropvote import inject_crop_vote, remove_crop_vote, settings, sites
 from cropvote.errors import OptionError, PlainModelError, SiteError, SurgeryError
 from networks import IMAGES
 
@@ -106,21 +107,49 @@ def test_many_classes_do_not_share_a_recompile_limit():
             assert torch.compile(model, fullgraph=True, backend="eager")(IMAGES).shape == (3, 7)
 
 
-class Keyed(nn.Module):
-    """Subclasses need a key."""
+class Registered(nn.Module):
+    """A class that keeps its subclasses by name, and asks them for a key."""
+
+    known: typing.ClassVar[dict[str, type]] = {}
 
     def __init_subclass__(cls, *, key, **kwargs):
         super().__init_subclass__(**kwargs)
+        Registered.known[cls.__name__] = cls
 
 
-class KeyedSite(Keyed, key=1):
+class RegisteredSite(Registered, key=1):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_registry_of_subclasses_is_left_alone():
+    model = networks.Net().eval()
+    model.site = RegisteredSite()
+    sites(model, 48)
+    inject_crop_vote(model, after="site", input_size=48)
+    assert Registered.known == {"RegisteredSite": RegisteredSite}
+    votes = model(IMAGES)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(IMAGES), votes)
+    assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(IMAGES), votes, atol=1e-6)
+    remove_crop_vote(model)
+    assert type(model.site) is RegisteredSite
+
+
+class Final(type):
+    def __new__(cls, name, bases, namespace):
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError("final")
+        return super().__new__(cls, name, bases, namespace)
+
+
+class FinalSite(nn.Module, metaclass=Final):
     def forward(self, x):
         return 2 * x
 
 
 def test_a_class_that_cannot_be_subclassed_leaves_the_model_unchanged():
     model = networks.Net().eval()
-    model.site = KeyedSite()
+    model.site = FinalSite()
     before = networks.snapshot(model)
     with pytest.raises(SurgeryError, match="CV423"):
         inject_crop_vote(model, after="site")

@@ -27,7 +27,7 @@ DATA = [(torch.randn(n, 3, 48, 48, generator=torch.Generator().manual_seed(n)), 
 PLAN = {"input": hflip(), "layer2": five_crop()}
 
 
-@pytest.mark.parametrize(("won", "lost"), [(0, 0), (5, 5), (9, 1), (1, 9), (40, 60), (900, 1000), (0, 30)])
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (5, 5), (9, 1), (1, 9), (40, 60), (900, 1000), (0, 30), (200, 0)])
 def test_the_test_is_mcnemars(won, lost):
     wanted = scipy.stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
     assert mcnemar(won, lost) == pytest.approx(wanted, rel=1e-9)
@@ -197,3 +197,55 @@ def test_the_best_ones_arguments_are_a_candidate_and_a_metric_is_a_function():
     assert one.sites == same.sites
     with pytest.raises(InputTypeError, match="CV863"):
         rank_sites(networks.fer(), DATA[:1], [PLAN], metric="f1", progress=False)
+
+
+def test_one_number_is_no_class():
+    class OneNumber(networks.Net):
+        def forward(self, x):
+            return super().forward(x)[:, :1]
+
+    with pytest.raises(OptionError, match="CV861"):
+        rank_sites(OneNumber().eval(), DATA, ["site"], progress=False)
+    squared = rank_sites(
+        OneNumber().eval(), DATA, ["site"], metric=lambda outputs, y: -(outputs[:, 0] - y).square().mean().item(),
+        progress=False,
+    )  # fmt: skip
+    assert [(row.won, row.lost, row.p) for row in squared.rows] == [(0, 0, 1.0)] * 2
+
+
+def test_a_vote_that_is_not_a_number_is_wrong():
+    class Overflowing(networks.Net):
+        def forward(self, x):
+            return super().forward(x) * float("nan")
+
+    data = [(images, torch.zeros_like(targets)) for images, targets in DATA]
+    ranking = rank_sites(Overflowing().eval(), data, ["site"], progress=False)
+    assert [row.score for row in ranking.rows] == [0.0, 0.0]
+    undefined = rank_sites(Overflowing().eval(), data, ["site"], metric=lambda *_: float("nan"), progress=False)
+    assert json.loads(json.dumps(undefined.to_dict(), allow_nan=False))["rows"][0]["score"] is None
+
+
+def test_candidates_share_no_buffers():
+    class Counting(networks.Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) + self.calls * torch.arange(7)
+
+    model = Counting().eval()
+    ranking = rank_sites(model, DATA, ["site", "front"], metric=lambda y, _: y[0, 6].item(), progress=False)
+    assert ranking.rows[0].score == pytest.approx(model(DATA[0][0])[0, 6].item(), rel=1e-5)
+
+
+def test_outputs_in_a_dict():
+    class Labelled(networks.Net):
+        def forward(self, x):
+            return {"features": self.front(x), "logits": super().forward(x)}
+
+    named, bare = Labelled().eval(), networks.Net().eval()
+    bare.load_state_dict(named.state_dict())
+    scores = [[row.score for row in rank_sites(model, DATA, ["site"], progress=False).rows] for model in (named, bare)]
+    assert scores[0] == scores[1]

@@ -68,3 +68,15 @@ def test_per_view_of_a_checkpointed_timm_model():
     wanted = per_view(model, IMAGES)
     model.set_grad_checkpointing(True)
     assert torch.allclose(per_view(model, IMAGES), wanted, atol=1e-6)
+
+
+def test_per_view_takes_arguments_in_any_order():
+    class Scaled(networks.Net):
+        def forward(self, pixel_values, scale):
+            return super().forward(pixel_values) * scale
+
+    model = inject_crop_vote(Scaled().eval(), after="site")
+    scale = torch.rand(1, 7)
+    wanted = per_view(model, IMAGES, scale)
+    assert torch.equal(per_view(model, scale=scale, pixel_values=IMAGES), wanted)
+    assert torch.allclose(wanted.mean(1), model(scale=scale, pixel_values=IMAGES), atol=1e-6)

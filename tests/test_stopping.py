@@ -243,6 +243,7 @@ def test_the_threshold_is_the_lowest_that_keeps_the_accuracy(data):
     ("logits", "targets", "options", "message"),
     [
         (torch.zeros(4, 7), torch.zeros(4).long(), {}, "CV844"),
+        (torch.zeros(4, 10, 1), torch.zeros(4).long(), {}, "CV844"),
         (torch.zeros(4, 10, 7), torch.zeros(4), {}, "CV841"),
         (torch.zeros(4, 10, 7), torch.zeros(4).long(), {"first": [4, 4]}, "CV817"),
         (torch.zeros(4, 10, 7), torch.zeros(4).long(), {"max_loss": -1}, "CV845"),
@@ -251,3 +252,11 @@ def test_the_threshold_is_the_lowest_that_keeps_the_accuracy(data):
 def test_threshold_misuse(logits, targets, options, message):
     with pytest.raises(CropVoteError, match=message):
         choose_confidence(logits, targets, **options)
+
+
+def test_a_share_of_the_samples_is_met_exactly():
+    """0.29 * 100 is 28.999..., and 29 of 100 is a share of 0.29."""
+    logits = torch.zeros(100, 10, 2)
+    logits[:, :, 1] = 1.0
+    logits[:29, [4, 9], 1] = -0.1  # the first two views are wrong, all ten are right
+    assert choose_confidence(logits, torch.ones(100).long(), max_loss=0.29) == 0.0

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import networks
-from cropvote import hflip, inject_crop_vote, per_view, settings, vote_until_sure
+from cropvote import hflip, inject_crop_vote, per_view, remove_crop_vote, settings, vote_until_sure
 from cropvote.errors import RowsError, SiteError
 from cropvote.surgery import checking, injection
 from cropvote.tracking import Tracked, came_around, plain, track
@@ -28,6 +28,11 @@ def test_what_is_computed_from_a_tracked_tensor_is_tracked():
     assert type(x.shape) is torch.Size
     for made in (torch.zeros_like(x), x.new_ones(2), y.clone(), plain(x), plain(x + y)):
         assert type(made) is torch.Tensor
+    for template in (y.to(x), y.type_as(x), y.view_as(x), x.new_tensor([1.0]), x.new(2), x.new_full((2,), 1.0)):
+        assert type(template) is torch.Tensor
+    with pytest.warns(UserWarning, match="copy construct"):
+        assert came_around(x.new_tensor(x), 1)
+    assert came_around(x.to(y), 1)
     behind = track(torch.randn(2, 3), 1)
     assert not came_around(behind + y, 1)
     assert came_around(behind + x, 1)
@@ -419,3 +424,73 @@ def test_a_repeated_call_has_side_effects_only_once():
     torch.manual_seed(0)
     model(IMAGES)
     assert torch.equal(torch.rand(1), after)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda x, t: t.to(x),
+        lambda x, t: t.type_as(x),
+        lambda x, t: x.new_tensor([2.0]),
+        lambda x, t: x.new(1).fill_(2),
+        lambda x, t: x.new_empty_strided((1,), (1,)).fill_(2),
+        lambda x, t: t.view(1, 1).view_as(x[:1, 0, 0, :1])[0],
+    ],
+)
+def test_images_that_only_say_the_type_or_the_shape_are_no_path(scale):
+    class Scaling(networks.Net):
+        def forward(self, x):
+            return super().forward(x) / scale(x, torch.tensor([2.0]))
+
+    for options in ({}, {"eval_views": "centre"}):
+        model = inject_crop_vote(Scaling().eval(), after="site", input_size=48, **options)
+        assert torch.allclose(model(IMAGES[:1]), model(IMAGES)[:1], atol=1e-6)
+
+
+def test_what_a_forward_keeps_is_an_ordinary_tensor():
+    kept = []
+
+    class Keeping(networks.Net):
+        mean = None
+
+        def forward(self, x):
+            if self.mean is None:
+                self.mean = torch.ones(1, 3, 1, 1).to(x) * x.mean().detach()
+            kept.append(x * 2)
+            self.aside = {"half": [x / 2]}
+            return super().forward(x - self.mean * 0)
+
+    model = inject_crop_vote(Keeping().eval(), after="site", check=False)
+    model._cropvote.check = model._cropvote.tracking = True
+    model._cropvote.checked = {(False, model._cropvote.images_only): None}
+    model(IMAGES[:1])
+    for tensor in (model.mean, kept[-1], model.aside["half"][0]):
+        assert type(tensor) is torch.Tensor
+        assert "passed" not in vars(tensor)
+    remove_crop_vote(model)
+    torch.compiler.reset()
+    assert torch.compile(model, backend="eager", fullgraph=False)(IMAGES).shape == (3, 7)
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_a_call_that_cannot_be_tracked_leaves_the_buffers_of_one_call(calls_before):
+    class Strict(networks.Net):
+        strict = False
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean = self.mean * 0.9 + x.detach().mean((0, 2, 3)) * 0.1
+            if self.strict and type(x) is Tracked:
+                raise TypeError("plain tensors only")
+            return super().forward(x)
+
+    plain_net, model = Strict(), inject_crop_vote(Strict(), after="site", train_views=1)
+    for net in (plain_net, model):
+        for i in range(calls_before + 1):
+            net.strict = i == calls_before
+            net.train()(IMAGES)
+    assert type(model.mean) is torch.Tensor
+    assert torch.allclose(model.mean, plain_net.mean)

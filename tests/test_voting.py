@@ -286,7 +286,8 @@ def test_shapes_that_would_be_broadcast_are_refused(outputs, targets):
 
 def test_an_elementwise_loss_refuses_class_indices():
     """With as many classes as rows, they would be broadcast."""
-    for criterion in (nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()):
+    losses = [nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss]
+    for criterion in [kind() for kind in (*losses, nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss)]:
         with pytest.raises(RowsError):
             CropVoteLoss(criterion)(torch.zeros(20, 20), torch.zeros(2, dtype=torch.long))
 
@@ -320,6 +321,15 @@ def test_a_samples_weight_applies_to_each_of_its_views(rows):
         loss(outputs, targets, weights[:1])
     with pytest.raises(RowsError):
         CropVoteLoss(nn.CrossEntropyLoss())(outputs, targets, weights)
+
+
+@pytest.mark.parametrize("options", [{"ignore_index": 4}, {"weight": torch.tensor([1.0, 3.0, 1.0, 1.0, 0.5])}])
+def test_equal_weights_change_nothing(options):
+    outputs, targets = torch.randn(6, 5), torch.tensor([1, 4])
+    wanted = CropVoteLoss(nn.CrossEntropyLoss(**options))(outputs, targets)
+    loss = CropVoteLoss(nn.CrossEntropyLoss(**options, reduction="none"))
+    assert torch.allclose(loss(outputs, targets, torch.ones(2)), wanted)
+    assert torch.allclose(loss(outputs, targets, torch.full((2,), 3.0)), wanted)
 
 
 # ---------------------------------------------------------------- votes that a loss cannot be meant for
@@ -360,3 +370,11 @@ def test_a_vote_of_classes_is_nothing_to_a_loss_of_labels(criterion: nn.Module) 
     for how in ("soft", "sigmoid"):
         with torch.no_grad():
             assert loss(_voting(how).eval()(x), labels).isfinite()
+
+
+def test_votes_are_saved_as_plain_tensors(tmp_path) -> None:
+    votes = _voting(lambda rows: rows.mean(1)).eval()(seeded(2, 3, 12, 12))
+    torch.save(votes, tmp_path / "votes.pt")
+    loaded = torch.load(tmp_path / "votes.pt", weights_only=True)
+    assert torch.equal(loaded, votes)
+    assert vars(votes) == vars(loaded) == {}

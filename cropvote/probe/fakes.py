@@ -22,7 +22,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .._torch import FakeCopyMode, FakeTensorMode, TorchDispatchMode, _disable_current_modes
+from .._torch import (
+    FakeCopyMode,
+    FakeTensorMode,
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_fake,
+    written_arguments,
+)
 from ..errors import PlainModelError, SurgeryError
 from ..swapping import is_swapped, restore_forward
 from .taint import check_taint_is_followed, tensors_in
@@ -74,6 +81,7 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
             except BaseException as error:
                 failed = error
             del fake
+        recorder.put_back()
         if failed is not None:  # out of its handler, in which Python 3.10 would hold the frames
             try:
                 _drop_frames(failed)
@@ -86,16 +94,26 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
 
 
 class Recorder(TorchDispatchMode):
-    """Remember every tensor that operations make, without holding it."""
+    """Remember every tensor that operations make, without holding it, and what real tensors held before a change."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[weakref.ref[Tensor]] = []
+        self.changed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tensors_in(written_arguments(func, args, kwargs or {})):
+            if not is_fake(tensor) and id(tensor) not in self.changed:
+                with _disable_current_modes():
+                    self.changed[id(tensor)] = tensor, tensor.detach().clone()
         out = func(*args, **(kwargs or {}))
         self.made.extend(map(weakref.ref, tensors_in(out)))
         return out
+
+    def put_back(self) -> None:
+        """Undo the changes of tensors outside the model, such as a global counter."""
+        for tensor, before in self.changed.values():
+            tensor.detach().copy_(before)
 
 
 def _know_single_values(model: nn.Module, fake: nn.Module) -> None:

@@ -62,7 +62,7 @@ def find_layout(
 
 def _find_image_layout(trace: Trace, stated: Layout | None) -> tuple[Layout, Reason | None]:
     shape = trace.shape(INPUT)
-    layout = _seen_image_layout(trace) or ("NCHW" if trace.example.channels_first else stated)
+    layout = _seen_image_layout(trace) or stated or ("NCHW" if trace.example.channels_first else None)
     if layout is None or isinstance(layout, Tokens):
         return "NCHW", Reason(
             "CV114",

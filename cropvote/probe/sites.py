@@ -99,7 +99,8 @@ def judge_swaps(trace: Trace, rows: list[Site]) -> list[Site]:
 
 def refusal(trace: Trace, name: str, reason: Reason, views: Views) -> SiteError:
     """Return the error that a module is not a valid site, with valid ones."""
-    advice = "" if why_not_votable(trace) else f" {_advice(trace, views)}"
+    nowhere = reason.code == "CV112" or why_not_votable(trace)
+    advice = "" if nowhere else f" {_advice(trace, views)}"
     return SiteError(reason.code, f"after={name!r} cannot be a site: {reason.message}{advice}")
 
 
@@ -134,8 +135,9 @@ def check_sites(
         with suppress(Exception):  # whatever it is, the other mode is not checked, and will be when it is used
             known = {split.site: (split.layout, trace.shape(split.site)) for split in splits}
             fake.train(not model.training)
-            other = judge(record_trace(fake, example), chosen, stated, known)
-            if not other.reason and other.splits == splits:
+            traced = record_trace(fake, example)
+            other = judge(traced, chosen, stated, known)
+            if not other.reason and other.splits == splits and not why_not_swapped(traced, list(chosen)):
                 modes.append(not model.training)
         return modes, splits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import Reason, SurgeryError
 from ..images import INPUT
@@ -21,7 +21,10 @@ def why_not_swapped(trace: Trace, sites: list[str]) -> Reason | None:
     carriers = [trace.carriers[site] for site in sites if site != INPUT]
     plain = _operations(trace, [])
     swapped = _operations(trace, [trace.model, *dict.fromkeys(carriers)])
-    if swapped == plain or swapped == _operations(trace, []):  # the first run may have filled a cache for this size
+    if swapped == plain:
+        return None
+    again = _operations(trace, [])  # the first run may have filled a cache for this size
+    if swapped == again or again != _operations(trace, []):  # or no two runs are alike
         return None
     return Reason(
         "CV112",
@@ -35,14 +38,23 @@ def _forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
     return base.forward(module, *args, **kwargs)
 
 
+def _describe(value: Any) -> str:
+    """Return what of an operation's argument another class could change: a shape, or a number."""
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_describe, value))}]"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__
+
+
 def _operations(trace: Trace, swapped: list[nn.Module]) -> list[str]:
-    """Return the names of the operations of a plain call, some of whose modules are of a subclass."""
+    """Return the operations of a plain call, some of whose modules are of a subclass."""
     operations: list[str] = []
     trace.numbers.put_back()  # a model may draw in Python which operations it runs
     try:
         for module in swapped:
             swap_forward(module, _forward)
-        with TaintMode(lambda operation, args, taint: operations.append(operation)):
+        with TaintMode(lambda name, args, taint: operations.append(f"{name} {_describe(args)}")):
             args, kwargs = fake_arguments(trace.example, TaintMode())
             trace.model(*args, **kwargs)
     except SurgeryError:

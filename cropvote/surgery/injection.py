@@ -19,7 +19,7 @@ from ..images import INPUT, first_tensor, map_first_tensor
 from ..layouts import Layout, Tokens, token_count
 from ..options import Settings
 from ..probe.trial import Split
-from ..tracking import Tracked, clear_buffers, noting_writes, plain, track, track_all
+from ..tracking import Tracked, plain, track, track_all, watched
 from .checking import TENSOR, check_call, check_recorded, explain_failure, has_compiled_parts, is_traced
 
 __all__: list[str] = []
@@ -155,6 +155,12 @@ class Injection:
                 key.append((name, _kind(value)))
         return tuple(key)
 
+    def in_order(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments in the forward's order, whatever the caller's."""
+        if len(kwargs) < 2:
+            return kwargs
+        return {**{name: kwargs[name] for name in self.parameters if name in kwargs}, **kwargs}
+
     def add_checked(
         self,
         modes: frozenset[bool],
@@ -240,9 +246,9 @@ class Injection:
             SiteError: data of the images reached the prediction by a path around a site.
         """
         if self.tracking and type(images) is Tensor and not has_compiled_parts(model):
-            before = None if self.tracked_once else _State(model, images)
+            before = None if self.tracked_once and not model.training else _State(model, images)
             try:
-                with noting_writes() as wrote:
+                with watched() as watch:
                     given = track_all(args, images.shape[0]), track_all(kwargs, images.shape[0])
                     output = self._vote(model, base, call, *given, images)
             except CropVoteError:
@@ -255,9 +261,8 @@ class Injection:
                 self.tracking = False
                 return output
             else:
-                clear_buffers(model)
                 self.tracked_once = True
-                if not call.leaked and not wrote:
+                if not call.leaked and not watch.wrote:
                     return output
                 check_call(self, model, args, kwargs)  # which says where the path is
                 if call.leaked:
@@ -336,8 +341,7 @@ def vote_forward(module: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any
     injection: Injection | None = module.__dict__.get("_cropvote")
     if injection is None:  # a new instance of the swapped class
         return base.forward(module, *args, **kwargs)
-    if len(kwargs) > 1:  # in the forward's order, whatever the caller's
-        kwargs = {**{name: kwargs[name] for name in injection.parameters if name in kwargs}, **kwargs}
+    kwargs = injection.in_order(kwargs)
     if torch.compiler.is_compiling():
         return _recorded_forward(module, base, injection, args, kwargs)
     with running(injection.settings, injection.training(module)) as call:
@@ -379,13 +383,19 @@ class _State:
     """What a call changes besides its result: the buffers, and the random numbers."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self.buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         self.numbers = torch.get_rng_state()
         self.on_device = (torch.cuda.get_rng_state(images.device), images.device) if images.is_cuda else None
 
     @torch.no_grad()
     def put_back(self) -> None:
-        for buffer, value in self.buffers:
+        for module, name, buffer, value in self.buffers:
+            module._buffers[name] = buffer
             buffer.copy_(value)
         torch.set_rng_state(self.numbers)
         if self.on_device is not None:

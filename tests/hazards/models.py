@@ -13,7 +13,7 @@ import guards
 import networks
 from cropvote import call, five_crop, hflip, inject_crop_vote, outputs, sites
 from cropvote.errors import PlainModelError, RowsError, SiteError
-from cropvote.probe import fakes, taint, trace
+from cropvote.probe import fakes, subclasses, taint, trace
 from cropvote.probe import sites as probe_sites
 from cropvote.surgery import injection
 from hazards.table import IMAGES, hazard, refused, right
@@ -139,6 +139,29 @@ class ExactClass(networks.Net):
 def _() -> None:
     refused(ExactClass().eval(), "site")
     assert [site.name for site in sites(ExactClass().eval(), 48)] == ["input", "front"]
+
+
+class FactorByClass(networks.Net):
+    """The operations are the same for every class, and a number is not; in training mode or in eval mode."""
+
+    def __init__(self, of_root: bool, in_training: bool) -> None:
+        super().__init__()
+        self.of_root, self.in_training = of_root, in_training
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_own = type(self) is FactorByClass if self.of_root else type(self.site) is nn.Conv2d
+        return self.head(self.site(self.front(x)) * (2.0 if is_own and self.training == self.in_training else 1.0))
+
+
+@hazard("a number chosen by the exact class", "the operations' arguments are compared, in both modes", lambda patch:
+    patch.setattr(subclasses, "_describe", lambda value: ""))  # fmt: skip
+def _() -> None:
+    for of_root in (False, True):
+        for in_training in (False, True):
+            refused(FactorByClass(of_root, in_training).train(in_training), "site")
+            model = inject_crop_vote(FactorByClass(of_root, in_training).train(not in_training), "site", input_size=48)
+            with pytest.raises(SiteError, match="CV112"):
+                model.train(in_training)(IMAGES)
 
 
 class Options(networks.Net):
