@@ -31,7 +31,7 @@ from worth import ROOT  # which puts examples/fer48 on the path
 import cifar  # isort: skip
 from batches import to_input  # isort: skip
 from data.pictures import shrink  # isort: skip
-from detecting import Detector  # isort: skip
+from detecting import Cascade, Mtcnn  # isort: skip
 from keeping import load_model  # isort: skip
 from predict import WEIGHTS  # isort: skip
 
@@ -59,20 +59,6 @@ def overlap(one: Box, other: Box) -> float:
     shared = max(0, width) * max(0, height)
     area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
     return shared / (area - shared)
-
-
-def mtcnn(folder: Path) -> Find:
-    """Return the detector of facenet-pytorch (MIT licence), with its own code and weights."""
-    sys.path.insert(0, str(folder))
-    from facenet_pytorch import MTCNN
-
-    network = MTCNN(keep_all=True, min_face_size=24)
-
-    def find(picture: np.ndarray) -> list[Box]:
-        boxes, _ = network.detect(Image.fromarray(picture))
-        return [] if boxes is None else [tuple(round(float(side)) for side in box) for box in boxes]  # type: ignore[misc]
-
-    return find
 
 
 def measure(find: Find, scenes: list[tuple[np.ndarray, Box]], labels: np.ndarray, model: Any) -> dict[str, float]:
@@ -125,11 +111,11 @@ def main() -> None:
         faces, labels = arrays["images"][chosen], arrays["labels"][chosen]
     backgrounds = cifar.read_pictures(options.backgrounds, "test")[0].permute(0, 2, 3, 1).numpy()
     model = load_model(WEIGHTS)[0]
-    haar = Detector()
     import cv2
 
     cv2.setNumThreads(1)
-    finders = {"OpenCV's Haar cascade": haar.boxes, "facenet-pytorch's MTCNN": mtcnn(options.mtcnn)}
+    sys.path.insert(0, str(options.mtcnn))
+    finders = {"OpenCV's Haar cascade": Cascade().boxes, "facenet-pytorch's MTCNN": Mtcnn().boxes}
     rows = []
     for tilt in TILTS:
         scenes = [scene(face, backgrounds[rng.integers(len(backgrounds))], tilt, rng) for face in faces]

@@ -23,7 +23,7 @@ import app
 import predict
 from cropvote import per_view
 from data.pictures import ReadError
-from detecting import DetectError, Detector
+from detecting import Cascade, DetectError
 from keeping import load_model
 from scripts import refused
 
@@ -33,7 +33,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 @pytest.fixture(scope="module")
 def page() -> app.Page:
     model, card = load_model(predict.WEIGHTS)
-    return app.Page(model.eval(), card, Detector())
+    return app.Page(model.eval(), card, Cascade())
 
 
 @pytest.fixture

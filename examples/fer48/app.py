@@ -29,7 +29,7 @@ from batches import to_input
 from cropvote import settings, split_views, vote
 from cropvote.cuts import parts_of
 from data.pictures import ReadError, read_picture, shrink
-from detecting import DetectError, Detector
+from detecting import DetectError, Detector, best_detector
 from keeping import KeptError, load_model
 from learner import look
 from machines import machine
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         model, card = load_model(options.model)
         if card["after"] == "none" or card["target"] != "expression":
             raise KeptError(f"{card['folder']}: the page shows votes over expressions, and this network gives none.")
-        blocks = build(Page(model.eval(), card, Detector()))
+        blocks = build(Page(model.eval(), card, best_detector()))
     except ImportError:
         sys.exit('app.py: the page needs Gradio: pip install "cropvote[app]".')
     except (KeptError, DetectError, OSError) as error:

@@ -15,7 +15,7 @@ import numpy as np
 
 import predict
 from data.pictures import shrink
-from detecting import DetectError, Detector
+from detecting import DetectError, best_detector
 from keeping import load_model
 from machines import machine
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         from skimage.data import astronaut
 
         photograph = astronaut()
-        box = Detector().boxes(photograph)[0]
+        box = best_detector().boxes(photograph)[0]
     except (ImportError, DetectError) as error:
         sys.exit(f"demo.py: {error}. It needs scikit-image and OpenCV: pip install scikit-image cropvote[detect].")
     model, card = load_model(predict.WEIGHTS)

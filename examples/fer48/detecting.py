@@ -1,13 +1,15 @@
-"""Detect faces in pictures, videos and cameras with OpenCV's frontal-face cascade, which its package includes."""
+"""Detect faces in pictures, videos and cameras, with MTCNN if facenet-pytorch is installed, or OpenCV's cascade."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+Box = tuple[int, int, int, int]
 CASCADE = "haarcascade_frontalface_default.xml"
 #: Smaller faces have too few pixels for a prediction.
 SMALLEST = 24
@@ -17,8 +19,15 @@ class DetectError(Exception):
     """Faces cannot be detected; the message says what is missing."""
 
 
-class Detector:
-    """Finds upright faces that look at the camera; it misses profiles, tilted and covered faces."""
+class Detector(Protocol):
+    """Finds the faces in a picture."""
+
+    def boxes(self, picture: np.ndarray) -> list[Box]:
+        """Return (left, top, right, bottom) of every face in an RGB uint8 picture (H, W, 3), largest first."""
+
+
+class Cascade:
+    """OpenCV's frontal-face cascade: upright faces that look at the camera; it misses profiles and tilted faces."""
 
     def __init__(self) -> None:
         cv2 = _opencv()
@@ -29,12 +38,51 @@ class Detector:
             )
         self.cascade = cv2.CascadeClassifier(str(path))
 
-    def boxes(self, picture: np.ndarray) -> list[tuple[int, int, int, int]]:
-        """Return (left, top, right, bottom) of every face in an RGB uint8 picture (H, W, 3), largest first."""
+    def boxes(self, picture: np.ndarray) -> list[Box]:
         grey = _opencv().cvtColor(np.ascontiguousarray(picture), _opencv().COLOR_RGB2GRAY)
         found = self.cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, minSize=(SMALLEST, SMALLEST))
-        boxes = [(int(x), int(y), int(x + w), int(y + h)) for x, y, w, h in found]
-        return sorted(boxes, key=lambda box: (box[1] - box[3]) * (box[2] - box[0]))
+        return _largest_first([(int(x), int(y), int(x + w), int(y + h)) for x, y, w, h in found])
+
+
+class Mtcnn:
+    """facenet-pytorch's MTCNN, whose weights its package includes: also tilted faces and those half turned away.
+
+    Reference:
+        Zhang, Zhang, Li and Qiao, Joint face detection and alignment using multitask cascaded convolutional networks,
+        2016.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from facenet_pytorch import MTCNN
+        except ImportError as error:
+            raise DetectError(f"facenet-pytorch is installed, but cannot be imported: {error}.") from error
+        self.network = MTCNN(keep_all=True, min_face_size=SMALLEST)
+
+    def boxes(self, picture: np.ndarray) -> list[Box]:
+        if min(picture.shape[:2]) < SMALLEST:
+            return []
+        found, _ = self.network.detect(np.ascontiguousarray(picture))
+        return _largest_first([_squared(*map(float, box)) for box in ([] if found is None else found)])
+
+
+def best_detector() -> Detector:
+    """Return MTCNN if facenet-pytorch is installed, and otherwise the cascade.
+
+    Raises:
+        DetectError: OpenCV is not installed either, or facenet-pytorch cannot be imported.
+    """
+    return Mtcnn() if importlib.util.find_spec("facenet_pytorch") else Cascade()
+
+
+def _squared(left: float, top: float, right: float, bottom: float) -> Box:
+    """Return the square around a box, for a face that is not squeezed when it is resized."""
+    half, x, y = max(right - left, bottom - top) / 2, (left + right) / 2, (top + bottom) / 2
+    return round(x - half), round(y - half), round(x + half), round(y + half)
+
+
+def _largest_first(boxes: list[Box]) -> list[Box]:
+    return sorted(boxes, key=lambda box: (box[1] - box[3]) * (box[2] - box[0]))
 
 
 def watch(source: str) -> Iterator[np.ndarray]:

@@ -32,7 +32,7 @@ from cropvote import vote
 from cropvote.plots import plot_views
 from data.class_folders import SUFFIXES, is_picture
 from data.pictures import MAX_PIXELS, ReadError, read_picture, shrink
-from detecting import DetectError, Detector, watch
+from detecting import DetectError, Detector, best_detector, watch
 from keeping import KeptError, load_model
 from learner import look
 from machines import Machine, MachineError, machine
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
             model, card = load_model(options.model)
             model = model.to(here.device)
             print(describe(card), file=sys.stderr)
-            detector = Detector() if options.detect or options.webcam is not None else None
+            detector = best_detector() if options.detect or options.webcam is not None else None
             if options.webcam is not None and detector is not None:
                 return show(model, card, here, detector, options.webcam)
             failed, found = write(model, card, here, detector, options)

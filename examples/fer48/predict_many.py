@@ -41,7 +41,7 @@ except ImportError:
 import cropvote
 import predict
 from data.class_folders import is_picture
-from detecting import DetectError, Detector
+from detecting import DetectError, best_detector
 from keeping import WEIGHTS, KeptError, load_model, read_card, write_whole
 from machines import machine
 
@@ -65,7 +65,7 @@ class Predictor:
     def __init__(self, options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
         self.options, (self.model, self.card) = options, load_model(options.model)
-        self.detector = Detector() if options.detect else None
+        self.detector = best_detector() if options.detect else None
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         columns = schema(self.card)
@@ -160,7 +160,7 @@ def prepare(options: argparse.Namespace, parts: list[dict[str, Any]]) -> list[di
     if not parts:
         raise ManyError(f"{source} has no rows.")
     if options.detect:
-        Detector()  # its error is clearer here than from a worker
+        best_detector()  # its error is clearer here than from a worker
     if out.resolve().is_relative_to(source.resolve()):
         raise ManyError(f"{out} lies inside {source}: its files would be taken for pictures next time.")
     out.mkdir(parents=True, exist_ok=True)

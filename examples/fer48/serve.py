@@ -48,7 +48,7 @@ import cropvote
 import predict
 from adapting import Pressure, read_views
 from batches import to_input
-from detecting import DetectError, Detector
+from detecting import DetectError, Detector, best_detector
 from keeping import WEIGHTS, KeptError, load_model
 from predict import Face
 from receiving import Limits, RefusedError, receive_pictures
@@ -202,7 +202,7 @@ def version(card: dict[str, Any]) -> str:
 def make_detector() -> Detector | None:
     """Return a detector that takes one core, or None if OpenCV is not installed."""
     try:
-        detector = Detector()
+        detector = best_detector()
     except DetectError:
         return None
     import cv2
