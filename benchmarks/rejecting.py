@@ -4,8 +4,8 @@
 
 The shipped network with ten views after layer1 on PrivateTest, and a published ResNet-20 with its mirrored input and
 five aligned crops after layer2 on CIFAR-10's test pictures. Of the predictions of the vote, the most certain ones are
-kept; "one view" uses the predictions and softmax of the centre view alone. On ties, such as those of
-agreement, the kept predictions' accuracy is the expectation over their order. The results go into
+kept; "one view" uses the predictions and softmax of the centre view alone. Where predictions are equally certain, as
+agreement often has it, the accuracy is the mean over every order of them. The results go into
 benchmarks/results/rejecting.json, and from there into docs/guides/reading-the-votes.md.
 """
 

@@ -23,10 +23,12 @@ from .probe.fakes import on_fake_copy
 from .probe.sites import views_and_example
 from .probe.trace import record_trace
 from .progress import shown
+from .reading import per_view
 from .surgery import inject_crop_vote
 from .surgery.arguments import sites_after
 from .surgery.inject import settings
 from .views import Views, five_crop, hflip
+from .voting import vote
 
 __all__ = ["RankedSites", "Ranking", "rank_sites"]
 
@@ -35,6 +37,8 @@ PLAIN = "plain"
 SIGNIFICANT = 0.05
 
 Metric = Callable[[Tensor, Tensor], float]
+#: The name, the sites, the network, and the work over the plain network's.
+Candidate = tuple[str, dict[str, Views], nn.Module, float]
 
 
 class RankedSites(NamedTuple):
@@ -236,7 +240,7 @@ def rank_sites(
         raise InputTypeError("CV801", f"model must be an nn.Module, got {type(model).__name__}.")
     outputs: list[list[Tensor]] = []
     targets: list[Tensor] = []
-    networks: list[tuple[str, dict[str, Views], nn.Module, float]] = []
+    networks: list[Candidate] = []
     if metric is not None and not callable(metric):
         raise InputTypeError("CV863", f"metric must be a function (outputs, targets) -> float, got {metric!r}.")
     for images, wanted in _batches(data, progress):
@@ -247,9 +251,8 @@ def rank_sites(
             networks = _networks(model, tuple(images.shape[1:]), candidates, device, progress)
             outputs = [[] for _ in networks]
         place = next(networks[0][2].parameters(), images).device
-        for rows, (_, _, network, _) in zip(outputs, networks, strict=True):
-            output = network(images.to(place))
-            rows.append(dict(tensors_of(output))[prediction_paths(output)[0]].float().cpu())
+        for rows, logits in zip(outputs, _votes(networks, images.to(place)), strict=True):
+            rows.append(logits.float().cpu())
         targets.append(wanted.cpu())
         are_classes &= outputs[0][0].dim() > 1 and outputs[0][0].shape[1] > 1
         if metric is None and not are_classes:
@@ -259,12 +262,12 @@ def rank_sites(
     truth = torch.cat(targets)
     votes = [torch.cat(rows) for rows in outputs]
     right = [
-        (vote.argmax(1) == truth) & ~vote.isnan().any(1) if are_classes else torch.zeros(len(truth), dtype=torch.bool)
-        for vote in votes
+        (rows.argmax(1) == truth) & ~rows.isnan().any(1) if are_classes else torch.zeros(len(truth), dtype=torch.bool)
+        for rows in votes
     ]
     table: list[RankedSites] = []
-    for (name, chosen, _, work), vote, hits in zip(networks, votes, right, strict=True):
-        score = float(hits.double().mean()) if metric is None else float(metric(vote, truth))
+    for (name, chosen, _, work), vote_rows, hits in zip(networks, votes, right, strict=True):
+        score = float(hits.double().mean()) if metric is None else float(metric(vote_rows, truth))
         won, lost = int((hits & ~right[0]).sum()), int((~hits & right[0]).sum())
         table.append(RankedSites(name, chosen, score, won, lost, mcnemar(won, lost), work))
     named = {row.name: hits for row, hits in zip(table, right, strict=True)}
@@ -294,14 +297,34 @@ def _batches(data: Iterable[Any], progress: bool) -> Iterator[tuple[Tensor, Tens
         yield batch[0], batch[1]
 
 
+def _votes(networks: list[Candidate], images: Tensor) -> list[Tensor]:
+    """Return the outputs (N, K) of each network.
+
+    Views that are also tried with the mirrored input are not run for themselves: they are the first half of those.
+    """
+    votes: dict[int, Tensor] = {}
+    tried = [sites for _, sites, _, _ in networks]
+    for i, (_, sites, network, _) in enumerate(networks):
+        mirrored = {INPUT: hflip(), **sites}
+        if sites and INPUT not in sites and mirrored in tried:
+            rows = per_view(networks[tried.index(mirrored)][2], images)
+            half = rows.shape[1] // 2
+            votes[i] = vote(rows[:, :half].flatten(0, 1), half)
+            votes[tried.index(mirrored)] = vote(rows.flatten(0, 1), 2 * half)
+        elif i not in votes:
+            output = network(images)
+            votes[i] = dict(tensors_of(output))[prediction_paths(output)[0]]
+    return [votes[i] for i in range(len(networks))]
+
+
 def _networks(
     model: nn.Module,
     size: tuple[int, ...],
     candidates: Sequence[After] | None,
     device: str | torch.device | None,
     progress: bool,
-) -> list[tuple[str, dict[str, Views], nn.Module, float]]:
-    """Return the name, the sites, the network and the work of the plain network and of each candidate."""
+) -> list[Candidate]:
+    """Return the plain network, and each candidate as a network of the same weights."""
     plain = copy.deepcopy(model).eval()
     if device is not None:
         plain = plain.to(device)

@@ -36,11 +36,18 @@ def test_the_test_is_mcnemars(won, lost):
 def test_scores_match_manual_injections():
     model = networks.fer()
     before = networks.snapshot(model)
-    ranking = rank_sites(model, DATA, ["layer3", PLAN], progress=False)
+    five = {"layer2": five_crop()}  # the first half of PLAN's views
+    seen: list[torch.Tensor] = []
+    outputs = rank_sites(model, DATA, ["layer3", PLAN, five], metric=lambda y, _: seen.append(y) or 0.0, progress=False)
+    for rows, name in zip(seen[1:], ("layer3", PLAN, five), strict=True):
+        voting = inject_crop_vote(networks.fer(), after=name, input_size=48)
+        assert torch.allclose(rows, torch.cat([voting(images) for images, _ in DATA]), atol=1e-5)
+    assert [row.score for row in outputs.rows] == [0.0] * 4
+    ranking = rank_sites(model, DATA, ["layer3", PLAN, five], progress=False)
     assert networks.same(networks.snapshot(model), before)
     truth = torch.cat([targets for _, targets in DATA])
     plain = torch.cat([networks.fer()(images).argmax(1) for images, _ in DATA]) == truth
-    names = {"layer3=ten": "layer3", "input=hflip,layer2=five": PLAN}
+    names = {"layer3=ten": "layer3", "input=hflip,layer2=five": PLAN, "layer2=five": five}
     assert ranking.samples == 20
     assert ranking.rows[0] == RankedSites("plain", {}, plain.double().mean().item(), 0, 0, 1.0, 1.0)
     assert {row.name for row in ranking.rows[1:]} == set(names)
