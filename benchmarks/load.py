@@ -355,7 +355,8 @@ def attack(server: Server, judge: Judge, count: int, clients: int = 4, seed: int
         connection.close()
 
     in_threads(clients, client)
-    return {"statuses": {str(k): v for k, v in sorted(statuses.items())}, "known": dict(known), "bad": bad[:20]}
+    counts = {str(status): count for status, count in sorted(statuses.items())}
+    return {"statuses": counts, "known": dict(known), "failed": len(bad), "bad": bad[:20]}
 
 
 def hostile(count: int) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def hostile_words(hostile: dict[str, Any]) -> str:
     return (
         f"**{hostile['inputs']:,} hostile requests** (random bytes; truncated, bit-flipped and concatenated JPEG, PNG, "
         f"WebP, GIF, BMP and TIFF; false sizes; broken forms; wrong content types): {kinds}. Answers that were "
-        f"neither valid nor a one-sentence refusal: {len(hostile['bad'])}. In between, a known face was sent: "
+        f"neither valid nor a one-sentence refusal: {hostile.get('failed', len(hostile['bad']))}. In between, a known face was sent: "
         f"{known['right']:,} right answers, {wrong} wrong or failed. The replica was {process} process at the end, and "
         f"{grown:.0f} MiB larger."
     )
