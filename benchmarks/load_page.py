@@ -143,11 +143,12 @@ def hostile_words(hostile: dict[str, Any]) -> str:
     known = hostile["known"]
     wrong = sum(n for name, n in known.items() if name != "right")
     grown = hostile["memory_after"]["replica"] - hostile["memory_before"]["replica"]
+    failed = hostile.get("failed", len(hostile["bad"]))
     process = "the same" if hostile["same_replica"] else "another"
     return (
         f"**{hostile['inputs']:,} hostile requests** (random bytes; truncated, bit-flipped and concatenated JPEG, PNG, "
         f"WebP, GIF, BMP and TIFF; false sizes; broken forms; wrong content types): {kinds}. Answers that were "
-        f"neither valid nor a one-sentence refusal: {hostile.get('failed', len(hostile['bad']))}. In between, a known face was sent: "
+        f"neither valid nor a one-sentence refusal: {failed}. In between, a known face was sent: "
         f"{known['right']:,} right answers, {wrong} wrong or failed. The replica was {process} process at the end, and "
         f"{grown:.0f} MiB larger."
     )
