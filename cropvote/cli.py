@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
             add("--data", type=Path, required=True, metavar="FOLDER", help="pictures, in a folder for each class")
             add("--checkpoint", type=Path, metavar="FILE", help="the weights: .safetensors, or of torch.save")
             add("--try", dest="tried", action="append", metavar="SITE=VIEWS,...", help="a candidate; once for each")
+            add("--mean", type=float, nargs="+", metavar="X", help="of each channel; the model's own, or ImageNet's")
+            add("--std", type=float, nargs="+", metavar="X", help="of each channel; the model's own, or ImageNet's")
             add("--limit", type=int, metavar="N", help="at most N pictures, drawn once")
             add("--batch", type=int, default=64, metavar="N", help="pictures at a time (64)")
             add("--device", help="where to run: cpu, cuda ...")

@@ -130,14 +130,16 @@ def _rank(model: nn.Module, size: tuple[int, ...] | int | None, arguments: argpa
     candidates = [_candidate(text) for text in arguments.tried] if arguments.tried else None
     example = example_of(model, size)
     shape = image_size(example)  # type: ignore[arg-type]  # run has asked for it
-    data = read_folder(model, arguments.data, shape, arguments.batch, arguments.limit)
+    data, words = read_folder(
+        model, arguments.data, shape, arguments.batch, arguments.limit, arguments.mean, arguments.std
+    )
     check_outputs(model, torch.zeros(1, *shape), count_classes(arguments.data))
     ranking = rank_sites(model, data, candidates, device=_device(arguments.device), progress=not arguments.json)
     if arguments.plot:
         ranking.plot(arguments.plot)
     if arguments.json:
-        return json.dumps(ranking.to_dict(), indent=1)
-    return ranking.to_markdown() if arguments.markdown else str(ranking)
+        return json.dumps({"data": words, **ranking.to_dict()}, indent=1)
+    return f"{words}\n\n{ranking.to_markdown() if arguments.markdown else ranking}"
 
 
 def _candidate(text: str) -> After:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +41,43 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         raise OptionError("CV908", f"{path} cannot be loaded: {type(error).__name__}: {line}") from error
 
 
-def read_folder(model: nn.Module, folder: Path, size: tuple[int, ...], batch: int, limit: int | None) -> Any:
-    """Return a loader of the pictures in folders named after their classes, prepared as the model expects them.
+def read_folder(
+    model: nn.Module,
+    folder: Path,
+    size: tuple[int, ...],
+    batch: int,
+    limit: int | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[Any, str]:
+    """Return a loader of the pictures in folders named after their classes, and how they are prepared, as text.
 
-    A timm model says how; other models get their input's size and ImageNet's mean and standard deviation,
-    or 0.5 and 0.5 if they are grey.
+    A timm model says how; for other models they get their input's size and ImageNet's mean and standard deviation,
+    or 0.5 and 0.5 if they are grey. ``mean`` and ``std`` are used instead.
 
     Raises:
-        OptionError: no such folder, or no pictures in it.
+        OptionError: no such folder, no pictures in it, or not a mean and a standard deviation for each channel.
         MissingExtraError: torchvision is not installed.
     """
     try:
         from torchvision import datasets, transforms
     except ImportError as error:
         raise MissingExtraError("CV701", '--data needs torchvision: pip install "cropvote[timm]".') from error
+    for name, values in (("--mean", mean), ("--std", std)):
+        if values is not None and (len(values) != size[0] or not all(map(math.isfinite, values))):
+            raise OptionError("CV911", f"{name} must be a number for each of {size[0]} channels, got {values}.")
+    if std is not None and min(std) <= 0:
+        raise OptionError("CV911", f"--std must be above 0, got {std}.")
     if hasattr(model, "pretrained_cfg"):
         from timm.data.config import resolve_data_config
         from timm.data.transforms_factory import create_transform
 
-        transform = create_transform(**resolve_data_config({"input_size": size}, model=model))
+        config = resolve_data_config({"input_size": size}, model=model)
+        config.update({name: tuple(values) for name, values in (("mean", mean), ("std", std)) if values is not None})
+        transform, mean, std = create_transform(**config), config["mean"], config["std"]
     else:
         grey = [transforms.Grayscale()] if size[0] == 1 else []
-        mean, std = (MEAN, STD) if size[0] == 3 else ([0.5], [0.5])
+        mean, std = mean or (MEAN if size[0] == 3 else (0.5,)), std or (STD if size[0] == 3 else (0.5,))
         transform = transforms.Compose(
             [*grey, transforms.Resize(max(size[1:])), transforms.CenterCrop(size[1:]), transforms.ToTensor(),
              transforms.Normalize(mean, std)]
@@ -73,7 +89,9 @@ def read_folder(model: nn.Module, folder: Path, size: tuple[int, ...], batch: in
     if limit is not None and limit < len(pictures):
         chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:limit]
         pictures = torch.utils.data.Subset(pictures, chosen.tolist())
-    return torch.utils.data.DataLoader(pictures, batch_size=batch, num_workers=0)
+    numbers = [", ".join(f"{value:g}" for value in values) for values in (mean, std)]
+    words = f"{len(pictures)} pictures of {folder}, {size[1]}×{size[2]}, less mean {numbers[0]}, over std {numbers[1]}"
+    return torch.utils.data.DataLoader(pictures, batch_size=batch, num_workers=0), words
 
 
 def count_classes(folder: Path) -> int:

@@ -33,7 +33,7 @@ from .voting import vote
 __all__ = ["RankedSites", "Ranking", "rank_sites"]
 
 PLAIN = "plain"
-#: A candidate is recommended only if the p-value of its McNemar test is below this.
+#: A candidate is recommended only if the p-value of its McNemar test is below this, over the number of candidates.
 SIGNIFICANT = 0.05
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -113,7 +113,8 @@ class Ranking:
         """Return the arguments of :func:`inject_crop_vote` for the candidate that pays; None if none does.
 
         Among the candidates that beat the plain network by McNemar's test, it starts with the cheapest, and moves to a
-        costlier one only if that one beats the current choice by the same test.
+        costlier one only if that one beats the current choice by the same test. The p of 0.05 that this takes is
+        divided by the number of candidates, of which the best would otherwise be the luckiest.
         """
         row = self._best_row()
         return None if row is None else {"after": row.sites}
@@ -128,7 +129,7 @@ class Ranking:
 
     def _beats(self, row: RankedSites, other: RankedSites) -> bool:
         _, _, p = self.compare(row.name, other.name)
-        return row.score > other.score and p < SIGNIFICANT
+        return row.score > other.score and p < SIGNIFICANT / (len(self.rows) - 1)  # Bonferroni: many are tried
 
     def advice(self) -> str:
         """Return the recommendation in a sentence."""
@@ -138,7 +139,7 @@ class Ranking:
         won, lost, p = self.compare(row.name, PLAIN)
         return (
             f"Use {row.name}: {won} won and {lost} lost against the plain network (p {p:.2g}), at {row.work:.2f} times "
-            f"its work; no costlier candidate clearly beats it."
+            f"its work; no costlier candidate clearly beats it.\n    inject_crop_vote(model, after={row.sites!r})"
         )
 
     def __str__(self) -> str:

@@ -226,6 +226,8 @@ def test_aligned_views_cost_what_they_cost_in_a_model():
     assert table["input"].ratio < profile(model, 40, sites=["layer2"], views="five")["input"].ratio  # aligned, too
     assert table["layer2"] == by_hand["layer2"] != profile(model, 40, sites=["layer2"], views="five")["layer2"]
     assert "five aligned to 4" in table.rows[-1].site
+    assert "5 views aligned to the stride behind each site, per image" in str(table)
+    assert table.to_dict()["align"]
     with pytest.raises(ViewsError, match="CV214"):
         profile(networks.fer(), 8, sites=["layer1"], align=True)
 

@@ -17,8 +17,17 @@ from cropvote import (
     inject_crop_vote,
     remove_crop_vote,
     settings,
+    vote_until_sure,
 )
-from cropvote.errors import InputTypeError, OptionError, RowsError, SiteError, SurgeryError, UnknownSiteError
+from cropvote.errors import (
+    InputTypeError,
+    OptionError,
+    RowsError,
+    SiteError,
+    SurgeryError,
+    UnknownSiteError,
+    ViewsError,
+)
 from networks import IMAGES
 
 
@@ -216,3 +225,10 @@ def test_a_shared_module_that_would_split_twice_is_noticed():
     model.act = nn.Sequential(model.other)  # now runs twice
     with pytest.raises(RowsError, match="CV303"):
         model(IMAGES)
+
+
+def test_a_single_image_is_told_to_become_a_batch():
+    model = inject_crop_vote(networks.fer(), after={"input": "hflip", "layer2": "five"}, input_size=48)
+    for call in (model, lambda image: vote_until_sure(model, image)):
+        with pytest.raises(ViewsError, match=r"CV210.*image\[None\]"):
+            call(IMAGES[0])

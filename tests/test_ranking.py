@@ -102,6 +102,10 @@ def test_the_best_beats_everything_cheaper():
     assert made({"plain": 50, "input": 60, "layer1": 63}, work).best == {"after": {"input": hflip()}}
     assert made({"plain": 50, "input": 60, "layer1": 70}, work).best == {"after": {"layer1": hflip()}}
     assert made({"plain": 50, "input": 40, "layer1": 30}, work).best is None
+    lucky = {"plain": 50, "input": 57, **{f"layer{i}": 50 for i in range(4)}}  # p 0.016, the best of five
+    assert made(lucky, dict.fromkeys(lucky, 1.0)).best is None
+    assert made({"plain": 50, "input": 57}, work).best == {"after": {"input": hflip()}}
+    assert "inject_crop_vote(model, after={'input': hflip()})" in made({"plain": 50, "input": 60}, work).advice()
     assert "leave it as it is" in made({"plain": 50, "input": 40, "layer1": 30}, work).advice()
     assert "Use input=" in str(made({"plain": 50, "input": 60, "layer1": 63}, work)) or "Use input" in str(
         made({"plain": 50, "input": 60, "layer1": 63}, work)
@@ -150,6 +154,13 @@ def test_the_command(folder, capsys, monkeypatch):
     assert tables[0]["samples"] == 12
     assert {row["name"] for row in tables[0]["rows"]} == {"plain", "input=hflip", "layer1=five"}
     assert (folder / "ranking.png").stat().st_size > 3000
+    assert tables[0]["data"].startswith(f"12 pictures of {folder / 'data'}, 32×32, less mean 0.485, 0.456, 0.406, over")
+    own = [*asked, "--checkpoint", str(folder / "model.pt"), "--try", "input=hflip", "--mean", "0.5", "0.4", "0.3"]
+    assert main([*own, "--std", "0.2", "0.2", "0.2"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("less mean 0.5, 0.4, 0.3, over std 0.2, 0.2, 0.2")
+    for wrong in (["0.2"], ["0.2", "0.2", "0"], ["0.2", "0.2", "nan"]):
+        assert main([*own, "--std", *wrong]) == 2
+        assert "CV911" in capsys.readouterr().err
     assert main([*asked, "--try", "layer1=seven"]) == 2
     assert "CV901" in capsys.readouterr().err
     assert main([*asked, "--checkpoint", str(folder / "data" / "cat" / "0.png")]) == 2

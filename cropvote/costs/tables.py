@@ -36,6 +36,7 @@ class Profile:
         model: the class name of the model.
         input_size: the image's (C, H, W).
         views: the views.
+        align: whether they were aligned to the stride behind each site.
         rows: one :class:`SiteCost` each: the baseline, the input, then the sites in forward order.
 
     Example:
@@ -46,8 +47,11 @@ class Profile:
         True
     """
 
-    def __init__(self, model: str, input_size: tuple[int, ...], views: Views, rows: list[SiteCost]) -> None:
+    def __init__(
+        self, model: str, input_size: tuple[int, ...], views: Views, rows: list[SiteCost], align: bool = False
+    ) -> None:
         self.model, self.input_size, self.views, self.rows = model, tuple(input_size), views, rows
+        self.align = align
 
     def __getitem__(self, site: str) -> SiteCost:
         """Return the row of a site.
@@ -87,7 +91,8 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain lists, numbers and strings, for JSON."""
         rows = [row_of(row) for row in self.rows]
-        return {"model": self.model, "input_size": list(self.input_size), "views": len(self.views), "rows": rows}
+        size = list(self.input_size)
+        return {"model": self.model, "input_size": size, "views": len(self.views), "align": self.align, "rows": rows}
 
     def plot(self, path: str | Path) -> None:
         """Draw cost against training memory, a point per site, into a file (.png, .svg, .pdf).
@@ -103,7 +108,8 @@ class Profile:
     def title(self) -> str:
         """Return the model, the images and the views as text."""
         size = "×".join(map(str, self.input_size))
-        return f"{self.model}, images {size}, {len(self.views)} views, per image"
+        aligned = " aligned to the stride behind each site" * self.align
+        return f"{self.model}, images {size}, {len(self.views)} views{aligned}, per image"
 
     def _notes(self) -> list[str]:
         """Return what the columns mean, and at which sites views have no effect or coincide."""
@@ -115,6 +121,12 @@ class Profile:
             )
         if alike := [row.site for row in rows if row.distinct < max(row.gmacs_by_views, default=0)]:
             notes.append(f"Some views are the same crop (see distinct) on the small map of {', '.join(alike)}.")
+        tokens = [row.site for row in rows if len(row.shape) == 2]
+        if tokens and any(view.mirror for view in self.views.entries):
+            notes.append(
+                f"{tokens[0] if len(tokens) == 1 else f'{tokens[0]} to {tokens[-1]}'}: attention that does not see the "
+                f"order of tokens makes the same of mirror images; five_crop() then does for half the work."
+            )
         return notes
 
     def _cells(self) -> list[list[str]]:
@@ -249,7 +261,7 @@ def profile(
         places = [(after, layout) for _, after, layout in rows[1:]]
         times = measure_times(model, example, views, align, places, device, batch, rounds)
         costs = [cost._replace(milliseconds=time) for cost, time in zip(costs, times, strict=True)]
-    return Profile(type(model).__name__, image_size(example), views, costs)
+    return Profile(type(model).__name__, image_size(example), views, costs, align)
 
 
 def _named(meter: Meter, name: str, asked: bool) -> list[tuple[Site, SiteCost]]:

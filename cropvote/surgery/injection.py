@@ -314,7 +314,9 @@ class Injection:
             views = cut_views(call.cuts.at[index], x, layout)
         except ViewsError as error:
             where = f"at the site {self.sites[index]!r}, on a map {tuple(x.shape)}"
-            raise ViewsError(error.code, f"{where}: {error.message}") from error
+            lone = self.sites[index] == INPUT and x.dim() == 3
+            advice = " For a single image, add the axis of the batch: image[None]." if lone else ""
+            raise ViewsError(error.code, f"{where}: {error.message}{advice}") from error
         return track(views, index + 1) if is_tracked and index < len(call.cuts.at) - 1 else views
 
     def layout_of(self, index: int, x: Tensor) -> Layout:
