@@ -27,7 +27,7 @@ from cropvote import (
     vote,
 )
 from cropvote.call import draw
-from cropvote.errors import OptionError, SurgeryError
+from cropvote.errors import OptionError, RowsError, SurgeryError
 from networks import IMAGES
 
 CPU = torch.device("cpu")
@@ -247,6 +247,19 @@ def test_a_checkpoint_draws_the_same_again(reentrant, part):
         return torch.cat([images.grad.flatten(), model.layer2[0].conv1.weight.grad.flatten()])
 
     assert torch.allclose(gradients(True), gradients(False), atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_that_would_draw_other_views_is_refused(reentrant):
+    model, loss = networks.still(voting(train_views=2)), CropVoteLoss(nn.CrossEntropyLoss())
+
+    def learn(**options) -> None:
+        rows = checkpoint(model, IMAGES.clone().requires_grad_(), use_reentrant=reentrant, **options)
+        loss(rows, torch.tensor([0, 1, 2])).backward()
+
+    with pytest.raises(RowsError, match="CV322"):
+        learn(preserve_rng_state=False)
+    learn()
 
 
 @pytest.mark.parametrize(

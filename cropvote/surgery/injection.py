@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -54,6 +55,7 @@ class Injection:
         checked_sizes: the mode and the shape of an image of such calls that were checked.
         site_error: why the site is invalid, if it is.
         used_cuts: the last few cuts of calls with gradients.
+        draws: the states of the random numbers from which the last calls drew views.
         root: the model that votes, whose mode decides.
     """
 
@@ -79,6 +81,7 @@ class Injection:
         self.checked_sizes: dict[tuple[bool, tuple[int, ...]], None] = {}
         self.site_error: tuple[str, str] | None = None
         self.used_cuts: tuple[Cuts, ...] = ()
+        self.draws: deque[int] = deque(maxlen=1000)
         self.root: weakref.ref[nn.Module] | None = None
         if not check:
             self.layouts = tuple(known or ("NCHW",) for known in self.layouts)
@@ -129,7 +132,7 @@ class Injection:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model, which a copy finds for itself, and without what only this process needs."""
-        return {**self.__dict__, "root": None, "used_cuts": ()}
+        return {**self.__dict__, "root": None, "used_cuts": (), "draws": deque(maxlen=1000)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if set(state) != set(Injection({}, Settings(), {}).__dict__):
@@ -302,6 +305,23 @@ class Injection:
                 "eval_views, train_views or enabled has changed: change it after backward().",
             )
 
+    def check_draw(self) -> None:
+        """Remember the random numbers from which views are drawn; checkpointing must draw from the same again.
+
+        Raises:
+            RowsError: a backward pass runs a part again, with other random numbers.
+        """
+        state = hash(torch.get_rng_state().numpy().tobytes())
+        if not is_in_backward():
+            self.draws.append(state)
+        elif self.draws and state not in self.draws:
+            raise RowsError(
+                "CV322",
+                "checkpointing runs a part of the model again in the backward pass with other random numbers, so "
+                "train_views would draw other views there: use checkpoint(..., preserve_rng_state=True), which is "
+                "PyTorch's default.",
+            )
+
     def split(self, index: int, x: Tensor, call: Call) -> Tensor:
         """Cut the views of a call at one site."""
         call.ran.append(index)
@@ -310,6 +330,8 @@ class Injection:
             call.leaked |= x.passed < index  # type: ignore[attr-defined]
             x = plain(x)
         layout = call.layouts[index] if call.layouts else self.layout_of(index, x)
+        if call.cuts.at[index].n_random is not None and type(x) is Tensor and not torch.compiler.is_compiling():
+            self.check_draw()
         try:
             views = cut_views(call.cuts.at[index], x, layout)
         except ViewsError as error:
