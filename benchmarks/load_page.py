@@ -8,7 +8,9 @@ from typing import Any
 
 from pages import folded, line, wrapped
 
-#: Faces per second of all cameras, for the arithmetic.
+#: What the kinds of service in the results are called on the page.
+KINDS = {"adaptive": "ten views or two (the default)", "two replicas": "two replicas, ten views or two"}
+#: Cameras, and faces per second of each, for the arithmetic.
 CAMPUS = ((20, 0.5), (200, 0.5), (2000, 0.5))
 
 
@@ -25,7 +27,7 @@ def spread(values: list[float]) -> str:
 def short_table(rates: dict[str, Any]) -> list[str]:
     """Return rate and latency of one replica for each number of clients."""
     lines = [
-        line("clients", "faces / s", "median, ms", "99th percentile, ms", "voted with two views"),
+        line("clients", "faces / s", "median latency, ms", "99th percentile of latency, ms", "voted with two views"),
         "| ---: |" + " ---: |" * 4,
     ]
     for clients, rounds in rates["services"]["adaptive"].items():
@@ -51,7 +53,7 @@ def loop_table(rates: dict[str, Any]) -> list[str]:
     for name, clients in rates["services"].items():
         for count in ("1", "16", "32"):
             rate = spread([row["faces_per_second"] for row in clients[count]])
-            lines.append(line(f"service, {name}, {count} client{'s' * (count != '1')}", rate))
+            lines.append(line(f"service, {KINDS.get(name, name)}, {count} client{'s' * (count != '1')}", rate))
     return lines
 
 
@@ -61,12 +63,12 @@ def overhead(rates: dict[str, Any]) -> str:
     one = median(rates["services"]["always ten views"]["1"], "faces_per_second")
     rate = per_core(rates)
     return (
-        f"With ten views a single client gets {one:.1f} faces a second, and a plain loop over single faces does "
-        f"{loop['10 views, batch 1']:.1f}; 16 clients get {rate[10]:.1f}, and a loop over batches of 16 does "
-        f"{loop['10 views, batch 16']:.1f}. With two views, 32 clients get {rate[2]:.1f} and the loop "
-        f"{loop['2 views, batch 16']:.1f}. The clients and other work ran on the same two cores, on which two replicas "
-        f"were no faster than one ({median(rates['services']['two replicas']['16'], 'faces_per_second'):.1f} faces a "
-        f"second from 16 clients): **how the rate grows with the number of cores was not measured.**"
+        f"A plain loop runs the same network in one process, without the service. With ten views only (`--busy` out of "
+        f"reach), a single client gets {one:.1f} faces a second, where a plain loop over single faces reaches "
+        f"{loop['10 views, batch 1']:.1f}; 16 clients get {rate[10]:.1f}, where a loop over batches of 16 reaches "
+        f"{loop['10 views, batch 16']:.1f}. With two views, 32 clients get {rate[2]:.1f}, and the loop over batches of "
+        f"16 reaches {loop['2 views, batch 16']:.1f}. The clients and other work ran on the same two cores, and there "
+        f"two replicas were no faster than one: **how the rate grows with the number of cores was not measured.**"
     )
 
 
@@ -114,26 +116,32 @@ def soak_words(soak: dict[str, Any]) -> str:
     others = sum(n for name, n in counts.items() if name.startswith("wrong"))
     odd = sum(n for name, n in counts.items() if name.startswith("hostile"))
     answered = counts.get("hostile, answered", 0)
-    sizes = ", ".join(
-        f"{kind} {memory[0][kind]:.0f} MiB at the start, {early:.0f} in the second quarter, {late:.0f} in the last"
+    sizes = "; ".join(
+        f"of the {kind} {memory[0][kind]:.0f} MiB at the start, {early:.0f} in the second quarter and {late:.0f} in "
+        f"the last"
         for kind, (early, late) in grown.items()
     )
     return (
         f"**{soak['minutes']:g} minutes** with {soak['clients']} clients: {right:,} right answers to a known face, "
-        f"{others} wrong or failed, and {answered:,} of {odd:,} hostile requests answered with 200 or 4xx. "
-        f"Resident memory: {sizes}."
+        f"{others} wrong or failed, and {answered:,} of {odd:,} hostile requests answered with 200 or 4xx, on a "
+        f"machine that was busy with other work. Resident memory {sizes}."
     )
 
 
 def killed_words(killed: dict[str, Any]) -> str:
     """Return what happened when the replica was killed."""
     failed = sum(killed["failed"].values())
-    kinds = ", ".join(f"{n} × {'no answer' if status == '0' else status}" for status, n in killed["failed"].items())
+    kinds = ", ".join(
+        f"{n} without an answer" if status == "0" else f"{n} with status {status}"
+        for status, n in killed["failed"].items()
+    )
+    first = killed["first_right_answer_after_s"]
     return (
-        f"**The only replica was killed** while {killed['clients']} clients sent requests, retrying each that failed: "
-        f"{killed['requests']:,} requests, {killed['right']:,} right answers, {killed['wrong']} wrong, {failed} failed "
-        f"({kinds or 'none'}). The first right answer came {killed['first_right_answer_after_s']:.0f} s after the "
-        f"kill. A second replica should keep answering in the meantime; that was not measured."
+        f"**The only replica was killed** while {killed['clients']} clients were sending requests and retrying any "
+        f"that failed: of {killed['requests']:,} requests, {killed['right']:,} got the right answer, "
+        f"{killed['wrong']} a wrong one, and {failed} failed{f' ({kinds})' if kinds else ''}. The first right answer "
+        f"came {first:.0f} s after the kill. A second replica should keep answering in the meantime; that was not "
+        f"measured."
     )
 
 
@@ -144,13 +152,13 @@ def hostile_words(hostile: dict[str, Any]) -> str:
     wrong = sum(n for name, n in known.items() if name != "right")
     grown = hostile["memory_after"]["replica"] - hostile["memory_before"]["replica"]
     failed = hostile.get("failed", len(hostile["bad"]))
-    process = "the same" if hostile["same_replica"] else "another"
+    process = "still the same" if hostile["same_replica"] else "another"
     return (
         f"**{hostile['inputs']:,} hostile requests** (random bytes; truncated, bit-flipped and concatenated JPEG, PNG, "
         f"WebP, GIF, BMP and TIFF; false sizes; broken forms; wrong content types): {kinds}. Answers that were "
-        f"neither valid nor a one-sentence refusal: {failed}. In between, a known face was sent: "
-        f"{known['right']:,} right answers, {wrong} wrong or failed. The replica was {process} process at the end, and "
-        f"{grown:.0f} MiB larger."
+        f"neither valid nor a one-sentence refusal: {failed}. A known face was sent in between: "
+        f"{known['right']:,} right answers, {wrong} wrong or failed. At the end the replica was {process} process, and "
+        f"used {grown:.0f} MiB more memory."
     )
 
 
@@ -160,23 +168,25 @@ def page(stored: dict[str, Any]) -> str:
     rate = per_core(rates)
     lines = ["# Serving", ""]
     lines += wrapped(f"""
-        **What to do: plan a core for every {rate[10]:.0f} faces a second, and let the vote fall back to two views when
-        more come: the same core then does {rate[2]:.0f}.** These figures are for `examples/fer48/serve.py`, which
-        serves the network in this repository with Ray Serve, on one kind of machine; measure on yours with `python
-        benchmarks/load.py rates`.""")
+        **What to do: plan one core for every {rate[10]:.0f} faces a second, and let the vote fall back to two views
+        when more arrive; the same core then handles {rate[2]:.0f}.** These figures were measured on one kind of machine
+        with `examples/fer48/serve.py`, which serves the network in this repository with Ray Serve; measure on yours
+        with `python benchmarks/load.py rates`.""")
     lines += ["", *short_table(rates), ""]
     lines += wrapped(f"""
-        One replica, one picture of a face per request, each client sending its next request once it has an answer;
-        median, lowest and highest of {rates["rounds"]} rounds of {rates["seconds"]:g} s, with other work running on the
-        machine.
+        One replica and one picture of a face per request; each client sends its next request once it has an answer.
+        Rates are the median (lowest – highest) of {rates["rounds"]} rounds of {rates["seconds"]:g} s, with other work
+        running on the machine.
         {measured(rates)}.""")
     lines += ["", USE.strip(), "", "## How many cores", ""]
-    lines += wrapped("cameras × faces per second per camera ÷ faces per second per core = cores. For example:")
+    lines += wrapped(f"""
+        cameras × faces per second per camera ÷ faces per second per core = cores, rounded up. For example, with
+        {rate[10]:.1f} faces a second per core for ten views and {rate[2]:.1f} for two:""")
     lines += ["", *campus(rates), ""]
     lines += CORES.strip().splitlines()
     lines += ["", "## Against a plain loop", "", *wrapped(overhead(rates)), ""]
     lines += folded("All rates", loop_table(rates))
-    lines += ["## What was tried to break it", ""]
+    lines += ["## How we tried to break it", ""]
     for part, words in (("hostile", hostile_words), ("killed", killed_words), ("soak", soak_words)):
         if part in stored:
             lines += [*wrapped(f"- {words(stored[part])}", "  ")]
@@ -202,15 +212,16 @@ The answer, shortened:
  "problems": []}
 ```
 
-- **`probability`** is calibrated with the temperature given in the network's model card, fitted to ten views.
+- **`probability`** is calibrated with the temperature given in the network's model card, which was fitted to
+  votes of ten views.
 - **`views`** is ten. It drops to two once a replica has at least `--busy` requests, and returns to ten at `--calm`
   or fewer.
-- **`model`** changes with the weights: it is the start of their SHA-256.
+- **`model`** changes with the weights: it ends with the start of their SHA-256.
 - **A batch** is a form with up to 64 files. Files that cannot be read are listed in `problems`; if no file can be
   read, the status is 400.
 - **Bad input** gets a 4xx and `{"error": "one sentence"}`. Bodies over 16 MiB and pictures over 25 megapixels are
   refused before anything is decoded.
-- **A full queue** (`--queue`) gets a 503 at once; a client should wait before it tries again.
+- **When the queue is full** (`--queue`), a request gets a 503 at once; the client should wait before it tries again.
 - **Health**: `GET /-/healthz`. `GET /` describes the network and the limits.
 - **Metrics** for Prometheus: `http://127.0.0.1:8090/metrics` (`--metrics-port`): `ray_cropvote_faces` by number of
   views, `ray_cropvote_refused` by status, `ray_cropvote_waiting`, `ray_cropvote_batch_size`,
@@ -218,17 +229,17 @@ The answer, shortened:
 """
 
 CORES = """
-This is the network alone, on cropped faces: finding faces (`?detect=1`) costs more and was not measured. A replica
+This is for cropped faces only: finding faces (`?detect=1`) takes extra time, which was not measured. A replica
 runs the network in one thread and decodes pictures in another; replicas share nothing, and the table assumes that
 each core adds as much as the first. Leave a core for Ray's proxy, and headroom for peaks: near the full rate the
 queue is always long. Ray's default is to run replicas at a low priority (nice 15); `serve.py` runs them at normal
 priority unless `RAY_worker_niceness` is set. With `--address`, set `RAY_worker_niceness=0` where you start Ray.
 
-For more than one machine: `ray start --head` on one and `ray start --address=...` on the others, then
-`serve.py --address`, with a copy of the repository and the weights on every machine.
-Ray spreads the replicas; its HTTP proxy runs on the
-first machine unless Serve's proxy location says otherwise. We ran `--address` against a cluster of one machine
-only: **more machines, the rate of one proxy, GPUs and a camera's video stream were not measured.**
+To use more than one machine, run `ray start --head` on one and `ray start --address=...` on the others, then
+`serve.py --address`; every machine needs a copy of the repository and the weights. Ray spreads the replicas over the
+machines; its HTTP proxy runs on the first one unless Serve's proxy location says otherwise. We ran `--address` against
+a cluster of one machine only: **more machines, the rate of one proxy, GPUs and a camera's video stream were not
+measured.**
 """
 
 MANY = """
@@ -245,13 +256,13 @@ REST = """
 
 - The service listens on this machine only. It does not check passwords, encrypt, or limit clients: put a reverse
   proxy in front before you set `--host`, and have the proxy limit the size of request bodies.
-  Ray's proxy reads a request's body into
-  memory while the request waits for a replica, whatever its size; the limit above is checked by the replica.
-- Ray runs any code that is sent to its own ports. On a single machine they listen on 127.0.0.1, except one port per
-  replica, which Ray cannot be told to move there. Ray 2.60 requires a token on these ports
-  (`~/.ray/auth_token`, written at the first start). Don't set `RAY_AUTH_MODE=disabled`, and let a firewall close all
-  ports but yours. On a cluster, set `RAY_AUTH_MODE=token`.
+  Ray's proxy reads a request's body into memory, whatever its size, while the request waits for a replica; the 16 MiB
+  limit above is checked only by the replica.
+- Ray runs any code that is sent to its own ports. On a single machine they listen on 127.0.0.1, except for one
+  port per replica, which Ray has no setting to move there. Ray 2.60 requires a token on these ports
+  (`~/.ray/auth_token`, written at the first start). Don't set `RAY_AUTH_MODE=disabled`, and have a
+  firewall block every port except the service's. On a cluster, set `RAY_AUTH_MODE=token`.
 - Ray's usage statistics and dashboard are off. Ray keeps logs below `/tmp/ray`; requests are not logged.
-- A predicted class is what annotators would say a face shows, not what a person feels: first read the model card,
-  `examples/fer48/weights/MODEL_CARD.md`.
+- A predicted class is what annotators would say a face shows, not what the person feels. Read the model card,
+  `examples/fer48/weights/MODEL_CARD.md`, before you use it.
 """

@@ -39,12 +39,12 @@ KEPT = (1.0, 0.9, 0.8, 0.7, 0.5)
 def certainties(logits: Tensor, centre: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Return by measure each sample's predicted class and certainty, from (N, V, K)."""
     voted, alone = logits.mean(1), logits[:, centre]
-    classes = voted.argmax(1)
+    classes, chance = voted.argmax(1), voted.softmax(1).amax(1)
     return {
-        "softmax of the vote": (classes, voted.softmax(1).amax(1)),
+        "softmax of the vote": (classes, chance),
         "mean softmax of the views": (classes, logits.softmax(2).mean(1).amax(1)),
         "entropy of the mean softmax": (classes, -predictive_entropy(logits)),
-        "agreement, then softmax of the vote": (classes, agreement(logits) + 1e-3 * voted.softmax(1).amax(1)),
+        "agreement, ties broken by the softmax of the vote": (classes, agreement(logits) + 1e-3 * chance),
         "agreement": (classes, agreement(logits)),
         "mutual information": (classes, -mutual_information(logits)),
         "softmax of one view": (alone.argmax(1), alone.softmax(1).amax(1)),

@@ -37,6 +37,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 PAGE = ROOT / "docs" / "speed.md"
 SITES = ("layer1", "layer2", "layer3")
 HAND, TTACH, TENCROP = "written by hand, after layer1", "ttach, five crops and mirror images", "torchvision's TenCrop"
+#: On the page.
+LABELS = {HAND: "ten views written by hand, after layer1", TTACH: "ttach, five crops and their mirror images"}
 #: Networks that must give the same output.
 ALIKE = {"cropvote after layer1": [HAND], "cropvote after input": [TTACH, TENCROP]}
 
@@ -144,16 +146,17 @@ def page(stored: dict[str, Any], more: list[str]) -> str:
     lines = [
         "# Speed and memory", "",
         *wrapped("""
-            **What to do: a vote takes about as long as its multiply-add count suggests, so choose the site by the
-            [cost table](guides/choosing-a-site.md). If you can afford only 1.3 times the plain network's time, use
-            `eval_views="centre+mirror"`. Train with two or three views, not ten.**"""),
+            **What to do: on a CPU, a vote takes about as long as its multiply-add count suggests, so choose the site by
+            the [cost table](guides/choosing-a-site.md). If you can afford only 1.3 times the plain network's time, use
+            `eval_views="centre+mirror"` after `layer1`. Train with two or three views, not ten.**"""),
         "",
     ]  # fmt: skip
     how = """
         Made by `python benchmarks/speed.py`: the paper's network (11.2 M parameters, images 48×48, seven classes),
-        with the same weights in every row, on random images. The networks take turns. Milliseconds per batch are
-        medians. In each round we divide a network's time by the plain network's; the table gives the median ratio
-        and its quartiles. `GMACs / plain` are the multiply-adds relative to the plain network's. A network's
+        with the same weights in every row, on random images. In each round, every network is timed once, in turn.
+        Milliseconds per batch are medians over the rounds. We divide a network's time by the plain network's in the
+        same round; the table gives the median and the quartiles of these ratios. `GMACs / plain` is the number of
+        multiply-adds relative to the plain network's. A network's
         time ratio may be below its GMACs ratio, since a larger batch of smaller maps often runs more efficiently."""
     lines += folded("How it was measured", wrapped(how))
     for result in stored.values():
@@ -171,7 +174,12 @@ def table(times: dict[str, Any], work: dict[str, float]) -> list[str]:
     head = ["network", "ms", "time / plain", "quartiles", *["GMACs / plain"] * bool(work)]
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for name, row in times.items():
-        cells = [name, f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{row['q1']:.2f} – {row['q3']:.2f}"]
+        cells = [
+            LABELS.get(name, name),
+            f"{row['ms']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['q1']:.2f} – {row['q3']:.2f}",
+        ]
         cells += [f"{work[name] / work['plain']:.2f}"] if work else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines

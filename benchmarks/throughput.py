@@ -230,29 +230,35 @@ def section() -> list[str]:
     lines = [
         "## Images a second", "",
         *wrapped("""
-            **On a GPU, measure with large batches.** With a small batch a fast GPU waits for the CPU,
-            particularly when it runs the plain network, which makes the vote look cheaper than it is. Made by `python
-            benchmarks/throughput.py`."""),
+            **On a GPU, measure with large batches.** With a small batch, a fast GPU waits for the CPU, particularly
+            when it runs the plain network, and this makes the vote look cheaper than it is. The rates below were
+            measured by `python benchmarks/throughput.py` in a different run from the tables above: compare rates only
+            within a table."""),
         "",
     ]  # fmt: skip
     how = """
-        *fast*: bfloat16 autocast, channels_last, `torch.compile` and, on a GPU, a fused optimizer. *float32 eager*:
-        PyTorch's defaults, which means TF32 convolutions on a GPU. A training step is a forward
-        and a backward pass and an AdamW update. Each
-        rate is shown with two upper limits, in images per second. *Work* is three times the multiply-adds at the speed
-        of a large matrix product of that precision; *bytes* is the data that training keeps for the backward pass,
-        written and read once at copy speed. Limits and rates are measured minutes apart: on a shared machine, a rate
-        may be above its limit."""
+        *fast*: bfloat16 autocast, channels_last, `torch.compile` and, on a GPU, a fused optimizer. *fast, as CUDA
+        graphs*: the same, compiled with `mode="reduce-overhead"`. *fast, contiguous*: the same as *fast* but without
+        channels_last. *bfloat16 eager*: bfloat16 autocast and channels_last, not compiled. *float32 eager*: PyTorch's
+        defaults, which means TF32 convolutions on a GPU. A training step here is a forward pass, a backward pass and an
+        AdamW update. Two upper limits are given for each training rate, in images per second. The *work limit* is the
+        rate if three times the multiply-adds of the forward pass ran at the speed of a large matrix product in the same
+        precision. The *bytes limit* is the rate if the only cost were to write and read once, at copy speed, the data
+        that training keeps for the backward pass. Limits and rates were measured minutes apart: on a shared machine, a
+        rate may be above its limit."""
     for name, found in stored.items():
         rates, cells = found["floors"], found["split"]
         mine = [
             *wrapped(how), "",
-            f"{found['versions']}, commit {found['commit']}; a matrix product, in 10⁹ multiply-adds a second: "
-            f"{rates['fast'] / 1e9:,.0f} (bfloat16) and {rates['float32 eager'] / 1e9:,.0f} (float32); a copy: "
-            f"{rates['copy'] / 1e9:,.0f} GB a second, read and written.", "",
+            *wrapped(
+                f"{found['versions']}, commit {found['commit']}. A large matrix product does "
+                f"{rates['fast'] / 1e9:,.0f} × 10⁹ (bfloat16) or {rates['float32 eager'] / 1e9:,.0f} × 10⁹ (float32) "
+                f"multiply-adds a second; a copy moves {rates['copy'] / 1e9:,.0f} GB a second, reading and writing "
+                f"counted together."
+            ), "",
             "| ten views after | mode | batch | training, images / s | training time / plain "
             "| GMACs / plain | work limit | bytes limit "
-            "| inference, images / s | peak MiB per image |",
+            "| inference, images / s | training peak, MiB per image |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
         plains = {(r["mode"], r["batch"]): r["training"] for r in found["rows"] if r["network"] == "none"}
@@ -271,9 +277,13 @@ def section() -> list[str]:
                 f"{ratio} | {cost.gmacs / costs['none'].gmacs:.2f} | "
                 f"{_rate(work)} | {_rate(moved)} | {_rate(row['inference'])} | {peak_of} |"
             )
-        mine += ["", "The time to copy the ten views, as a share of that of the split alone (`layer1`):", "",
-                  "| | forward | backward |", "|---|---:|---:|"]  # fmt: skip
-        mine += [f"| {mode} | {one['forward']:.0%} | {one['backward']:.0%} |" for mode, one in cells.items()]
+        mine += ["", *wrapped("""
+            The time that a plain copy of the ten views would take, relative to the time of the split alone (after
+            `layer1`); above 100% the split is faster than the copy:"""), "", "| | forward | backward |",
+                 "|---|---:|---:|"]  # fmt: skip
+        for mode, one in cells.items():
+            precision = mode.replace("float32 eager", "float32").replace("fast", "bfloat16")
+            mine.append(f"| {precision} | {one['forward']:.0%} | {one['backward']:.0%} |")
         lines += folded(f"{name}: all rates", [*mine, "", *_kernels(found.get("kernels"))])
     return lines
 
