@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_in_backward, is_jit_tracing
+from .._torch import is_in_backward, is_jit_tracing, is_recorded
 from ..call import Call, call_by, check_splits_ran, current, cut_views, running, vote_output
 from ..cuts import Cuts, parts_of
 from ..errors import CropVoteError, RowsError, SiteError, SurgeryError, ViewsError
@@ -330,7 +330,7 @@ class Injection:
             call.leaked |= x.passed < index  # type: ignore[attr-defined]
             x = plain(x)
         layout = call.layouts[index] if call.layouts else self.layout_of(index, x)
-        if call.cuts.at[index].n_random is not None and type(x) is Tensor and not torch.compiler.is_compiling():
+        if call.cuts.at[index].n_random is not None and type(x) is Tensor and not is_recorded():
             self.check_draw()
         try:
             views = cut_views(call.cuts.at[index], x, layout)
