@@ -211,7 +211,9 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "resnet18" else pytest.mark.slow) for name in STAGES]
+)
 def test_the_stages_are_listed_by_default(name):
     model = timm.create_model(name, **({"depth": 3} if name.startswith("vit") else {})).eval()
     assert [row.site for row in profile(model, views="five") if row.site not in ("baseline", "input")] == STAGES[name]

@@ -32,6 +32,7 @@ MODULES = sorted(
 ORDER = [
     "errors",
     "_torch",
+    "progress",
     "views",
     "layouts",
     "images",
@@ -64,6 +65,7 @@ ORDER = [
     "reading",
     "stopping",
     "costs.meters",
+    "costs.stages",
     "costs.timing",
     "plots",
     "costs.tables",
@@ -133,7 +135,7 @@ def test_the_library_raises_nothing_else():
 
 
 #: Optional packages, by the only module that may import them, inside a function.
-EXTRAS = {"plots": ["matplotlib"], "ranking": ["tqdm"], "folders": ["safetensors", "timm", "torchvision"]}
+EXTRAS = {"plots": ["matplotlib"], "progress": ["tqdm"], "folders": ["safetensors", "timm", "torchvision"]}
 
 
 def test_imports_run_one_way():

@@ -205,8 +205,10 @@ def test_candidates_that_read_the_same_are_kept_apart():
 def test_pictures_have_the_size_given_for_the_model(folder, size):
     timm_model = timm.create_model("resnet10t", in_chans=size[0], num_classes=2)
     for model in ([timm_model] if size[0] == 3 else []) + [torchvision.models.resnet18(num_classes=2)]:
-        images, _ = next(iter(read_folder(model, folder / "data", size, 4, None)))
+        data, words = read_folder(model, folder / "data", size, 4, None)
+        images, _ = next(iter(data))
         assert images.shape == (4, *size)
+        assert f"{size[1]}×{size[2]}, less mean" in words
 
 
 def test_the_best_ones_arguments_are_a_candidate_and_a_metric_is_a_function():

@@ -31,7 +31,7 @@ from cropvote.errors import OptionError, SiteError
         {"max_macs_ratio": 99},
     ],
 )
-@pytest.mark.parametrize("every_site", [False, True])
+@pytest.mark.parametrize("every_site", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_earliest_site_within_the_budget(budget, every_site):
     model = networks.fer()
     inside = [row for row in profile(model, 48, every_site=every_site) if row.site not in ("baseline", "input")]
