@@ -349,3 +349,19 @@ def test_a_model_that_never_runs_twice_alike_is_not_blamed_for_its_class():
 
     for _ in range(3):
         assert "site" in {site.name for site in sites(Skipping().eval(), 48)}
+
+
+def test_the_switch_for_fast_attention_is_left_alone():
+    seen = []
+
+    class Attending(networks.Net):
+        def __init__(self):
+            super().__init__()
+            self.attend = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x):
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+            return self.fc(self.attend(self.site(self.front(x)).flatten(2).transpose(1, 2)).mean(1))
+
+    assert "site" in {site.name for site in sites(Attending().eval(), 8)}
+    assert set(seen) == {True}

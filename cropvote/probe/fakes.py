@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .._torch import (
     FakeCopyMode,
@@ -75,6 +76,7 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
             _know_single_values(model, fake)
             stack.enter_context(mode)
             stack.enter_context(recorder)
+            stack.enter_context(WithoutFastPaths())
             failed: BaseException | None = None
             try:
                 result = function(fake)
@@ -91,6 +93,17 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
                 del failed  # or its traceback, this frame and the model would hold each other
         _empty_stores(recorder.made, type(model))
     return result
+
+
+class WithoutFastPaths(TorchFunctionMode):
+    """Keep this thread's attention off its fast path, which makes nested tensors, whose data cannot be followed.
+
+    PyTorch takes that path only if no argument, and no mode, overrides its functions. Its switch for it,
+    ``torch.backends.mha``, would also switch other threads.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):
@@ -227,8 +240,6 @@ def _putting_back() -> Iterator[None]:
     states: list[tuple[Callable[[Any], Any], Any]] = []
     states.append((torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()))
     torch.set_autocast_cache_enabled(False)  # it would keep the fake weights, cast
-    states.append((torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
-    torch.backends.mha.set_fastpath_enabled(False)  # it makes nested tensors, whose data cannot be followed
     log = logging.getLogger("torch._subclasses.fake_tensor")
     silent, log.disabled = log.disabled, True
     try:
