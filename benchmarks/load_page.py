@@ -259,7 +259,7 @@ REST = """
   Ray's proxy reads a request's body into memory, whatever its size, while the request waits for a replica; the 16 MiB
   limit above is checked only by the replica.
 - Ray runs any code that is sent to its own ports. On a single machine they listen on 127.0.0.1, except for one
-  port per replica, which Ray has no setting to move there. Ray 2.60 requires a token on these ports
+  port per replica: Ray has no setting for its address. Ray 2.60 requires a token on these ports
   (`~/.ray/auth_token`, written at the first start). Don't set `RAY_AUTH_MODE=disabled`, and have a
   firewall block every port except the service's. On a cluster, set `RAY_AUTH_MODE=token`.
 - Ray's usage statistics and dashboard are off. Ray keeps logs below `/tmp/ray`; requests are not logged.

@@ -60,7 +60,10 @@ class Tracked(Tensor):
         if isinstance(output, Tensor):
             name = getattr(func, "__name__", "")
             if name in _FIRST_IS_TEMPLATE or name in _OTHER_IS_TEMPLATE:
-                args, kwargs = (args[1:], kwargs) if name in _FIRST_IS_TEMPLATE else (args[:1], {})
+                if name in _FIRST_IS_TEMPLATE:
+                    args, kwargs = args[1:], {key: value for key, value in kwargs.items() if key != "input"}
+                else:
+                    args, kwargs = args[:1], {}
                 return track(output, _least(args, kwargs)) if _tracked_in((*args, *kwargs.values())) else output
             if type(output) not in (Tensor, Tracked):
                 return output

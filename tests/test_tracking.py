@@ -26,7 +26,7 @@ def test_what_is_computed_from_a_tracked_tensor_is_tracked():
     for made in joined:
         assert came_around(made, 1)
     assert type(x.shape) is torch.Size
-    for made in (torch.zeros_like(x), x.new_ones(2), y.clone(), plain(x), plain(x + y)):
+    for made in (torch.zeros_like(x), torch.zeros_like(input=x), x.new_ones(2), y.clone(), plain(x), plain(x + y)):
         assert type(made) is torch.Tensor
     for template in (y.to(x), y.type_as(x), y.view_as(x), x.new_tensor([1.0]), x.new(2), x.new_full((2,), 1.0)):
         assert type(template) is torch.Tensor

@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 #: Behind a site with less of the network's work (a pooling and a linear layer) the vote is another way of pooling.
 LEAST_TAIL = 0.01
-#: A module with maps of so many sizes inside is not one stage but several.
+#: A module whose maps have at least this many sizes holds several stages.
 SEVERAL = 3
 
 Row = tuple[Site, SiteCost]
