@@ -127,9 +127,29 @@ def without_subclasses() -> AbstractContextManager[Any]:
 
 def is_fake(tensor: Tensor) -> bool:
     """Return whether a tensor has a shape but no data, like those that a check makes."""
+    return isinstance(tensor, _fake_tensor_class())
+
+
+@functools.cache
+def _fake_tensor_class() -> Any:
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return isinstance(tensor, FakeTensor)
+    return FakeTensor
+
+
+def is_simple_fake(value: Any, mode: Any) -> bool:
+    """Return whether a value is a strided tensor of this mode without data, of no subclass, and of no known number."""
+    return (
+        type(value) is _fake_tensor_class()
+        and value.constant is None
+        and value.layout is torch.strided
+        and value.fake_mode is mode
+    )
+
+
+def fake_tensor(mode: Any, meta: Tensor, device: torch.device) -> Tensor:
+    """Return a meta tensor as one without data on a device."""
+    return _fake_tensor_class()(mode, meta, device)
 
 
 def storage_key(tensor: Tensor) -> tuple[Any, int]:

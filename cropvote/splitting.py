@@ -111,14 +111,15 @@ def _crops(x: Tensor, views: Views, first: int) -> list[Tensor]:
     """Every view, as slices of the map in its few orientations; height at axis ``first``, width behind it."""
     (h, w), offsets = views.geometry(x.shape[first], x.shape[first + 1])
     oriented: dict[tuple[bool, int], Tensor] = {}
-    crops = []
-    for view, (top, left) in zip(views.entries, offsets, strict=True):
-        key = (view.mirror, view.turns % 4)
-        if key not in oriented:
-            oriented[key] = _orient(x, *key, first)
-        rows, columns = slice(top, top + h), slice(left, left + w)
-        crops.append(oriented[key][:, rows, columns] if first == 1 else oriented[key][:, :, rows, columns])
-    return crops
+    crops: dict[tuple[bool, int, int, int], Tensor] = {}
+    keys = [(view.mirror, view.turns % 4, *offset) for view, offset in zip(views.entries, offsets, strict=True)]
+    for mirror, turns, top, left in keys:
+        if (mirror, turns) not in oriented:
+            oriented[mirror, turns] = _orient(x, mirror, turns, first)
+        if (mirror, turns, top, left) not in crops:
+            whole, rows, columns = oriented[mirror, turns], slice(top, top + h), slice(left, left + w)
+            crops[mirror, turns, top, left] = whole[:, rows, columns] if first == 1 else whole[:, :, rows, columns]
+    return [crops[key] for key in keys]
 
 
 def _merge(y: Tensor, views: Views, layout: Layout, height: int, width: int) -> Tensor:

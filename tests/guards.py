@@ -22,7 +22,7 @@ def no_probe(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_paths(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(taint.TaintMode, "of", lambda paths, tree: 0)
+    patch.setattr(taint.Taint, "of", lambda paths, tree: 0)
 
 
 def batch_of_one(patch: pytest.MonkeyPatch) -> None:

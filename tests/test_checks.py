@@ -18,7 +18,7 @@ from torch import nn
 import networks
 from cropvote import five_crop, inject_crop_vote, remove_crop_vote, settings, sites, ten_crop
 from cropvote.errors import CheckUnavailableError, InputTypeError, PlainModelError, RowsError, SiteError, SurgeryError
-from cropvote.probe import fakes, taint, trace
+from cropvote.probe import fakes, mode, taint, trace
 from cropvote.surgery import inject
 from networks import IMAGES
 
@@ -196,11 +196,11 @@ def canary():
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda patch: patch.setattr(taint, "written_arguments", lambda *_: []),
+        lambda patch: patch.setattr(mode, "written_arguments", lambda *_: []),
         lambda patch: patch.setattr(taint, "_NO_DATA", set()),
         lambda patch: patch.setattr(taint, "storage_key", lambda x: (x, id(x))),
         lambda patch: patch.setattr(taint, "name_of", lambda operation: operation.no_such_name),
-        lambda patch: patch.setattr(taint.TaintMode, "of", lambda *_: 0),
+        lambda patch: patch.setattr(taint.Taint, "of", lambda *_: 0),
     ],
 )
 def test_the_canary_says_that_checks_are_unavailable(canary, broken, monkeypatch):

@@ -46,6 +46,8 @@ ORDER = [
     "call",
     "layer",
     "swapping",
+    "probe.memo",
+    "probe.mode",
     "probe.taint",
     "probe.fakes",
     "probe.trace",

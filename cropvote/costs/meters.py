@@ -17,8 +17,8 @@ from ..errors import OptionError
 from ..images import Example, Spec
 from ..layouts import sides
 from ..options import NAMED, eval_indices
+from ..probe.mode import tensors_in
 from ..probe.strides import tail_stride
-from ..probe.taint import tensors_in
 from ..probe.trace import Trace
 from ..probe.trial import Split, run_split
 from ..probe.verdicts import Site

@@ -25,15 +25,12 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import (
     FakeCopyMode,
-    FakeTensorMode,
-    TorchDispatchMode,
     _disable_current_modes,
-    is_fake,
-    written_arguments,
 )
 from ..errors import PlainModelError, SurgeryError
 from ..swapping import is_swapped, restore_forward
-from .taint import check_taint_is_followed, tensors_in
+from .mode import CheckMode
+from .taint import check_taint_is_followed
 
 __all__: list[str] = []
 
@@ -61,11 +58,10 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
     with _LOCK, _disable_current_modes():  # a counter of operations around the call, say
         check_taint_is_followed()
         _check_nothing_is_left(type(model))
-        recorder = Recorder()
         with _putting_back(), ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            mode = CheckMode()
             with FakeCopyMode(mode):
                 fake = _copy(model)
             if "_cropvote" in vars(fake):  # an injected model is looked at as it was; the settings are the copy's own
@@ -74,24 +70,24 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
                     if is_swapped(module):
                         restore_forward(module)
             _know_single_values(model, fake)
-            stack.enter_context(mode)
-            stack.enter_context(recorder)
-            stack.enter_context(WithoutFastPaths())
+            stack.enter_context(mode.running())
+            if any(isinstance(module, nn.MultiheadAttention) for module in fake.modules()):
+                stack.enter_context(WithoutFastPaths())
             failed: BaseException | None = None
             try:
                 result = function(fake)
             except BaseException as error:
                 failed = error
             del fake
-        recorder.put_back()
+        mode.put_back()
         if failed is not None:  # out of its handler, in which Python 3.10 would hold the frames
             try:
                 _drop_frames(failed)
-                _empty_stores(recorder.made, type(model))
+                _empty_stores(mode.made, type(model))
                 raise failed
             finally:
                 del failed  # or its traceback, this frame and the model would hold each other
-        _empty_stores(recorder.made, type(model))
+        _empty_stores(mode.made, type(model))
     return result
 
 
@@ -104,29 +100,6 @@ class WithoutFastPaths(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
-
-
-class Recorder(TorchDispatchMode):
-    """Remember every tensor that operations make, without holding it, and what real tensors held before a change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[weakref.ref[Tensor]] = []
-        self.changed: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tensors_in(written_arguments(func, args, kwargs or {})):
-            if not is_fake(tensor) and id(tensor) not in self.changed:
-                with _disable_current_modes():
-                    self.changed[id(tensor)] = tensor, tensor.detach().clone()
-        out = func(*args, **(kwargs or {}))
-        self.made.extend(map(weakref.ref, tensors_in(out)))
-        return out
-
-    def put_back(self) -> None:
-        """Undo the changes of tensors outside the model, such as a global counter."""
-        for tensor, before in self.changed.values():
-            tensor.detach().copy_(before)
 
 
 def _know_single_values(model: nn.Module, fake: nn.Module) -> None:

@@ -12,7 +12,7 @@ from ..errors import Reason, ViewsError
 from ..images import INPUT, map_first_tensor
 from ..layouts import AXES, LAYOUTS, Layout, Tokens, sides, stated_layout, stated_tokens, token_count
 from ..views import Views
-from .taint import TaintMode
+from .taint import Taint
 from .trace import Trace, fake_arguments
 from .trial import Split, try_padded, try_splits
 
@@ -144,7 +144,7 @@ def grow(trace: Trace, axis: int) -> dict[nn.Module, Shape]:
 
     hooks = [module.register_forward_hook(record) for module in dict.fromkeys(trace.carriers.values())]
     try:
-        arguments = fake_arguments(trace.example, TaintMode())
+        arguments = fake_arguments(trace.example, Taint())
         args, kwargs = map_first_tensor(lambda x: torch.cat([x, x], axis), *arguments)
         with suppress(Exception):  # the network behind some module is made for one size: those before it were seen
             trace.model(*args, **kwargs)

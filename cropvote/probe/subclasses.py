@@ -10,7 +10,7 @@ from ..errors import Reason, SurgeryError
 from ..images import INPUT
 from ..swapping import is_swapped, restore_forward, swap_forward
 from .fakes import first_line
-from .taint import TaintMode
+from .taint import Taint
 from .trace import Trace, fake_arguments
 
 __all__: list[str] = []
@@ -54,8 +54,8 @@ def _operations(trace: Trace, swapped: list[nn.Module]) -> list[str]:
     try:
         for module in swapped:
             swap_forward(module, _forward)
-        with TaintMode(lambda name, args, taint: operations.append(f"{name} {_describe(args)}")):
-            args, kwargs = fake_arguments(trace.example, TaintMode())
+        with Taint(lambda name, args, taint: operations.append(f"{name} {_describe(args)}")):
+            args, kwargs = fake_arguments(trace.example, Taint())
             trace.model(*args, **kwargs)
     except SurgeryError:
         raise

@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import (
-    FakeTensorMode,
-    TorchDispatchMode,
-    name_of,
-    storage_key,
-    unavailable,
-    written_arguments,
-)
+from .._torch import name_of, storage_key, unavailable
+from .mode import CheckMode, running_mode, tensors_in
 
 __all__: list[str] = []
 
@@ -24,41 +18,46 @@ _NO_DATA = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided
 _NO_DATA |= {"full_like", "empty_like", "rand_like", "randn_like"}
 
 
-class TaintMode(TorchDispatchMode):
-    """Taint tracking for each storage: one bit for each module that the data may have bypassed.
+class Taint:
+    """Taint tracking for each storage, in a check: one bit for each module that the data may have bypassed.
 
     Args:
-        watch: called before each operation, with its name, its arguments and this mode; it must not reference the mode,
-            or it creates a reference cycle.
+        watch: called before each operation, with its name, its arguments and this taint; it must not reference the
+            taint, or it creates a reference cycle.
         wrote: called with the arguments that an operation writes.
     """
 
     def __init__(
         self,
-        watch: Callable[[str, Any, TaintMode], None] | None = None,
+        watch: Callable[[str, Any, Taint], None] | None = None,
         wrote: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
-        super().__init__()
         self.watch, self.wrote = watch, wrote
         self.bits: dict[int, int] = {}
         self.alive: list[Any] = []  # the address of a freed storage would be given out again
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = ours(name_of, func)
-        if self.watch is not None:
-            ours(self.watch, name, args, self)
-        out = func(*args, **kwargs)
-        ours(self._follow, func, name, args, kwargs, out)
-        return out
+    def __enter__(self) -> Taint:
+        running_mode().taints.append(self)
+        return self
 
-    def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        written = tensors_in(written_arguments(func, args, kwargs))
+    def __exit__(self, *error: object) -> None:
+        running_mode().taints.remove(self)
+
+    def before(self, operation: Any, args: Any) -> None:
+        """See an operation that is about to run."""
+        if self.watch is not None:
+            ours(self.watch, ours(name_of, operation), args, self)
+
+    def after(self, operation: Any, args: Any, kwargs: Any, made: list[Tensor], written: list[Tensor]) -> None:
+        """Follow the data through an operation that ran."""
+        ours(self._follow, operation, args, kwargs, made, written)
+
+    def _follow(self, operation: Any, args: Any, kwargs: Any, made: list[Tensor], written: list[Tensor]) -> None:
         if self.wrote is not None and written:
             self.wrote(written)
-        bits = 0 if name in _NO_DATA else self.of((args, kwargs))
+        bits = 0 if name_of(operation) in _NO_DATA else self.of((args, kwargs))
         if bits:
-            for tensor in [*tensors_in(out), *written]:
+            for tensor in (*made, *written):
                 self.set(tensor, self.of(tensor) | bits)
 
     def of(self, tree: Any) -> int:
@@ -84,17 +83,6 @@ def ours(function: Callable[..., Any], *args: Any) -> Any:
         raise unavailable(f"{type(error).__name__}: {error}") from error
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return all tensors in a tree of tuples, lists and dicts."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tuple(tree.values())
-    if isinstance(tree, (tuple, list)):
-        return [tensor for branch in tree for tensor in tensors_in(branch)]
-    return []
-
-
 @functools.cache
 def check_taint_is_followed() -> None:
     """Raise SurgeryError if this PyTorch does something that the taint cannot follow; once in a process.
@@ -103,7 +91,7 @@ def check_taint_is_followed() -> None:
     not through ``zeros_like``.
     """
     try:
-        with FakeTensorMode(), TaintMode() as taint, torch.no_grad():
+        with CheckMode().running(), Taint() as taint, torch.no_grad():
             x = torch.ones(4, 3, 2)
             view, mean, listed = torch.zeros(4, 3, 2), torch.zeros(3), torch.zeros(4, 3, 2)
             taint.set(x, 1)

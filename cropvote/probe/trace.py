@@ -22,7 +22,8 @@ from ..images import BATCH, INPUT, Example, Spec
 from ..outputs import KeyPath, format_path, prediction_paths, tensors_of
 from ..swapping import carrier_of, use_counts
 from .fakes import RandomState, first_line
-from .taint import TaintMode, ours, tensors_in
+from .mode import tensors_in
+from .taint import Taint, ours
 
 __all__: list[str] = []
 
@@ -114,7 +115,7 @@ def is_batch(leaf: Any) -> bool:
 
 
 def fake_arguments(
-    example: Example, taint: TaintMode, bits: int = 0, width: int = 0
+    example: Example, taint: Taint, bits: int = 0, width: int = 0
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call; the n-th that has a row per sample carries ``bits``, n widths higher."""
     batches = itertools.count()
@@ -153,7 +154,7 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
     running: list[nn.Module] = []
     handed_on: dict[int, list[nn.Module]] = {}  # the modules that returned a storage
 
-    def watch(operation: str, args: Any, taint: TaintMode) -> None:
+    def watch(operation: str, args: Any, taint: Taint) -> None:
         if operation == "cat":  # several parts of the image put together
             moves = sum(taint.of(x) > 0 for x in tensors_in(args)) > 1
         else:
@@ -165,7 +166,7 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
         for tensor in tensors:
             trace.changed_later.update(handed_on.get(storage_key(tensor)[1], ()))
 
-    taint = TaintMode(watch, wrote)
+    taint = Taint(watch, wrote)
 
     def record(module: nn.Module, args: Any, output: Any) -> Any:
         running.remove(module)

@@ -17,7 +17,7 @@ from ..splitting import split_views
 from ..swapping import restore_forward, swap_forward
 from ..views import Views
 from .fakes import first_line
-from .taint import TaintMode
+from .taint import Taint
 from .trace import Trace, fake_arguments
 
 __all__: list[str] = []
@@ -107,7 +107,7 @@ def try_splits(trace: Trace, splits: list[Split], explain: bool = False) -> Reas
     Raises:
         ViewsError: only the size of a map is at fault.
     """
-    taint = TaintMode()
+    taint = Taint()
     ran: list[tuple[int, int]] = []
     root_calls = 0
 
@@ -151,7 +151,7 @@ def try_splits(trace: Trace, splits: list[Split], explain: bool = False) -> Reas
     return _why_not_these_rows(trace, output, ran[-1][1], taint, VIEWS << len(splits) - 1)
 
 
-def _why_not_these_rows(trace: Trace, output: Any, expected: int, taint: TaintMode, last: int) -> Reason | None:
+def _why_not_these_rows(trace: Trace, output: Any, expected: int, taint: Taint, last: int) -> Reason | None:
     """Return why the predictions after the splits are not one row per view."""
     tensors = dict(tensors_of(output))
     for path in trace.predictions:

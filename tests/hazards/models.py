@@ -13,7 +13,8 @@ import guards
 import networks
 from cropvote import call, five_crop, hflip, inject_crop_vote, outputs, sites
 from cropvote.errors import PlainModelError, RowsError, SiteError
-from cropvote.probe import fakes, subclasses, taint, trace
+from cropvote.probe import fakes, subclasses, trace
+from cropvote.probe import mode as check_mode
 from cropvote.probe import sites as probe_sites
 from cropvote.surgery import injection
 from hazards.table import IMAGES, hazard, refused, right
@@ -193,7 +194,7 @@ class OwnStatistics(networks.Net):
 
 
 @hazard("running statistics written before the site and read after it", "they count as written", lambda patch:
-    patch.setattr(taint, "written_arguments", lambda *_: []))  # fmt: skip
+    patch.setattr(check_mode, "written_arguments", lambda *_: []))  # fmt: skip
 def _() -> None:
     refused(OwnStatistics().train(), "site")
     right(OwnStatistics().eval(), "site")
