@@ -40,6 +40,9 @@ class CheckMode(FakeTensorMode):
         self.changed: dict[int, tuple[Tensor, Tensor]] = {}
         self.is_inside = True  # in PyTorch's own code: a copy of a model, or an operation made of others
 
+    def __deepcopy__(self, memo: Any) -> CheckMode:
+        return self  # a copy of a tensor is of the same mode
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run a part of a check in this mode."""
