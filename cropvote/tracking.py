@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -25,20 +23,36 @@ __all__: list[str] = []
 _FIRST_IS_TEMPLATE = {"new", "new_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 _FIRST_IS_TEMPLATE |= {f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")}
 #: Operations whose other tensor does.
-_OTHER_IS_TEMPLATE = {"to", "type_as", "view_as", "expand_as", "reshape_as"}
+_HAS_TEMPLATE = _FIRST_IS_TEMPLATE | {"to", "type_as", "view_as", "expand_as", "reshape_as"}
 
 
 class Watch:
-    """What a call does that its tensors do not remember.
+    """Watches a call: what it does that its tensors do not remember.
+
+    At its end, tracked tensors that anything still holds become ordinary again.
 
     Fields:
         wrote: it wrote tracked data into an ordinary tensor.
         made: its tracked tensors.
     """
 
+    __slots__ = ("made", "token", "wrote")
+
     def __init__(self) -> None:
         self.wrote = False
         self.made: list[weakref.ref[Tensor]] = []
+
+    def __enter__(self) -> Watch:
+        self.token = _WATCH.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _WATCH.reset(self.token)
+        for reference in self.made:
+            tensor = reference()
+            if tensor is not None:
+                vars(tensor).pop("passed", None)
+                tensor.__class__ = Tensor
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("cropvote_watch", default=None)
@@ -59,7 +73,7 @@ class Tracked(Tensor):
                 output = func(*args, **kwargs)
         if isinstance(output, Tensor):
             name = getattr(func, "__name__", "")
-            if name in _FIRST_IS_TEMPLATE or name in _OTHER_IS_TEMPLATE:
+            if name in _HAS_TEMPLATE:
                 if name in _FIRST_IS_TEMPLATE:
                     args, kwargs = args[1:], {key: value for key, value in kwargs.items() if key != "input"}
                 else:
@@ -112,34 +126,18 @@ def _plain_inside(value: Any) -> Any:
 
 def _least(args: Any, kwargs: Any) -> int:
     """Return the fewest sites that any tracked tensor among the arguments has passed; 0 if none is found."""
-    found = [x.passed for x in _tracked_in((*args, *kwargs.values()))]
-    return min(found, default=0)
+    return min([x.passed for x in _tracked_in((*args, *kwargs.values()) if kwargs else args)], default=0)
 
 
 def _tracked_in(values: Any) -> list[Any]:
     found = []
     for value in values:
-        if type(value) is Tracked:
+        kind = type(value)
+        if kind is Tracked:
             found.append(value)
-        elif isinstance(value, (tuple, list)):
+        elif kind is not Tensor and kind is not int and isinstance(value, (tuple, list)):
             found += _tracked_in(value)
     return found
-
-
-@contextmanager
-def watched() -> Iterator[Watch]:
-    """Watch a call; at its end, tracked tensors that anything still holds become ordinary again."""
-    watch = Watch()
-    token = _WATCH.set(watch)
-    try:
-        yield watch
-    finally:
-        _WATCH.reset(token)
-        for reference in watch.made:
-            tensor = reference()
-            if tensor is not None:
-                vars(tensor).pop("passed", None)
-                tensor.__class__ = Tensor
 
 
 def track(x: Tensor, passed: int) -> Tensor:

@@ -20,7 +20,7 @@ from ..images import INPUT, first_tensor, map_first_tensor
 from ..layouts import Layout, Tokens, token_count
 from ..options import Settings
 from ..probe.trial import Split
-from ..tracking import Tracked, plain, track, track_all, watched
+from ..tracking import Tracked, Watch, plain, track, track_all
 from .checking import TENSOR, check_call, check_recorded, explain_failure, has_compiled_parts, is_traced
 
 __all__: list[str] = []
@@ -251,7 +251,7 @@ class Injection:
         if self.tracking and type(images) is Tensor and not has_compiled_parts(model):
             before = None if self.tracked_once and not model.training else _State(model, images)
             try:
-                with watched() as watch:
+                with Watch() as watch:
                     given = track_all(args, images.shape[0]), track_all(kwargs, images.shape[0])
                     output = self._vote(model, base, call, *given, images)
             except CropVoteError:
