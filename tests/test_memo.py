@@ -69,6 +69,7 @@ OPERATIONS = {
     "mean": lambda x: x.mean((2, 3)),
     "to double": lambda x: x.double(),
     "concatenate": lambda x: torch.cat([x, x.flip(3)]),
+    "an operation without output": lambda x: torch._assert_async(x.sum() == 0) or x,
     "norm": norm,
     "norm in training": lambda x: norm(x, training=True),
 }

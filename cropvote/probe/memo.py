@@ -80,7 +80,7 @@ def _kind(operation: Any) -> str:
     schema = getattr(operation, "_schema", None)
     if schema is None or operation.namespace != "aten" or _UNPREDICTABLE & set(operation.tags):
         return ""
-    if any(str(result.type) != "Tensor" for result in schema.returns):
+    if not schema.returns or any(str(result.type) != "Tensor" for result in schema.returns):
         return ""
     aliased = [i for i, argument in enumerate(schema.arguments) if argument.alias_info]
     if not aliased and not any(result.alias_info for result in schema.returns):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._torch import FakeTensorMode, _disable_current_modes, is_fake, written_arguments
+from .._torch import FakeTensorMode, _disable_current_modes, is_fake, unavailable, written_arguments
 from .memo import key_of, recall, remember
 
 if TYPE_CHECKING:
@@ -80,13 +80,13 @@ class CheckMode(FakeTensorMode):
         return output
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        key = key_of(self, func, args, kwargs)
+        key = ours(key_of, self, func, args, kwargs)
         if key is None:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        output = recall(self, key, args)
+        output = ours(recall, self, key, args)
         if output is None:
             output = super().__torch_dispatch__(func, types, args, kwargs)
-            remember(self, key, args, kwargs, output)
+            ours(remember, self, key, args, kwargs, output)
         return output
 
     def put_back(self) -> None:
@@ -101,6 +101,14 @@ _DEVICE = torch.ops.prim.device.default
 def running_mode() -> CheckMode:
     """Return the mode of the check that runs now."""
     return _RUNNING.get()
+
+
+def ours(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of this library inside the model's forward, whose errors are not the model's."""
+    try:
+        return function(*args)
+    except Exception as error:
+        raise unavailable(f"{type(error).__name__}: {error}") from error
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

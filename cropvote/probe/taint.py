@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch import name_of, storage_key, unavailable
-from .mode import CheckMode, running_mode, tensors_in
+from .mode import CheckMode, ours, running_mode, tensors_in
 
 __all__: list[str] = []
 
@@ -73,14 +73,6 @@ class Taint:
         if key not in self.bits:
             self.alive.append(storage)
         self.bits[key] = bits
-
-
-def ours(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of this library inside the model's forward, whose errors are not the model's."""
-    try:
-        return function(*args)
-    except Exception as error:
-        raise unavailable(f"{type(error).__name__}: {error}") from error
 
 
 @functools.cache

@@ -22,8 +22,8 @@ from ..images import BATCH, INPUT, Example, Spec
 from ..outputs import KeyPath, format_path, prediction_paths, tensors_of
 from ..swapping import carrier_of, use_counts
 from .fakes import RandomState, first_line
-from .mode import tensors_in
-from .taint import Taint, ours
+from .mode import ours, tensors_in
+from .taint import Taint
 
 __all__: list[str] = []
 
