@@ -2,6 +2,7 @@
 
     python benchmarks/until_sure.py runs/toy-10/layer1-0 runs/toy-10/layer1-1      finished runs of examples/fer48
     python benchmarks/until_sure.py runs/FER2013-layer1-0 --final-test
+    python benchmarks/until_sure.py --shipped fer2013.csv                          the network of examples/fer48/weights
 
 The confidence is chosen on one half of the validation faces and scored on the other; with --final-test it is chosen on
 all of them and scored on the test faces. Runs that differ only in the seed are averaged. Writes a table and JSON.
@@ -27,12 +28,13 @@ from cropvote.stopping import choose_confidence
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "until_sure.json"
+WEIGHTS = ROOT / "examples" / "fer48" / "weights"
 sys.path.insert(0, str(ROOT / "examples" / "fer48"))
 
 from batches import to_input  # noqa: E402
 from compare import spread  # noqa: E402
 from config import from_dict, sites_of  # noqa: E402
-from data.sources import Split  # noqa: E402
+from data import Split, load  # noqa: E402
 from keeping import load_model  # noqa: E402
 from machines import Machine  # noqa: E402
 from model import fer_resnet18  # noqa: E402
@@ -43,7 +45,6 @@ BATCH, ROUNDS, MAX_LOSS = 64, 9, 0.001
 SIX = [0, 1, 2, 3, 4, 9]  # the exact stop needs more than half of the views
 
 
-@torch.no_grad()
 def look_at(run: str, final_test: bool) -> dict[str, Any]:
     """Return the figures of one run."""
     model, card = load_model(run)
@@ -53,6 +54,23 @@ def look_at(run: str, final_test: bool) -> dict[str, Any]:
     val, count = splits["val"], len(splits["val"])
     known = val if final_test else val.select(torch.arange(0, count, 2))
     scored = splits["test"] if final_test else val.select(torch.arange(1, count, 2))
+    told = {**stored["config"], "data": Path(config.data).name, "out": "", "cache": ""}  # no local paths
+    found = figures(model, card, known, scored)
+    return {"run": Path(run).name, "config": told, "scored": name_of(scored, final_test), **found}
+
+
+def look_at_shipped(data: str) -> dict[str, Any]:
+    """Return the figures of the network in examples/fer48/weights: confidence by PublicTest, scored on PrivateTest."""
+    model, card = load_model(WEIGHTS)
+    splits = load(data).splits
+    told = {"after": card["after"], "width": card["width"], "data": Path(data).name, "seed": 1}
+    found = figures(model, card, splits["val"], splits["test"])
+    return {"run": card["run"], "config": told, "scored": splits["test"].name, **found}
+
+
+@torch.no_grad()
+def figures(model: nn.Module, card: dict[str, Any], known: Split, scored: Split) -> dict[str, Any]:
+    """Return the figures of a network whose confidence is chosen on ``known``."""
     logits = torch.cat([per_view(model, x) for x in to_input(known.images).split(256)])
     confidence = choose_confidence(logits, known.labels, max_loss=MAX_LOSS)
     cost = profile(fer_resnet18(num_classes=7, width=card["width"]), 48, sites=[sites_of(card["after"])])
@@ -76,9 +94,7 @@ def look_at(run: str, final_test: bool) -> dict[str, Any]:
             "stopped": share, "accuracy": float(right.double().mean()), "gmacs": share * few + (1 - share) * row.gmacs,
             "time": taken[name] / taken["all views, soft"],
         }  # fmt: skip
-    told = {**stored["config"], "data": Path(config.data).name, "out": "", "cache": ""}  # no local paths
-    return {"run": Path(run).name, "config": told, "faces": len(scored), "scored": name_of(scored, final_test),
-            "confidence": confidence, "plain": cost["baseline"].gmacs, "rows": found}  # fmt: skip
+    return {"faces": len(scored), "confidence": confidence, "plain": cost["baseline"].gmacs, "rows": found}
 
 
 def name_of(scored: Split, final_test: bool) -> str:
@@ -131,6 +147,7 @@ def main() -> None:
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="the folder of a finished voting run")
+    parser.add_argument("--shipped", metavar="FILE", help="these FER2013 faces, and the network of examples/fer48")
     parser.add_argument("--final-test", action="store_true", help="score the test faces: once, at the very end")
     parser.add_argument("--out", default=str(STORED), metavar="FILE")
     parser.add_argument("--table", action="store_true", help="only print the table of the stored figures")
@@ -138,9 +155,10 @@ def main() -> None:
     if options.table:
         print(table(json.loads(STORED.read_text())["runs"]))
         return
-    if not options.runs:
-        parser.error("name at least one run")
-    runs = [look_at(run, options.final_test) for run in options.runs]
+    if not options.runs and not options.shipped:
+        parser.error("name at least one run, or --shipped FILE")
+    shipped = [look_at_shipped(options.shipped)] if options.shipped else []
+    runs = shipped or [look_at(run, options.final_test) for run in options.runs]
     here = versions(Machine(torch.device("cpu"), torch.float32, fast=False))
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)

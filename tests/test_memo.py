@@ -23,9 +23,9 @@ def metadata(tensor, args):
 @pytest.mark.parametrize(
     ("name", "site"),
     [
-        ("efficientnet_b0", "blocks.1"),
         ("vit_tiny_patch16_224", "blocks.2"),
-        ("swin_tiny_patch4_window7_224", "layers.0"),
+        pytest.param("efficientnet_b0", "blocks.1", marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", "layers.0", marks=pytest.mark.slow),
     ],
 )
 def test_every_answer_is_pytorchs(name, site, monkeypatch):

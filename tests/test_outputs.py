@@ -211,7 +211,7 @@ HEADS = [
     ("googlenet", 96, ten_crop(), "inception3a", {"logits": 20, "aux_logits2": 20, "aux_logits1": 20}),
     ("googlenet", 96, ten_crop(), "inception4b", {"logits": 20, "aux_logits2": 20, "aux_logits1": 2}),
     pytest.param("inception_v3", 299, hflip(), "Mixed_5d", {"logits": 4, "aux_logits": 4}, marks=pytest.mark.slow),
-    ("inception_v3", 299, hflip(), "Mixed_7a", {"logits": 4, "aux_logits": 2}),
+    pytest.param("inception_v3", 299, hflip(), "Mixed_7a", {"logits": 4, "aux_logits": 2}, marks=pytest.mark.slow),
 ]
 
 

@@ -86,7 +86,10 @@ def test_the_reason_names_valid_sites():
         inject_crop_vote(networks.fer(), after="layer1.0.conv1", input_size=24)
 
 
-@pytest.mark.parametrize("make", [networks.resnet, networks.timm_resnet, networks.fer, networks.plain, networks.Net])
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (networks.resnet, networks.fer)]
+
+
+@pytest.mark.parametrize("make", [networks.timm_resnet, networks.plain, networks.Net, *SLOW])
 def test_every_listed_site_is_a_cut_point(make):
     """With the site's output replaced by noise, the model's output does not depend on its input."""
     model = make().eval()
