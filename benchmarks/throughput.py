@@ -242,10 +242,11 @@ def section() -> list[str]:
         channels_last. *bfloat16 eager*: bfloat16 autocast and channels_last, not compiled. *float32 eager*: PyTorch's
         defaults, which means TF32 convolutions on a GPU. A training step here is a forward pass, a backward pass and an
         AdamW update. Two upper limits are given for each training rate, in images per second. The *work limit* is the
-        rate if three times the multiply-adds of the forward pass ran at the speed of a large matrix product in the same
-        precision. The *bytes limit* is the rate if the only cost were to write and read once, at copy speed, the data
-        that training keeps for the backward pass. Limits and rates were measured minutes apart: on a shared machine, a
-        rate may be above its limit."""
+        rate that training would reach if three times the multiply-adds of the forward pass ran at the speed of a large
+        matrix product in the same precision. The *bytes limit* is the rate that it would reach if the only cost were
+        writing and reading once, at copy speed, the data that training keeps for the backward pass. Limits and rates
+        were measured minutes apart: on a shared machine, a rate may be above its limit, as the float32 rates on the
+        CPU are."""
     for name, found in stored.items():
         rates, cells = found["floors"], found["split"]
         mine = [
