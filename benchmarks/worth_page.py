@@ -66,7 +66,7 @@ FACES = Study(
         ("layer1=ten:2", "centre + mirror", "the same; predicts with centre + mirror"),
         ("layer1=ten:2", "ten views", "the same; predicts with ten views"),
         ("layer1=ten", "ten views", "after `layer1`, ten views per step; predicts with ten views"),
-        ("late layer1=ten:2", "ten views", "plain, then two views per step for the last quarter of training; predicts with ten"),
+        ("late layer1=ten:2", "ten views", "plain, then two views per step in the last quarter; predicts with ten"),
         ("late input=hflip,layer3=five", "ten views", "plain, then mirrored input and crops after `layer3`"),
     ],
 )  # fmt: skip
@@ -92,7 +92,7 @@ TUNED = Study(
         (f"{OUTSIDE}:2", "centre + mirror", "mirrored input, aligned crops, two views a step; predicts with two"),
         (f"{OUTSIDE}:2", "ten views", "the same; predicts with ten"),
         (UNALIGNED, "ten views", "the same with crops that are not aligned; predicts with ten"),
-        (f"late {OUTSIDE}", "ten views", "plain, then aligned crops for the last quarter of training; predicts with ten"),
+        (f"late {OUTSIDE}", "ten views", "plain, then aligned crops for the last quarter of training"),
         ("layer1=ten", "ten views", "ten views after `layer1`, the mirror inside"),
     ],
     blocks=3,
@@ -175,8 +175,8 @@ def tuned(study: Study = TUNED) -> str:
     return (
         f"{table(study, 'test, %')}\n\n"
         f"ResNet-{6 * (study.blocks or 0) + 2}, pretrained by others on CIFAR-10's original pictures, fine-tuned "
-        f"on 10,000 of them stored as JPEG with the work of {study.budget:g} plain epochs, and scored on the 10,000 test "
-        f"pictures; mean ± sd of seeds {', '.join(map(str, study.seeds('none')))}; p of McNemar's exact test; torch "
+        f"on 10,000 of them stored as JPEG with the work of {study.budget:g} plain epochs, and scored on the 10,000 "
+        f"test pictures; mean ± sd of seeds {', '.join(map(str, study.seeds('none')))}; p of McNemar's exact test; torch "
         f"{one['versions']['torch']}, CPU. Made by `python benchmarks/worth.py next --task {task} --budgets "
         f"{study.budget:g}`."
     )
