@@ -176,8 +176,8 @@ def tuned(study: Study = TUNED) -> str:
         f"{table(study, 'test, %')}\n\n"
         f"ResNet-{6 * (study.blocks or 0) + 2}, pretrained by others on CIFAR-10's original pictures, fine-tuned "
         f"on 10,000 of them stored as JPEG with the work of {study.budget:g} plain epochs, and scored on the 10,000 "
-        f"test pictures; mean ± sd of seeds {', '.join(map(str, study.seeds('none')))}; p of McNemar's exact test; torch "
-        f"{one['versions']['torch']}, CPU. Made by `python benchmarks/worth.py next --task {task} --budgets "
+        f"test pictures; mean ± sd of seeds {', '.join(map(str, study.seeds('none')))}; p of McNemar's exact test; "
+        f"torch {one['versions']['torch']}, CPU. Made by `python benchmarks/worth.py next --task {task} --budgets "
         f"{study.budget:g}`."
     )
 
