@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="the folder of a finished voting run")
     parser.add_argument("--shipped", metavar="FILE", help="these FER2013 faces, and the network of examples/fer48")
     parser.add_argument("--final-test", action="store_true", help="score the test faces: once, at the very end")
-    parser.add_argument("--out", default=str(STORED), metavar="FILE")
+    parser.add_argument("--out", metavar="FILE", help="by default in benchmarks/results")
     parser.add_argument("--table", action="store_true", help="only print the table of the stored figures")
     options = parser.parse_args()
     if options.table:
@@ -160,7 +160,7 @@ def main() -> None:
     shipped = [look_at_shipped(options.shipped)] if options.shipped else []
     runs = shipped or [look_at(run, options.final_test) for run in options.runs]
     here = versions(Machine(torch.device("cpu"), torch.float32, fast=False))
-    out = Path(options.out)
+    out = Path(options.out or STORED.with_stem("until_sure_shipped" if options.shipped else STORED.stem))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"versions": here, "runs": runs}, indent=1) + "\n")
     print(f"{table(runs)}\n\n{out.resolve()}")

@@ -22,7 +22,7 @@ __all__: list[str] = []
 #: Operations whose first tensor gives a shape, a type or a device, and no data.
 _FIRST_IS_TEMPLATE = {"new", "new_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 _FIRST_IS_TEMPLATE |= {f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")}
-#: Operations whose other tensor does.
+#: Those, and operations whose other tensor does.
 _HAS_TEMPLATE = _FIRST_IS_TEMPLATE | {"to", "type_as", "view_as", "expand_as", "reshape_as"}
 
 
