@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 
 demo: setup
 	$(BIN)/python examples/fer48/demo.py --out runs/demo
-	$(BIN)/python examples/fer48/compare.py --sites none layer1 --seeds 0 --width 8 --batch 32 --epochs 8 --out runs/demo
+	$(BIN)/python examples/fer48/compare.py --sites none layer1 --train-views 2 --seeds 0 --width 8 --batch 32 --epochs 6 --out runs/demo
 
 check: setup
 	$(BIN)/ruff check .

@@ -34,6 +34,15 @@ from scripts import EXAMPLE, SMALL, call, logits, refused
 # --- compare.py ------------------------------------------------------------------------------------------------------
 
 
+def test_the_plain_network_of_a_comparison_has_no_views_to_draw(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(compare, "train", lambda config, here, resume: trained.append(config) or {})
+    monkeypatch.setattr(compare, "compare", lambda runs, config, here: [])
+    monkeypatch.setattr(compare, "write", lambda *_: None)
+    call(compare, *SMALL, "--sites", "none", "layer1", "--seeds", 0, "--train-views", 2, "--out", tmp_path)
+    assert [(config.after, config.train_views) for config in trained] == [("none", None), ("layer1", 2)]
+
+
 @pytest.mark.slow
 def test_the_comparison_holds_the_runs_figures(compared):
     """Recompute accuracy, cost and McNemar's counts from each run's files."""

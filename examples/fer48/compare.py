@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
 def one_run(config: Config, site: str, seed: int, here: Machine) -> dict[str, Any]:
     """Return the result of one network and seed: the stored one if it is complete and has the same options."""
     out = Path(config.out) / f"{site}-{seed}"
-    mine = dataclasses.replace(config, after=site, seed=seed, out=str(out))
+    drawn = None if site == "none" else config.train_views
+    mine = dataclasses.replace(config, after=site, seed=seed, out=str(out), train_views=drawn)
     here.wait()
     if (out / RESULT).exists():
         result = json.loads((out / RESULT).read_text())
