@@ -41,7 +41,7 @@ test-all: test test-slow test-zoo
 
 # the library on the oldest Python and the oldest packages that pyproject.toml allows
 OLDEST ?= python3.10
-CORE := views voting oracle surgery calls reading misuse probe memo strange_models arguments plans hazards lost_splits stopping costs suggesting company tracking checks aligned config
+CORE := views voting oracle surgery calls reading misuse probe memo copying strange_models arguments plans hazards lost_splits stopping costs suggesting company tracking checks aligned config
 test-oldest: setup
 	$(OLDEST) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet hypothesis matplotlib "numpy<2" pytest pytest-xdist scikit-image sybil \

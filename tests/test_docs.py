@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import skimage
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import at_test_time
 import cropvote
@@ -21,6 +23,7 @@ import deploy
 import detectors
 import faces
 import fer2013_page
+import fer2013_scores
 import load_page
 import peers
 import rejecting
@@ -74,6 +77,26 @@ def test_the_tables_of_stopping_votes_match_the_stored_figures(name):
     runs = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["runs"]
     assert until_sure.table(runs) in (DOCS / "beyond.md").read_text()
     assert not any(str(value).startswith("/") for run in runs for value in run["config"].values())
+
+
+@pytest.mark.parametrize(("first", "rule"), [((4, 9), {}), (until_sure.SIX, {"how": "hard", "confidence": None})])
+def test_the_work_of_votes_until_sure_is_counted(first, rule):
+    """The formulas of until_sure.py and fer2013_scores.py, beside PyTorch's counter; half of the faces stop."""
+    network = fer_resnet18(num_classes=7, width=8)
+    row = list(profile(network, 48, sites=["layer1"]))[-1]
+    model = cropvote.inject_crop_vote(network, after="layer1", input_size=48).eval()
+    x = torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        early = cropvote.per_view(model, x)[:, list(first)].mean(1).softmax(1).max(1).values
+        rule = rule or {"confidence": float(early.sort().values[3])}
+        with FlopCounterMode(display=False) as counter:
+            stopped = float((cropvote.vote_until_sure(model, x, first=first, **rule).used < 10).double().mean())
+    assert stopped == 0.5 or rule["confidence"] is None
+    expected = counter.get_total_flops() / 2 / len(x) / 1e9
+    assert until_sure.work(row, stopped, len(first)) == pytest.approx(expected)
+    if len(first) == 2:
+        two, ten = row.gmacs_by_views[2], row.gmacs
+        assert fer2013_scores.work_until_sure(stopped, two, ten) == pytest.approx(expected)
 
 
 def test_the_table_of_views_at_test_time_matches_the_stored_figures():

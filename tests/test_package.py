@@ -47,6 +47,7 @@ ORDER = [
     "layer",
     "swapping",
     "probe.memo",
+    "probe.copying",
     "probe.mode",
     "probe.taint",
     "probe.fakes",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import logging
@@ -23,12 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._torch import (
-    FakeCopyMode,
-    _disable_current_modes,
-)
+from .._torch import _disable_current_modes
 from ..errors import PlainModelError, SurgeryError
 from ..swapping import is_swapped, restore_forward
+from .copying import fake_copy
 from .mode import CheckMode
 from .taint import check_taint_is_followed
 
@@ -62,8 +59,7 @@ def on_fake_copy(model: nn.Module, function: Callable[[nn.Module], Result]) -> R
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             mode = CheckMode()
-            with FakeCopyMode(mode):
-                fake = _copy(model)
+            fake = _copy(model, mode)
             if "_cropvote" in vars(fake):  # an injected model is looked at as it was; the settings are the copy's own
                 vars(fake)["_cropvote"].settings.enabled = False
                 for module in fake.modules():
@@ -187,10 +183,10 @@ def _check_nothing_is_left(kind: type) -> None:
         )
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module, mode: CheckMode) -> nn.Module:
     kind = type(model).__name__
     try:
-        fake = copy.deepcopy(model)
+        fake = fake_copy(model, mode)
     except Exception as error:
         raise PlainModelError(
             "CV413", f"{kind} cannot be checked, because copying it failed: {first_line(error)}"

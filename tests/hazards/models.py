@@ -13,7 +13,7 @@ import guards
 import networks
 from cropvote import call, five_crop, hflip, inject_crop_vote, outputs, sites
 from cropvote.errors import PlainModelError, RowsError, SiteError
-from cropvote.probe import fakes, subclasses, trace
+from cropvote.probe import fakes, trace
 from cropvote.probe import mode as check_mode
 from cropvote.probe import sites as probe_sites
 from cropvote.surgery import injection
@@ -155,7 +155,7 @@ class FactorByClass(networks.Net):
 
 
 @hazard("a number chosen by the exact class", "the operations' arguments are compared, in both modes", lambda patch:
-    patch.setattr(subclasses, "_describe", lambda value: ""))  # fmt: skip
+    patch.setattr(trace, "_describe", lambda value: ""))  # fmt: skip
 def _() -> None:
     for of_root in (False, True):
         for in_training in (False, True):
