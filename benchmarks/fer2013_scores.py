@@ -64,7 +64,7 @@ class Run:
 
 
 def work_until_sure(stopped: float, two: float, ten: float) -> float:
-    """Return the multiply-adds of a face: of two views, and for those that go on, of the other eight, front included."""
+    """Return the multiply-adds of a face: two views, and for those that go on, the front again and eight views."""
     tail = (ten - two) / 8
     return two + (1 - stopped) * (ten - 2 * tail)
 
