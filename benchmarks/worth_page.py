@@ -239,9 +239,9 @@ def until_sure() -> str:
     shown = lambda row: f"{100 * row['accuracy']:.1f} % at {row['gmacs'] / run['plain']:.2f}"  # noqa: E731
     mirrored = 100 * accuracies(FACES, *MIRRORED, 60)[run["config"]["seed"]]
     return f"""`vote_until_sure`, on the network in examples/fer48/weights, keeps the accuracy of ten views for less
-        work, {shown(sure)} times the plain network's (two views {shown(few)}, ten {shown(whole)}), but is not the better
-        choice either: the plain network of the same seed, averaged with its mirrored input, has {mirrored:.1f} % at
-        2."""
+        work, {shown(sure)} times the plain network's (two views {shown(few)}, ten {shown(whole)}), but is not the
+        better choice either: the plain network of the same seed, averaged with its mirrored input, has {mirrored:.1f} %
+        at 2."""
 
 
 def conditions() -> str:
