@@ -113,12 +113,13 @@ def _crops(x: Tensor, views: Views, first: int) -> list[Tensor]:
     oriented: dict[tuple[bool, int], Tensor] = {}
     crops: dict[tuple[bool, int, int, int], Tensor] = {}
     keys = [(view.mirror, view.turns % 4, *offset) for view, offset in zip(views.entries, offsets, strict=True)]
-    for mirror, turns, top, left in keys:
-        if (mirror, turns) not in oriented:
-            oriented[mirror, turns] = _orient(x, mirror, turns, first)
-        if (mirror, turns, top, left) not in crops:
+    for key in keys:
+        if key not in crops:
+            mirror, turns, top, left = key
+            if (mirror, turns) not in oriented:
+                oriented[mirror, turns] = _orient(x, mirror, turns, first)
             whole, rows, columns = oriented[mirror, turns], slice(top, top + h), slice(left, left + w)
-            crops[mirror, turns, top, left] = whole[:, rows, columns] if first == 1 else whole[:, :, rows, columns]
+            crops[key] = whole[:, rows, columns] if first == 1 else whole[:, :, rows, columns]
     return [crops[key] for key in keys]
 
 

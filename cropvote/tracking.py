@@ -66,7 +66,7 @@ class Tracked(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if len(types) > 1 and any(kind not in (cls, Tensor, nn.Parameter) for kind in types):  # it has an override, too
+        if not _OURS.issuperset(types):  # a tensor of another subclass has an override, too
             output = func(*map(_plain_inside, args), **{name: _plain_inside(value) for name, value in kwargs.items()})
         else:
             with without_subclasses():
@@ -83,7 +83,7 @@ class Tracked(Tensor):
                 return output
             passed = _least(args, kwargs)
             if type(output) is Tensor:
-                if any(output is x for x in (*args[:1], kwargs.get("out"))):
+                if (args and output is args[0]) or output is kwargs.get("out"):
                     _note_write()
                 return track(output, passed)
             cast(Tracked, output).passed = passed
@@ -110,6 +110,9 @@ class Tracked(Tensor):
 
     def __deepcopy__(self, memo: Any) -> Any:
         return track(plain(self).__deepcopy__(memo), self.passed)
+
+
+_OURS = {Tracked, Tensor, nn.Parameter}
 
 
 def _note_write() -> None:
@@ -142,10 +145,13 @@ def _tracked_in(values: Any) -> list[Any]:
 
 def track(x: Tensor, passed: int) -> Tensor:
     """Return the same data as a tracked tensor; tensors of other subclasses are left alone."""
-    if type(x) is not Tensor and type(x) is not Tracked:
-        return x
-    with without_subclasses():
+    if type(x) is Tensor:
         tracked = x.as_subclass(Tracked)
+    elif type(x) is Tracked:
+        with without_subclasses():
+            tracked = x.as_subclass(Tracked)
+    else:
+        return x
     if passed:
         tracked.passed = passed
     watch = _WATCH.get()
