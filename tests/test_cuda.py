@@ -11,6 +11,9 @@ from torch import nn
 import networks
 from cropvote import CropVoteLoss, inject_crop_vote, per_view, profile, settings, vote_until_sure
 from cropvote.stopping import choose_confidence
+from toolchain import table
+from toolchain.engines import write_onnx
+from toolchain.table import ONE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLAN = {"layer1": "hflip", "layer3": "five"}
@@ -100,3 +103,17 @@ def test_it_learns(voting, train_views):
 def test_measured_costs():
     table = profile(networks.fer(width=16), 48, sites=["layer1"], measure=True, device="cuda")
     assert all(row.milliseconds for row in table)
+
+
+@torch.no_grad()
+def test_tensorrt(tmp_path):
+    """An exported network in ONNX Runtime's TensorRT, whose products of matrices may be rounded (TF32)."""
+    runtime = pytest.importorskip("onnxruntime")
+    if "TensorrtExecutionProvider" not in runtime.get_available_providers():
+        pytest.skip("this onnxruntime has no TensorRT")
+    file = write_onnx(tmp_path / "model.onnx", ONE)
+    session = runtime.InferenceSession(file, providers=["TensorrtExecutionProvider"])
+    assert session.get_providers()[0] == "TensorrtExecutionProvider"
+    for count in (1, 2, 7):
+        votes = torch.from_numpy(session.run(None, {"images": table.images(count).numpy()})[0])
+        assert close(votes, table.expected(ONE, count), rtol=0.01)
