@@ -136,9 +136,10 @@ def deeper() -> str:
     figures = [f"{100 * rows[way]['accuracy']:.1f}" for way in ways]
     won, lost, p = rows[best]["against mirrored input"]
     return (
-        f"ResNet-56, in the same way: plain {figures[0]} %, mirrored input {figures[1]} %, five crops of 13 behind "
-        f"`layer2` {figures[2]} %, of 14 {figures[3]} %, mirrored input and five crops of 14 {figures[4]} %, which is "
-        f"no better than the mirrored input alone ({won} : {lost}, p {p:.2g})."
+        f"ResNet-56, measured the same way, gets {figures[0]} % right plain, {figures[1]} % with the mirrored input, "
+        f"{figures[2]} % with five crops of 13 after `layer2` and {figures[3]} % with five of 14. The mirrored input "
+        f"together with five crops of 14 gets {figures[4]} %, no better than the mirrored input alone (won : lost "
+        f"{won} : {lost}, p = {p:.2g})."
     )
 
 

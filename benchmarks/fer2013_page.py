@@ -123,7 +123,7 @@ def section(runs: list[Found]) -> list[str]:
 
 def compact(runs: list[Found]) -> list[str]:
     """Return the table that a reader sees first: soft votes of the main recipe."""
-    lines = ["| network | GMACs a face | PrivateTest, % | without copies, % |", "|---|---:|---:|---:|"]
+    lines = ["| network | GMACs per face | PrivateTest, % | without copies, % |", "|---|---:|---:|---:|"]
     for site, mine in main_recipe(runs):
         for (way, how), rows in rows_of(mine).items():
             if way in (PLAIN, MIRRORED, "centre + mirror", ALL) and how == "soft":
@@ -153,7 +153,7 @@ def rows_of(runs: list[Found]) -> dict[tuple[str, str], list[Found]]:
 
 def accuracy(grouped: list[Group]) -> list[str]:
     lines = [
-        "| network | predicts with | vote | GMACs a face | PrivateTest | without copies | won : lost (p) against plain "
+        "| network | predicts with | vote | GMACs per face | PrivateTest | without copies | won : lost (p) against plain "
         "| won : lost (p) against plain + mirror |",
         "|---|---|---|---:|---:|---:|---|---|",
     ]
@@ -174,7 +174,7 @@ def _test(found: dict[str, Any]) -> str:
 
 def short_table(runs: list[Found]) -> str:
     """Return the README's table: the main rows of the runs, soft votes."""
-    lines = ["| network | GMACs a face | PrivateTest, % | won : lost (p) against plain |", "|---|---:|---:|---|"]
+    lines = ["| network | GMACs per face | PrivateTest, % | won : lost (p) against plain |", "|---|---:|---:|---|"]
     for site, mine in main_recipe(runs):
         for (way, how), rows in rows_of(mine).items():
             few = ("centre", "centre + mirror") if "=" not in site else ()
@@ -273,7 +273,7 @@ def draw_cost(axes: Axes, grouped: list[Group]) -> None:
                           mfc=fill, label=label)  # fmt: skip
         if PLAIN in points:
             axes.axhline(points[PLAIN][1], lw=0.8, ls="--", color="#888888", zorder=0)
-    axes.set(xscale="log", xlabel="GMACs a face (log); one, two, five, ten views; stars: ten only where two are unsure",
+    axes.set(xscale="log", xlabel="GMACs per face (log); one, two, five, ten views; stars: ten only where two are unsure",
              ylabel="accuracy on PrivateTest, %")  # fmt: skip
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")

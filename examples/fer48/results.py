@@ -161,7 +161,7 @@ def model_card(result: dict[str, Any], title: str) -> str:
         f"# fer_resnet18, {data['name']}",
         "",
         f"A ResNet-18 for 48×48 faces (width {config['width']}, {result['parameters']:,} parameters, "
-        f"{result['gmacs']:.3f} GMACs a face), {where}. Outputs: {', '.join(result['outputs'])}.",
+        f"{result['gmacs']:.3f} GMACs per face), {where}. Outputs: {', '.join(result['outputs'])}.",
         "",
         f"**{title}.** All votes: {result['summary']}. {chosen}; seed {config['seed']}; {data['note']}.",
         "",
