@@ -153,8 +153,8 @@ def rows_of(runs: list[Found]) -> dict[tuple[str, str], list[Found]]:
 
 def accuracy(grouped: list[Group]) -> list[str]:
     lines = [
-        "| network | predicts with | vote | GMACs per face | PrivateTest | without copies | won : lost (p) against plain "
-        "| won : lost (p) against plain + mirror |",
+        "| network | predicts with | vote | GMACs per face | PrivateTest | without copies "
+        "| won : lost (p) against plain | won : lost (p) against plain + mirror |",
         "|---|---|---|---:|---:|---:|---|---|",
     ]
     for site, runs in grouped:
@@ -273,7 +273,8 @@ def draw_cost(axes: Axes, grouped: list[Group]) -> None:
                           mfc=fill, label=label)  # fmt: skip
         if PLAIN in points:
             axes.axhline(points[PLAIN][1], lw=0.8, ls="--", color="#888888", zorder=0)
-    axes.set(xscale="log", xlabel="GMACs per face (log); one, two, five, ten views; stars: ten only where two are unsure",
+    axes.set(xscale="log",
+             xlabel="GMACs per face (log); one, two, five, ten views; stars: ten only where two are unsure",
              ylabel="accuracy on PrivateTest, %")  # fmt: skip
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")

@@ -1,6 +1,6 @@
 """Load the service of examples/fer48/serve.py, soak it, kill its replica and feed it hostile input: docs/serving.md.
 
-    python benchmarks/load.py rates killed hostile soak --minutes 20
+    python benchmarks/load.py rates detected killed hostile soak --minutes 20
     python benchmarks/load.py --page
 
 Every part starts the service on a free port of this machine and stores its figures in benchmarks/results/load.json.
@@ -44,6 +44,7 @@ sys.path.insert(0, str(EXAMPLE))
 import predict  # noqa: E402
 from adapting import read_views  # noqa: E402
 from batches import to_input  # noqa: E402
+from detecting import Detector, best_detector  # noqa: E402
 from keeping import load_model  # noqa: E402
 from load_page import page  # noqa: E402
 from predict import read_faces, read_rows  # noqa: E402
@@ -136,22 +137,27 @@ def served(*options: str) -> Iterator[Server]:
         process.wait(60)
 
 
-def face_png() -> bytes:
+def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(astronaut()[FACE]).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def face_png() -> bytes:
+    return png(astronaut()[FACE])
 
 
 class Plain:
     """The same network without a service: the right answers, and the rate of a plain loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, detector: Detector | None = None) -> None:
         torch.set_num_threads(1)
         self.model, self.card = load_model(predict.WEIGHTS)
+        self.detector = detector
 
     def answer(self, pictures: list[bytes], views: int) -> list[dict[str, Any]]:
-        """Decode pictures and predict them as one batch."""
-        faces = [read_faces(io.BytesIO(picture), None, source="")[0].pixels for picture in pictures]
+        """Decode pictures, find a face in each if there is a detector, and predict them as one batch."""
+        faces = [read_faces(io.BytesIO(picture), self.detector, source="")[0].pixels for picture in pictures]
         logits = read_views(self.model, to_input(torch.from_numpy(np.stack(faces))), few=views == 2)
         return read_rows(logits, self.card)
 
@@ -168,8 +174,8 @@ class Plain:
 class Judge:
     """Tells right answers to a known face from wrong ones."""
 
-    def __init__(self, picture: bytes) -> None:
-        plain = Plain()
+    def __init__(self, picture: bytes, detector: Detector | None = None) -> None:
+        plain = Plain(detector)
         self.expected = {views: plain.answer([picture], views)[0] for views in VIEWS}
 
     def right(self, answer: dict[str, Any]) -> bool:
@@ -191,7 +197,9 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
         thread.join()
 
 
-def load(server: Server, clients: int, seconds: float, picture: bytes, judge: Judge) -> dict[str, Any]:
+def load(
+    server: Server, clients: int, seconds: float, picture: bytes, judge: Judge, path: str = "/predict"
+) -> dict[str, Any]:
     """Return the rate, latencies, views and statuses while each client sends one picture after another."""
     taken: list[float] = []
     statuses: Counter[int] = Counter()
@@ -203,7 +211,7 @@ def load(server: Server, clients: int, seconds: float, picture: bytes, judge: Ju
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
         while time.perf_counter() < stop:
             start = time.perf_counter()
-            status, answer = post(connection, picture, "image/png")
+            status, answer = post(connection, picture, "image/png", path)
             statuses[status] += 1
             if status == 200:
                 taken.append(time.perf_counter() - start)
@@ -228,7 +236,7 @@ def rates(seconds: float, rounds: int) -> dict[str, Any]:
     """Measure every service and number of clients, and the plain loop before each, ``rounds`` times in turn."""
     picture, plain = face_png(), Plain()
     judge = Judge(picture)
-    found: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "loop": {}, "services": {}}
+    found: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "loop": {}, "services": {}, **busy()}
     for name, options in SERVICES.items():
         with served(*options) as server:
             load(server, 1, 2, picture, judge)
@@ -239,6 +247,32 @@ def rates(seconds: float, rounds: int) -> dict[str, Any]:
                 for clients in CLIENTS:
                     row = load(server, clients, seconds, picture, judge)
                     found["services"].setdefault(name, {}).setdefault(str(clients), []).append(row)
+                    print(name, clients, row, flush=True)
+    return found
+
+
+def busy() -> dict[str, float]:
+    """Return how many processes wanted to run in the last minute."""
+    return {"load_before": os.getloadavg()[0]}
+
+
+def detected(seconds: float, rounds: int) -> dict[str, Any]:
+    """Measure a photograph with one face, found by the service, beside the face alone; ten views."""
+    detector = best_detector()
+    photograph, face = png(astronaut()), face_png()
+    kinds = {
+        "photograph": (photograph, Judge(photograph, detector), "/predict?detect=1"),
+        "face": (face, Judge(face), "/predict"),
+    }
+    found: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "detector": type(detector).__name__, **busy()}
+    with served(*SERVICES["always ten views"]) as server:
+        for picture, judge, path in kinds.values():
+            load(server, 1, 2, picture, judge, path)
+        for _ in range(rounds):
+            for clients in (1, 8):
+                for name, (picture, judge, path) in kinds.items():
+                    row = load(server, clients, seconds, picture, judge, path)
+                    found.setdefault(name, {}).setdefault(str(clients), []).append(row)
                     print(name, clients, row, flush=True)
     return found
 
@@ -418,7 +452,7 @@ def save(name: str, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help="rates, killed, hostile, soak")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="rates, detected, killed, hostile, soak")
     parser.add_argument("--seconds", type=float, default=6, help="of each number of clients")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--inputs", type=int, default=10_000, help="hostile ones")
@@ -427,6 +461,7 @@ def main() -> None:
     options = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "rates": lambda: rates(options.seconds, options.rounds),
+        "detected": lambda: detected(options.seconds, options.rounds),
         "killed": killed,
         "hostile": lambda: hostile(options.inputs),
         "soak": lambda: soak(options.minutes),
