@@ -110,7 +110,7 @@ def test_tensorrt(tmp_path):
     """An exported network in ONNX Runtime's TensorRT, whose products of matrices may be rounded (TF32)."""
     runtime = pytest.importorskip("onnxruntime")
     if "TensorrtExecutionProvider" not in runtime.get_available_providers():
-        pytest.skip("this onnxruntime has no TensorRT")
+        pytest.skip("onnxruntime was built without TensorRT")
     file = write_onnx(tmp_path / "model.onnx", ONE)
     session = runtime.InferenceSession(file, providers=["TensorrtExecutionProvider"])
     assert session.get_providers()[0] == "TensorrtExecutionProvider"

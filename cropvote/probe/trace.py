@@ -57,8 +57,7 @@ class Trace:
         carriers: the module that would carry the split of each site, by the site's name.
         calls: how often each module was called.
         returns: what each module returned, in forward order.
-        operations: every operation of the model, in order, as text.
-        moves: those that may have moved image data, in order.
+        moves: the operations that may have moved image data, in order.
         changed_later: the modules that returned data which was written afterwards under another name.
         tensors: the tensors in the model's output, by their paths.
         predictions: the paths of those to vote over; empty if ``no_predictions`` says why.
@@ -74,7 +73,6 @@ class Trace:
     carriers: dict[str, nn.Module] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
     returns: dict[nn.Module, Return] = field(default_factory=dict)
-    operations: list[str] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     changed_later: set[nn.Module] = field(default_factory=set)
     tensors: dict[KeyPath, Tensor] = field(default_factory=dict)
@@ -109,19 +107,6 @@ class Trace:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def describe_operation(operation: str, args: Any) -> str:
-    """Return an operation as text, with what of its arguments the classes of modules could change."""
-    return f"{operation} {_describe(args)}"
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return str(tuple(value.shape))
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_describe, value))}]"
-    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__
 
 
 def is_batch(leaf: Any) -> bool:
@@ -170,7 +155,6 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
     handed_on: dict[int, list[nn.Module]] = {}  # the modules that returned a storage
 
     def watch(operation: str, args: Any, taint: Taint) -> None:
-        trace.operations.append(describe_operation(operation, args))
         if operation == "cat":  # several parts of the image put together
             moves = sum(taint.of(x) > 0 for x in tensors_in(args)) > 1
         else:
@@ -195,9 +179,7 @@ def record_trace(model: nn.Module, example: Example) -> Trace:
         stores.append(storage)
         group = groups.get((id(output), _version(output)), len(clones))
         trace.returns[module] = Return(output, group, len(trace.moves))
-        n_operations = len(trace.operations)
         clone = output.clone()
-        del trace.operations[n_operations:]  # that is not the model's
         taint.set(clone, taint.of(output) & clear[module])
         clones.append(clone)
         groups[id(clone), _version(clone)] = group

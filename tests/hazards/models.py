@@ -13,7 +13,7 @@ import guards
 import networks
 from cropvote import call, five_crop, hflip, inject_crop_vote, outputs, sites
 from cropvote.errors import PlainModelError, RowsError, SiteError
-from cropvote.probe import fakes, trace
+from cropvote.probe import copying, fakes, subclasses, trace
 from cropvote.probe import mode as check_mode
 from cropvote.probe import sites as probe_sites
 from cropvote.surgery import injection
@@ -143,7 +143,10 @@ def _() -> None:
 
 
 class FactorByClass(networks.Net):
-    """The operations are the same for every class, and a number is not; in training mode or in eval mode."""
+    """The operations are the same for every class, and a number is not; in training mode or in eval mode.
+
+    It is also another one while somebody looks on with hooks, as the trace does.
+    """
 
     def __init__(self, of_root: bool, in_training: bool) -> None:
         super().__init__()
@@ -151,11 +154,12 @@ class FactorByClass(networks.Net):
 
     def forward(self, x: Tensor) -> Tensor:
         is_own = type(self) is FactorByClass if self.of_root else type(self.site) is nn.Conv2d
+        is_own = is_own and not self.site._forward_hooks
         return self.head(self.site(self.front(x)) * (2.0 if is_own and self.training == self.in_training else 1.0))
 
 
 @hazard("a number chosen by the exact class", "the operations' arguments are compared, in both modes", lambda patch:
-    patch.setattr(trace, "_describe", lambda value: ""))  # fmt: skip
+    patch.setattr(subclasses, "_describe", lambda value: ""))  # fmt: skip
 def _() -> None:
     for of_root in (False, True):
         for in_training in (False, True):
@@ -198,6 +202,32 @@ class OwnStatistics(networks.Net):
 def _() -> None:
     refused(OwnStatistics().train(), "site")
     right(OwnStatistics().eval(), "site")
+
+
+class Alias(networks.Net):
+    """The front writes into a parameter's memory under another name, and the tail reads the parameter."""
+
+    def __init__(self, in_graph: bool) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1, 8, 1, 1))
+        self.alias = self.shift[:] if in_graph else self.shift.data[:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        with torch.no_grad():
+            self.alias.copy_(x.mean((0, 2, 3), keepdim=True))
+        return self.head(self.site(x) + self.shift)
+
+
+def in_memory_of_its_own(patch: pytest.MonkeyPatch) -> None:
+    share = copying.CopyMode.fake
+    patch.setattr(copying.CopyMode, "fake", lambda mode, tensor: mode.storages.clear() or share(mode, tensor))
+
+
+@hazard("a parameter's memory under another name", "the copy shares memory as the model does", in_memory_of_its_own)
+def _() -> None:
+    for in_graph in (False, True):
+        refused(Alias(in_graph).eval(), "site")
 
 
 class SkipsSmall(networks.Net):
