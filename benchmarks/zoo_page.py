@@ -33,7 +33,8 @@ KINDS = {
 
 
 def kind(reason: str) -> str:
-    return next((name for pattern, name in KINDS.items() if re.search(pattern, reason)), reason[:80])
+    text = reason.partition("cannot be a site: ")[2] or reason
+    return next((name for pattern, name in KINDS.items() if re.search(pattern, reason)), text.partition(";")[0])
 
 
 def page(stored: dict[str, Any], toolchain: str) -> str:
@@ -105,16 +106,16 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
         f"| refused, with the reason | {verdicts['refused']} |",
         f"| crashed | {verdicts['crashed'] + sum('error' in result for result in results)} |",
         f"| wrong | {wrong} |",
-        f"| votes compared with the oracle on real images | {len(errors)} |",
+        f"| votes compared with the oracle on random inputs | {len(errors)} |",
         f"| largest relative error among them | {max(errors, default=0):.0e} |",
         f"| families with two working sites, tried with a plan over them (mirrored, later cropped) | {len(plans)} |",
         f"| of these, working | {len(ran)} |",
         f"| largest relative error of their votes against the oracle | {max(ran, default=0):.0e} |",
-        f"| sites after which all views say the same (after the last attention of a class-token model) | {alike} |",
+        f"| sites after which all views give the same output (class-token model, after the last attention) | {alike} |",
         f"| modules also tested with noise | {points['modules']} |",
-        f"| valid sites among them, according to noise | {points['true sites']} |",
+        f"| valid sites among them, according to the noise tests | {points['true sites']} |",
         f"| of these, accepted | {points['true sites'] - missed} ({rate(points['true sites'], missed)}) |",
-        f"| accepted, but not a valid site according to noise | {invented} |",
+        f"| accepted, but not valid sites according to the noise tests | {invented} |",
     ]
 
 
