@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from fractions import Fraction
+from typing import Literal
 
 import pytest
 import torch
@@ -166,6 +167,25 @@ def test_d4_holds_the_eight_symmetries_of_a_square() -> None:
     assert len(found) == len(d4()) == 8
     assert torch.equal(found[0], x[0])
     assert all(any(torch.equal(image[0], row) for row in found) for image in want)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_turns_are_counter_clockwise_and_their_gradients_turn_back(layout: Literal["NCHW", "NHWC"]) -> None:
+    """A mirrored view is mirrored first, then turned."""
+    views = Views([View(0, 1, mirror=mirror, turns=turns) for mirror in (False, True) for turns in range(4)], scale=0.5)
+    x, weights = torch.rand(2, 3, 8, 8, dtype=torch.double), torch.rand(16, 3, 4, 4, dtype=torch.double)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    by_hand = [
+        torch.rot90(theirs.flip(3) if mirror else theirs, turns, (2, 3))[:, :, :4, 4:]
+        for mirror in (False, True)
+        for turns in range(4)
+    ]
+    there, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if layout == "NHWC" else ((0, 1, 2, 3),) * 2
+    found = split_views(ours.permute(there), views, layout=layout).permute(back)
+    assert torch.equal(found, torch.stack(by_hand, 1).flatten(0, 1))
+    (found * weights).sum().backward()
+    (torch.stack(by_hand, 1).flatten(0, 1) * weights).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("side", [9, 12, 24, 29, 48, 60])
