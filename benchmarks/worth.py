@@ -41,12 +41,12 @@ from torch import Tensor
 from timing import commit
 from timing import machine as name_of
 from worth_learner import Learner, ask
-from worth_tasks import TASKS, Arm, Task, costs_of
+from worth_tasks import FALL, TASKS, Arm, Task, costs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "worth.jsonl"
-#: The share of a run's work in which the learning rate decays, and the warm-up in plain epochs of work.
-FALL, RISE = 0.25, 0.5
+#: The warm-up, in plain epochs of work.
+RISE = 0.5
 
 
 def family(task: Task, arms: list[Arm], seed: int, options: argparse.Namespace, deadline: float) -> None:
@@ -59,7 +59,8 @@ def family(task: Task, arms: list[Arm], seed: int, options: argparse.Namespace, 
         return
     faces = len(task.splits["train"][0])
     plain_step = lambda network: network.batch * cost(network) / faces  # noqa: E731  # plain epochs of work per step
-    longest = max(max(FALL * b, b * (1 - FALL)) for b in options.budgets)
+    share = arms[0].share
+    longest = max(options.budgets) * max(share, 1 - share)
     most = max(math.ceil(longest / plain_step(n)) for arm in arms for n in (arm.first, arm.last)) + 1
     learner = Learner(task, device, most)
     for network in dict.fromkeys(n for arm in arms for n in (arm.first, arm.last)):
@@ -68,23 +69,23 @@ def family(task: Task, arms: list[Arm], seed: int, options: argparse.Namespace, 
     first, order = arms[0].first, torch.Generator().manual_seed(seed)
     done, started, spent = 0.0, time.monotonic(), 0.0
     for budget in sorted({budget for _, budget in wanted}):
-        constant, fall = budget * (1 - FALL), budget * FALL
-        steps = round((constant - done) / plain_step(first))
+        steps = round((budget * share - done) / plain_step(first))
         peak = task.rate * math.sqrt(first.batch / 128)
         rates = torch.full((steps,), peak)
         if done == 0:
             rise = max(1, round(RISE / plain_step(first)))
             rates[:rise] *= torch.linspace(1 / rise, 1, rise)[: len(rates)]
         learner.run(first, rates, pictures(order, faces, steps * first.batch), 100 * seed + round(done), deadline)
-        done, trunk = constant, learner.state()
+        done, trunk = budget * share, learner.state()
         spent = time.monotonic() - started
         for arm in [arm for arm, one in wanted if one == budget]:
             begun, last = time.monotonic(), arm.last
-            steps = round(fall / plain_step(last))
-            peak = task.rate * math.sqrt(last.batch / 128)
+            held = round(budget * (1 - FALL - share) / plain_step(last))
+            steps = round(budget * FALL / plain_step(last))
             fresh = torch.Generator().manual_seed(seed + 1)
-            rates = peak * torch.linspace(1, 0, steps + 1)[:-1]
-            loss = learner.run(last, rates, pictures(fresh, faces, steps * last.batch), 1000 + seed, deadline)
+            rates = torch.cat([torch.ones(held), torch.linspace(1, 0, steps + 1)[:-1]])
+            rates *= task.rate * math.sqrt(last.batch / 128)
+            loss = learner.run(last, rates, pictures(fresh, faces, len(rates) * last.batch), 1000 + seed, deadline)
             took = spent + time.monotonic() - begun
             keep(learner, task, arm, budget, seed, loss, took, cost(last), options)
             learner.restore(trunk)

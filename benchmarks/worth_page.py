@@ -223,7 +223,7 @@ def advice() -> str:
     centre = ahead(FACES, "layer1=ten:2", "centre", than=("none", "plain")).removeprefix("−")
     return f"""
         **What to do: train the plain network and average it with its mirrored input. At equal training work, no way of
-        training through views beats that, and ten views a step are far behind.** Two views a step come close at
+        training on views beats that, and ten views a step are far behind.** Two views a step come close at
         {FACES.budget:g} epochs of work, and so does plain training with views in the last quarter. With twice that work
         (one seed, 0) the plain network averaged with its mirrored input goes from {first(*MIRRORED, 60)} to
         {first(*MIRRORED, 120)} on PrivateTest, two views a step from {first(*two, 60)} to {first(*two, 120)} (p =

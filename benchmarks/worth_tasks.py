@@ -24,6 +24,8 @@ from batches import augment, to_input
 from config import recipe
 from model import fer_resnet18
 
+#: The share of a run's work in which the learning rate falls to 0.
+FALL = 0.25
 NAMED: dict[str, Callable[[], Views]] = {
     "ten": ten_crop,
     "five": five_crop,
@@ -67,14 +69,20 @@ PLAIN = Network()
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: the network for the constant learning rate, and the one for the last quarter."""
+    """A way to train: the first network, and the last one, which takes over after a share of the work.
+
+    The arms of a family have the same first network and the same share.
+    """
 
     first: Network
     last: Network
+    share: float = 1 - FALL  # at most: the last network trains while the learning rate falls
 
     @property
     def name(self) -> str:
-        return self.first.name if self.first == self.last else f"late {self.last.name}"
+        if self.first == self.last:
+            return self.first.name
+        return f"late {self.last.name}" if self.share == 1 - FALL else f"{self.last.name} after {self.share:.2f}"
 
 
 def always(after: str, train_views: int | None = None, batch: int = 128, **more: float) -> Arm:
@@ -185,7 +193,7 @@ def cifar10(data: str, width: int, limit: int | None) -> Task:
 
     def stages(model: Any) -> dict[str, Callable[[Tensor], Tensor]]:
         first = lambda x: model.layer1(model.stem(x))  # noqa: E731
-        return {"layer1": first, "layer2": model.layer2, "": lambda x: model.head(model.layer3(x))}
+        return {"layer1": first, "layer2": model.layer2, "layer3": model.layer3, "": model.head}
 
     sites = "input=hflip,layer2=five 7/8"
     families = [
@@ -221,6 +229,10 @@ def finetune(data: str, width: int, limit: int | None, blocks: int = 3) -> Task:
         [always(outside, None, 64)],
         [always("layer1=ten", 2)],
         [always("input=hflip,layer2=five", 2, 64)],  # not aligned with the stride after the site
+        [always("input=hflip,layer1=five 7/8", 2, 64)],
+        [always("input=hflip,layer3=five 7/8", 2, 64)],
+        [Arm(PLAIN, Network(outside, 2, 64), 1 / 6)],  # of 6 epochs of work, plain for the first one ...
+        [Arm(PLAIN, Network(outside, 2, 64), 2 / 6)],  # ... or two
     ]
     told = {"blocks": blocks, "limit": limit or 10000}
     return dataclasses.replace(task, name="finetune", make=make, families=families, rate=0.02, told=told)

@@ -47,7 +47,7 @@ def page(stored: dict[str, Any], toolchain: str) -> str:
     return "\n".join(
         [
             *HEADER,
-            f"Versions: {seen}. For plans over two sites: {of_plans}.",
+            f"Versions: {seen}. For models split at two sites: {of_plans}.",
             "",
             *summary(results),
             "",

@@ -60,7 +60,10 @@ def _(_path: Path, split: Split) -> None:
         agree(one.grad, other.grad, 1e-3)
 
 
-@tool("torch.export", "strict and non-strict, dynamic batch; settings are frozen at the export")
+@tool(
+    "torch.export",
+    "strict and non-strict, dynamic batch; later changes of settings have no effect on the exported program",
+)
 def _(_path: Path, split: Split) -> None:
     for strict in (True, False):
         model = voting(split)
@@ -82,7 +85,7 @@ def _(path: Path, split: Split) -> None:
         agree(model(images(count)), expected(split, count), 1e-4)
 
 
-@tool("torch.jit.trace", "any batch size; settings are frozen")
+@tool("torch.jit.trace", "any batch size; later changes of settings have no effect on the traced model")
 def _(_path: Path, split: Split) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated

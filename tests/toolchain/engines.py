@@ -40,7 +40,11 @@ def _(path: Path, split: Split) -> None:
             agree(torch.from_numpy(found), expected(where, count, make), 1e-4)
 
 
-@tool("ONNX Runtime, int8", "static, calibrated, a scale per channel: within 5 % of the logits' spread", slow=True)
+@tool(
+    "ONNX Runtime, int8",
+    "static quantisation, calibrated, one scale per channel; logits within 5 % of their spread",
+    slow=True,
+)
 def _(path: Path, split: Split) -> None:
     import onnxruntime
     from onnxruntime import quantization
@@ -78,7 +82,7 @@ def _(_path: Path, split: Split) -> None:
 
 @tool(
     "ExecuTorch",
-    "with XNNPACK, in its own runtime, with 1, 2 and 7 images; dynamic batches hold at most 15",
+    "with XNNPACK, in its own runtime, with 1, 2 and 7 images; a dynamic batch has at most 15 images",
     slow=True,
 )
 def _(path: Path, split: Split) -> None:

@@ -18,7 +18,7 @@ from cropvote import inject_crop_vote, remove_crop_vote, settings
 from toolchain.table import SIDE, Split, agree, expected, images, tool, voting
 
 
-@tool("copy.deepcopy and pickle", "the copy votes and has settings of its own")
+@tool("copy.deepcopy and pickle", "the copy votes and has its own settings")
 def _(_path: Path, split: Split) -> None:
     model, stream = voting(split), io.BytesIO()
     torch.save(model, stream)
@@ -74,7 +74,7 @@ def _(_path: Path, split: Split) -> None:
         agree(found, expected(split), tolerance)
 
 
-@tool("channels_last", "stays channels_last behind the split")
+@tool("channels_last", "stays channels_last after the split")
 def _(_path: Path, split: Split) -> None:
     model, seen = voting(split).to(memory_format=torch.channels_last), []
     model.layer4.register_forward_hook(lambda module, args, output: seen.append(args[0]))
@@ -108,7 +108,7 @@ def _(_path: Path) -> None:
     agree(pruned(inject_crop_vote(make(), after="site", input_size=SIDE))(images()), wanted)
 
 
-@tool("parametrisations", "before and after the injection, also at the site; undo in the reverse order")
+@tool("parametrisations", "before and after the injection, also at the site; remove the later one first")
 def _(_path: Path) -> None:
     from torch.nn.utils import parametrizations
 

@@ -35,12 +35,12 @@ def _(_path: Path, split: Split) -> None:
         agree(replica(images()), expected(split))
 
 
-@tool("DistributedDataParallel", "two processes give the gradients of one process with the whole batch", slow=True)
+@tool("DistributedDataParallel", "two processes compute the same gradients as one with the whole batch", slow=True)
 def _(path: Path, split: Split) -> None:
     agree_all(_two_processes(_ddp, path, split), oracle_gradients(split))
 
 
-@tool("FSDP2 fully_shard", "two processes, sharded after the injection, give the gradients of one process", slow=True)
+@tool("FSDP2 fully_shard", "sharded after the injection, two processes compute the same gradients as one", slow=True)
 def _(path: Path, split: Split) -> None:
     agree_all(_two_processes(_fsdp, path, split), oracle_gradients(split))
 

@@ -14,7 +14,10 @@ from cropvote import Views, five_crop, inject_crop_vote, to_config
 from toolchain.table import SIDE, Split, agree, expected, images, tool, voting
 
 
-@tool("Hugging Face's save_pretrained", "`model.config.cropvote = to_config(model)`, and `from_pretrained` has it")
+@tool(
+    "Hugging Face's save_pretrained",
+    "store it with `model.config.cropvote = to_config(model)`; `from_pretrained` restores that attribute",
+)
 def _(path: Path) -> None:
     import transformers
 
@@ -54,7 +57,7 @@ def _(path: Path, split: Split) -> None:
     agree(again.model(images()), expected(split))
 
 
-@tool("timm's save_for_hf", '`model_config={"cropvote": to_config(model)}`, read from config.json')
+@tool("timm's save_for_hf", '`model_config={"cropvote": to_config(model)}`, which is read back from config.json')
 def _(path: Path) -> None:
     model = inject_crop_vote(networks.timm_resnet(), after="layer2", input_size=SIDE)
     votes = model(images())

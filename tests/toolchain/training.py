@@ -173,7 +173,10 @@ def _(path: Path, split: Split) -> None:
     agree(module.votes, expected(split, 4))
 
 
-@tool("Hugging Face's Trainer", "`compute_loss_func=`, since a loss computed inside the model would precede the vote")
+@tool(
+    "Hugging Face's Trainer",
+    "with `compute_loss_func=`; a loss computed inside the model would be computed before the vote",
+)
 def _(path: Path) -> None:
     import transformers
 
@@ -218,7 +221,10 @@ def _(_path: Path) -> None:
     model(images(4), labels=TARGETS)
 
 
-@tool("timm's training loop", "mixup's soft targets, NativeScaler, ModelEmaV3, CheckpointSaver and its resume")
+@tool(
+    "timm's training loop",
+    "mixup's soft targets, NativeScaler, ModelEmaV3, CheckpointSaver, and resuming from its checkpoint",
+)
 def _(path: Path, split: Split) -> None:
     import timm.data
     import timm.loss
@@ -253,7 +259,7 @@ def _(_path: Path) -> None:
     assert model(images()).shape == (3, 5)
 
 
-@tool("timm's forward_features and forward_head", "a row per view behind the site: the vote is in `forward`")
+@tool("timm's forward_features and forward_head", "after the site they return a row per view; only `forward` votes")
 def _(_path: Path, split: Split) -> None:
     model = voting(split, make=networks.timm_resnet)
     features = model.forward_features(images())
@@ -262,7 +268,7 @@ def _(_path: Path, split: Split) -> None:
     agree(model.forward_head(features), oracle.sample_major(list(wanted.unbind(1))))
 
 
-@tool("timm's forward_intermediates", "maps behind the site hold a row per view, maps before it a row per image")
+@tool("timm's forward_intermediates", "maps after the site have a row per view, maps before it a row per image")
 def _(_path: Path, split: Split) -> None:
     _, maps = voting(split, make=networks.timm_resnet).forward_intermediates(images())
     counts = {"one site": [3, 3, 30, 30, 30], "two sites": [3, 6, 30, 30, 30]}
