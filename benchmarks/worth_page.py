@@ -73,6 +73,7 @@ FACES = Study(
     ],
 )  # fmt: skip
 OUTSIDE, UNALIGNED = "input=hflip,layer2=five 7/8", "input=hflip,layer2=five:2"
+OTHER = "input=hflip,layer{}=five 7/8"
 PICTURES = Study(
     "cifar10", 30, 10000, 32, cifar.CifarResNet,
     [
@@ -95,12 +96,17 @@ TUNED = Study(
         (f"{OUTSIDE}:2", "ten views", "the same; predicts with ten"),
         (UNALIGNED, "ten views", "the same with crops that are not aligned; predicts with ten"),
         (f"late {OUTSIDE}", "ten views", "plain, then aligned crops for the last quarter of training"),
+        (f"{OUTSIDE}:2 after 0.17", "ten views", "plain for one epoch, then two views a step; predicts with ten"),
+        (f"{OUTSIDE}:2 after 0.33", "ten views", "plain for two, then two views a step; predicts with ten"),
+        (f"{OTHER.format(1)}:2", "ten views", "aligned crops after `layer1` instead of `layer2`; predicts with ten"),
+        (f"{OTHER.format(3)}:2", "ten views", "crops after `layer3` instead; predicts with ten"),
         ("layer1=ten", "ten views", "ten views after `layer1`, the mirror inside"),
     ],
     blocks=3,
 )  # fmt: skip
+DEEPER_ARMS = ("none", f"{OUTSIDE}:2", f"late {OUTSIDE}", "layer1=ten")  # the runs made
 DEEPER = dataclasses.replace(
-    TUNED, make=lambda: cifar.CifarResNet(9), rows=[row for row in TUNED.rows if row[0] != UNALIGNED], blocks=9
+    TUNED, make=lambda: cifar.CifarResNet(9), rows=[row for row in TUNED.rows if row[0] in DEEPER_ARMS], blocks=9
 )
 LINES = {
     MIRRORED: ("plain, averaged with the mirrored input", "#444444"),
@@ -116,7 +122,7 @@ def work_of(study: Study, arm: str, way: str) -> float:
     """Return the multiply-adds of a prediction relative to the plain network."""
     if arm == "none":
         return 2.0 if way == "mirrored input" else 1.0
-    network = Network(arm.removeprefix("late ").partition(":")[0])
+    network = Network(arm.removeprefix("late ").partition(":")[0])  # without "late", views a step and share of work
     table = list(profile(study.make().eval(), study.size, sites=[network.sites]))
     return table[-1].gmacs_by_views[COUNTS[way]] / table[0].gmacs
 
