@@ -134,28 +134,29 @@ def card(
     groups |= {name: labels == i for i, name in enumerate(names)}
     lines = [
         "# A facial-expression network, trained on FER2013 by this project", "",
-        f"`fer_resnet18` of width {line['width']} ({parameters:,} parameters, float16), "
+        f"`fer_resnet18` with width {line['width']} ({parameters:,} parameters, float16), "
         "voting over ten views after `layer1`. Seven classes: " + ", ".join(names) + ".", "",
-        "**Data.** FER2013's Training faces, 28,709 grey pictures of 48×48 that a search engine found in 2013, labelled "
-        "by people. The set came with a public challenge and states no clear grant: use the network for research and for "
-        "trying the library, and ask a lawyer before anything else. No picture of it is in this repository.", "",
-        f"**Training.** `python benchmarks/worth.py`, run `{line['run']}`: the work of {line['budget']:g} plain epochs, "
-        f"the last quarter of it on two of ten views per step; AdamW; {line['device']}, torch {line['versions']['torch']}, "
-        f"commit {line['commit']}. Chosen by PublicTest ({100 * line['accuracy']['val']['ten views']:.1f} %) among the "
-        "voting runs of that script.", "",
-        "**Accuracy** on the 3,589 faces of PrivateTest, in % with Wilson's 95 % interval:", "",
+        "**Data.** The Training split of FER2013: 28,709 greyscale images of 48×48 pixels, collected with a search engine "
+        "in 2013 and labelled by people. The data set was released for a public challenge without a clear grant of "
+        "rights: use the network for research and to try out the library, and ask a lawyer before using it for anything "
+        "else. This repository contains none of its images.", "",
+        f"**Training.** `python benchmarks/worth.py`, run `{line['run']}`: as much compute as {line['budget']:g} epochs of "
+        "the plain network (the same network without the vote), the last quarter of it on two of the ten views per step; "
+        f"AdamW; {line['device']}, torch {line['versions']['torch']}, commit {line['commit']}. Of the voting runs of that "
+        f"script, this one was selected on PublicTest accuracy ({100 * line['accuracy']['val']['ten views']:.1f} %).", "",
+        "**Accuracy** on the 3,589 faces of PrivateTest, in %, with 95 % Wilson intervals:", "",
         "| faces | number | " + " | ".join(right) + " |",
         "|---|---:|" + "---|" * len(right),
         *(f"| {name} | {chosen.sum():,} | " + " | ".join(percent(hits[chosen]) for hits in right.values()) + " |"
           for name, chosen in groups.items()),
         "",
-        "Without copies: without the faces that are, pixel for pixel, in Training or PublicTest. Of a class, the accuracy "
-        "is its recall. The labels are noisy: people get about 65 % of them right.", "",
+        "Without copies: excluding the faces that also appear, pixel for pixel, in Training or PublicTest. For a single "
+        "class, the accuracy is the recall of that class. The labels are noisy: people get about 65 % of them right.", "",
         f"**Calibration.** The vote's expected calibration error is {errors[0]:.1f} points (ten bins); with its logits "
         f"divided by the temperature {heat:g} (chosen on PublicTest; in model.json) it is {errors[1]:.1f}.", "",
-        "**Not for** deciding about people. A label is what annotators thought a face shows, not what the person felt; "
-        "the set leans towards some ages, skin tones and cultures, and so does the network; coloured, large or turned "
-        "faces were not in it.", "",
+        "**Do not use it** to make decisions about people. A label records what annotators thought a face showed, not what "
+        "the person felt. The data set is skewed towards some ages, skin tones and cultures, and so is the network. It was "
+        "trained on small grey images only.", "",
         f"Scored with torch {torch.__version__}, Python {platform.python_version()}, on a CPU, by "
         "`python benchmarks/weights.py`.",
     ]  # fmt: skip

@@ -54,7 +54,7 @@ def test_the_card_holds_the_stored_figures():
         re.search(rf"\n\| {name} \| \d+ \|( [\d.]+ \([\d.]+ – [\d.]+\) \|){{3}}", text) for name in card["outputs"]
     )
     assert card["accuracy"]["ten views"] == pytest.approx(0.709, abs=0.001)
-    assert "no clear grant" in text
+    assert "without a clear grant of rights" in text
 
 
 def test_the_demo_shows_a_real_face(tmp_path, capsys):
