@@ -140,9 +140,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"{data}, {one['scored']}: {one['faces']:,} faces; ten views after `{config['after']}`, width "
-        f"{config['width']}; seeds {seeds}; confidence {chosen}, chosen for a loss of at most {100 * MAX_LOSS:g} % on "
-        f"other faces. The plain network has {one['plain']:.3f} GMACs. {timing} Made by "
-        f"`python benchmarks/until_sure.py`.",
+        f"{config['width']}; seeds {seeds}; confidence {chosen}, chosen on other faces so "
+        f"that accuracy drops by at most {100 * MAX_LOSS:g} points. The plain network has "
+        f"{one['plain']:.3f} GMACs. {timing} Made by `python benchmarks/until_sure.py`.",
     ]
     return "\n".join(lines)
 
