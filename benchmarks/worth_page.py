@@ -294,8 +294,8 @@ def fewer() -> list[str]:
         next --width {FEWER.width} --limit {one["limit"]} --budgets {FEWER.budget:g}`."""
     advice = """
         **In so short a run, every additional view per step costs accuracy.** With one view, a step costs 0.78 of a
-        plain one, so there are more of them; then ten views predict about as well as the plain network averaged with its
-        mirrored input, or slightly worse, for 2.6 times its work. Two sites are not the best choice here either."""
+        plain one, so there are more of them; then ten views predict about as well as the plain network averaged with
+        its mirrored input, or slightly worse, for 2.6 times its work. Two sites are not the best choice here either."""
     return [*table(FEWER, "PrivateTest, %").splitlines(), "", *wrapped(advice), "", *wrapped(told)]
 
 
