@@ -138,12 +138,14 @@ def _fake_tensor_class() -> Any:
 
 
 def is_simple_fake(value: Any, mode: Any) -> bool:
-    """Return whether a value is a strided tensor of this mode without data, of no subclass, and of no known number."""
+    """Return whether a value is a strided tensor of this mode without data, of no subclass, known number or flag."""
     return (
         type(value) is _fake_tensor_class()
         and value.constant is None
         and value.layout is torch.strided
         and value.fake_mode is mode
+        and not value.is_conj()
+        and not value.is_neg()
     )
 
 

@@ -54,6 +54,22 @@ def test_every_answer_is_pytorchs(name, site, monkeypatch):
     assert all(compared[kind] > 100 for kind in expected), compared
 
 
+def test_conjugated_tensors_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(memo, "_MEMO", {})
+
+    def flags(x):
+        return [t.is_conj() or t.is_neg() for t in (x.view(2, 3), x.expand(4, 6), x.imag, torch.dot(x, x))]
+
+    plain = torch.zeros(6, dtype=torch.complex64)
+    with FakeTensorMode() as pytorch:
+        expected = flags(pytorch.from_tensor(plain).conj())
+    with mode.CheckMode() as checked:
+        x = checked.from_tensor(plain)
+        assert [flags(x), flags(x)] == [[False] * 4] * 2
+        assert [flags(x.conj()), flags(x.conj())] == [expected, expected]
+    assert any(expected)
+
+
 def norm(x, training=False, width=4):
     return functional.batch_norm(x, torch.zeros(width), torch.ones(width), training=training)
 
