@@ -101,6 +101,20 @@ def test_the_class_forward_bound_to_the_instance_is_allowed(when):
     assert torch.equal(model(IMAGES), remove_crop_vote(wanted)(IMAGES))
 
 
+def test_tensors_outside_the_model_that_share_memory_are_put_back():
+    counts = torch.zeros(4)
+    first = counts[:1]
+
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            counts.add_(1)
+            first.mul_(3)
+            return super().forward(x)
+
+    inject_crop_vote(Counting(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), after="0", input_size=16)
+    assert counts.tolist() == [0, 0, 0, 0]
+
+
 def test_a_class_whose_forward_is_compiled_is_refused_at_once():
     class Decorated(networks.Net):
         @torch.compile(backend="eager")

@@ -91,7 +91,7 @@ class CheckMode(FakeTensorMode):
 
     def put_back(self) -> None:
         """Undo the changes of tensors outside the model, such as a global counter."""
-        for tensor, before in self.changed.values():
+        for tensor, before in reversed(self.changed.values()):  # of two that share memory, the first copy is the oldest
             tensor.detach().copy_(before)
 
 
